@@ -1,0 +1,97 @@
+// The compiler's only face to the runtime: a bound expression in, native code and facts out.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dsl/expr.h"
+#include "kernels_templates/cpu/tile_abi.h"
+
+namespace attnjit::compiler {
+
+// How far apart neighbours along one dimension of a captured tensor are; part of the code.
+enum class StrideClass : std::uint8_t { kZero, kUnit, kAny };
+
+// What the code may assume of one captured tensor. Extents may be used to prove reads in bounds.
+struct CaptureInfo {
+  dsl::DType dtype = dsl::DType::kF32;
+  std::vector<std::int64_t> extent;        // rank entries
+  std::vector<StrideClass> stride_class;   // rank entries
+};
+
+// A score_mod (and mask_mod) with everything its code may depend on. Indices run over [0, extent).
+struct ModProblem {
+  dsl::Expr score_mod;                // bound, root a float
+  std::optional<dsl::Expr> mask_mod;  // bound, root a bool; the same captures table as score_mod
+  std::vector<CaptureInfo> captures;  // by capture number, joint for both expressions
+  std::int64_t batch = 1;
+  std::int64_t num_heads = 1;
+  std::int64_t seqlen_q = 1;          // rounded up by the caller to what its padded lanes reach
+  std::int64_t seqlen_kv = 1;
+};
+
+// How the modified score depends on `score`.
+enum class ScoreClass : std::uint8_t { kIdentity, kAffine, kNonlinear };
+
+// Milliseconds of one phase of a compile, in order.
+using PhaseTimes = std::vector<std::pair<std::string, double>>;
+
+// Instruction sets the CPU code is built for. kAvx512Bf16 implies kAvx512.
+enum class CpuIsa : std::uint8_t { kSse2, kAvx2, kAvx512, kAvx512Bf16 };
+std::string_view cpu_isa_name(CpuIsa isa);
+// The best of this machine, or lower where the caller restricts it.
+CpuIsa host_cpu_isa();
+
+struct CompileOptions {
+  CpuIsa isa = host_cpu_isa();
+  // Receives each intermediate text when set: kind is "mlir" (canonical), "llvm" (optimised IR) or "asm".
+  std::function<void(std::string_view kind, std::string_view text)> dump;
+};
+
+// What was found out about an expression; the same for every backend.
+struct ModFacts {
+  ScoreClass score_class = ScoreClass::kIdentity;
+  bool has_mask = false;              // some element may be dropped
+  bool mask_reads_score = false;
+  int reads_proven = 0;               // captured reads proven in bounds
+  int reads_clamped = 0;
+  bool indices_fit_32 = true;         // every integer was narrowed to 32 bits
+  std::uint64_t hash_low = 0, hash_high = 0;  // of the canonical form: two spellings of one thing share it
+  std::string canonical_mlir;
+};
+
+// Native code of the softmax tile with one mod in it. Immutable; callable from any thread while alive.
+class CpuTile {
+ public:
+  virtual ~CpuTile() = default;
+  virtual cpu::TileFn function() const = 0;
+  // True: the tile expects scores times log2(e) (identity and affine mods). False: plain scaled scores.
+  virtual bool scores_in_log2() const = 0;
+  virtual const ModFacts& facts() const = 0;
+  virtual const PhaseTimes& phases() const = 0;  // empty of compile phases when shared with an earlier problem
+};
+
+// A failure that is not the user's: the compiler refused something it should accept, or the machine did.
+struct CompileError {
+  std::string message;
+};
+
+template <typename T>
+struct CompileResult {
+  T value{};
+  std::optional<CompileError> error;
+};
+
+// Runs the passes only.
+CompileResult<ModFacts> analyze(const ModProblem& problem, const CompileOptions& options = {});
+
+// Compiles the tile for the CPU. Deterministic; safe to call from several threads at once.
+CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,
+                                                               const CompileOptions& options = {});
+
+}  // namespace attnjit::compiler

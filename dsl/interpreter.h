@@ -1,0 +1,57 @@
+// The oracle of the language: evaluates a bound expression in double precision, element by element.
+// Shares the parser and the types with the compiler, and nothing else.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "dsl/expr.h"
+
+namespace attnjit::dsl {
+
+// A captured tensor as the interpreter reads it. Strides in elements. Indices are clamped to the extents.
+struct CaptureView {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+  int rank = 0;
+  std::int64_t extent[kMaxRank] = {};
+  std::int64_t stride[kMaxRank] = {};
+};
+
+struct Point {
+  double score = 0.0;
+  std::int64_t b = 0, h = 0, q_idx = 0, kv_idx = 0;
+};
+
+// A score_mod's value and the `keep` of language.md, "Dropped elements". value is -inf where keep is false.
+struct Element {
+  double value = 0.0;
+  bool keep = true;
+};
+
+// Reusable evaluation of one bound expression; not safe for concurrent use of one object.
+class Interpreter {
+ public:
+  Interpreter(const Expr& bound, std::span<const CaptureView> captures);
+  Element score_mod(const Point& point);
+  bool mask_mod(const Point& point);
+
+ private:
+  struct Value {
+    std::int64_t i = 0;
+    double f = 0.0;
+  };
+  void evaluate(const Point& point);
+  bool keep(NodeId id) const;
+
+  const Expr& expr_;
+  std::vector<CaptureView> captures_;
+  std::vector<Value> values_;
+};
+
+// One captured element, widened. bf16 and f16 exactly; bools as 0 or 1.
+double read_as_double(const void* data, DType dtype, std::int64_t offset);
+std::int64_t read_as_int(const void* data, DType dtype, std::int64_t offset);
+
+}  // namespace attnjit::dsl

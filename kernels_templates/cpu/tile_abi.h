@@ -1,0 +1,35 @@
+// What the run-time compiled softmax tile and the code around it agree on. Includes nothing: it is also compiled
+// freestanding to bitcode. The compiler's lowering of captured reads relies on the layout of CapturedView.
+#pragma once
+
+namespace attnjit::cpu {
+
+// Query rows side by side in one panel: the lanes of the score tile S^T[kv][q].
+inline constexpr int kPanelLanes = 32;
+// Most key rows one tile call handles.
+inline constexpr int kTileRows = 128;
+inline constexpr int kMaxCaptureRank = 5;
+
+// A captured tensor. Strides in elements; a scalar has rank 0 and only data.
+struct CapturedView {
+  const void* data;
+  long long stride[kMaxCaptureRank];
+  long long extent[kMaxCaptureRank];
+};
+
+// One panel of kPanelLanes query rows against `rows` key rows (1 to kTileRows).
+struct TileParams {
+  float* scores;   // [rows][kPanelLanes], 64-byte aligned; in: scaled scores S^T, out: unnormalised probabilities P^T
+  float* row_max;  // [kPanelLanes] running maximum of the modified scores, in log2 units; in and out
+  float* row_sum;  // [kPanelLanes] running sum of exponentials; in and out
+  float* rescale;  // [kPanelLanes] out: the factor exp2(old maximum - new maximum) that O accumulated so far needs
+  long long b, h;  // batch and query head
+  long long q_idx;   // logical query position of lane 0
+  long long kv_idx;  // logical key position of row 0
+  long long rows;
+  const CapturedView* captured;
+};
+
+using TileFn = void (*)(const TileParams*);
+
+}  // namespace attnjit::cpu

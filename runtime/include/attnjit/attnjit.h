@@ -1,0 +1,149 @@
+/* attnjit's C interface: attention whose scores pass through a compiled expression.
+ *
+ * Tensors are borrowed DLPack DLTensors; nothing is copied or owned. Every call returns a status; the message of the
+ * calling thread's last failure is attnjit_last_error(). No exception crosses this interface. A context may be used
+ * from several threads at once; a plan likewise, each call with its own workspace.
+ *
+ * Structs that may grow carry their size in `struct_size`; zero-initialise them (ATTNJIT_*_INIT). */
+#ifndef ATTNJIT_ATTNJIT_H
+#define ATTNJIT_ATTNJIT_H
+
+#include <dlpack/dlpack.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define ATTNJIT_API __attribute__((visibility("default")))
+#else
+#define ATTNJIT_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What went wrong, and whose fault it was. */
+typedef enum attnjit_status {
+  ATTNJIT_OK = 0,
+  ATTNJIT_INVALID_ARGUMENT = 1,   /* the caller's: a tensor, an option */
+  ATTNJIT_INVALID_EXPRESSION = 2, /* the caller's: the message holds line, column and a caret */
+  ATTNJIT_UNSUPPORTED = 3,        /* no permitted backend serves the problem; the message lists each with its reason */
+  ATTNJIT_OUT_OF_MEMORY = 4,
+  ATTNJIT_ENVIRONMENT = 5,        /* the machine's: a file, a library, a device */
+  ATTNJIT_INTERNAL = 6            /* ours: please report it */
+} attnjit_status;
+
+ATTNJIT_API const char* attnjit_status_name(attnjit_status status);
+/* The message of this thread's last failed call; "" when none failed. Valid until this thread's next call. */
+ATTNJIT_API const char* attnjit_last_error(void);
+/* "major.minor.patch". The soname changes with the major version (with the minor one while it is 0). */
+ATTNJIT_API const char* attnjit_version(void);
+
+/* ---- Context ---------------------------------------------------------------------------------------------------- */
+
+typedef struct attnjit_context attnjit_context;
+
+typedef struct attnjit_context_options {
+  size_t struct_size;
+  int num_threads; /* CPU threads of one call, the caller's included; 0: one per processor this process may use */
+} attnjit_context_options;
+#define ATTNJIT_CONTEXT_OPTIONS_INIT {sizeof(attnjit_context_options), 0}
+
+/* `options` may be NULL. */
+ATTNJIT_API attnjit_status attnjit_context_create(const attnjit_context_options* options, attnjit_context** context);
+/* NULL is allowed. Plans made from a context stay usable after it is destroyed. */
+ATTNJIT_API void attnjit_context_destroy(attnjit_context* context);
+
+/* Gives an expression a name that later texts may use: `name` alone, or `name(argument, ...)`. is_mask: the body is a
+ * condition that says which elements are kept. A name that is taken is refused. */
+ATTNJIT_API attnjit_status attnjit_register_mod(attnjit_context* context, const char* name,
+                                                const char* const* parameters, size_t num_parameters, const char* body,
+                                                int is_mask);
+
+/* ---- One attention call ----------------------------------------------------------------------------------------- */
+
+typedef enum attnjit_backend {
+  ATTNJIT_BACKEND_AUTO = 0, /* the fastest that serves the problem */
+  ATTNJIT_BACKEND_MATH = 1, /* eager: materialised scores, one pass per operation of the expression */
+  ATTNJIT_BACKEND_CPU = 2   /* fused, compiled for the host's processor */
+} attnjit_backend;
+ATTNJIT_API const char* attnjit_backend_name(attnjit_backend backend);
+
+/* A captured tensor (or, with ndim 0, scalar) of an expression, by the name it has there. */
+typedef struct attnjit_capture {
+  const char* name;
+  const DLTensor* tensor; /* bool, int8/16/32/64, uint8, float16, bfloat16, float32; rank 0 to 5; any strides */
+} attnjit_capture;
+
+/* The arguments of one call, the same for prepare and run.
+ *
+ * q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv), o (B, Hq, Sq, Dv); float32, float16 or bfloat16, one type
+ * for all four; Hq a multiple of Hkv; D and Dv from 1 to 256; the innermost stride 1, any others for q, k and v (0
+ * broadcasts); o must not overlap itself or an input. lse and row_max: (B, Hq, Sq) float32, or NULL. */
+typedef struct attnjit_attention {
+  size_t struct_size;
+  const char* score_mod; /* an expression or a registered name; NULL: noop */
+  const char* mask_mod;  /* a condition to keep an element, applied after score_mod; NULL: none */
+  const DLTensor* q;
+  const DLTensor* k;
+  const DLTensor* v;
+  DLTensor* o;
+  DLTensor* lse;     /* natural logarithm of the row's sum of exponentials; -inf for a fully masked row */
+  DLTensor* row_max; /* maximum of the row's modified scores; -inf for a fully masked row */
+  const attnjit_capture* captures;
+  size_t num_captures;
+  const float* scale;      /* multiplies q . k before the score_mod; NULL: 1 / sqrt(D) */
+  attnjit_backend backend; /* restricts the choice */
+} attnjit_attention;
+#define ATTNJIT_ATTENTION_INIT {sizeof(attnjit_attention), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, NULL, ATTNJIT_BACKEND_AUTO}
+
+typedef struct attnjit_plan attnjit_plan;
+
+/* Validates, picks a backend and compiles, or finds the compiled plan. Data pointers are not read and may be NULL.
+ * Threads that ask for one problem at once wait for one compile. */
+ATTNJIT_API attnjit_status attnjit_prepare(attnjit_context* context, const attnjit_attention* attention,
+                                           attnjit_plan** plan);
+ATTNJIT_API void attnjit_plan_destroy(attnjit_plan* plan); /* NULL is allowed */
+
+/* Bytes of scratch memory that one run needs, 0 included. Alignment 64. */
+ATTNJIT_API size_t attnjit_plan_workspace_size(const attnjit_plan* plan);
+ATTNJIT_API attnjit_backend attnjit_plan_backend(const attnjit_plan* plan);
+/* The plan as JSON: backend, canonical expression, hash, facts, cached or compiled, milliseconds by phase. Owned by the
+ * plan. */
+ATTNJIT_API const char* attnjit_plan_description(const attnjit_plan* plan);
+
+/* Runs a prepared plan. Shapes, strides classes, dtypes, texts and captured names must be those that were prepared;
+ * data, captured values and scale may change. Does not compile, allocate or read the environment.
+ * `workspace` may be NULL when its size is 0. `stream` is reserved and must be NULL for CPU backends. */
+ATTNJIT_API attnjit_status attnjit_run(attnjit_plan* plan, const attnjit_attention* attention, void* workspace,
+                                       size_t workspace_size, void* stream);
+
+/* ---- Checking and explaining ------------------------------------------------------------------------------------ */
+
+/* One query row of a problem. */
+typedef struct attnjit_row {
+  int64_t b, h, q_idx;
+} attnjit_row;
+
+/* The double-precision oracle, from the same (rounded) inputs, by interpreting the expression: slow, exact.
+ * o (num_rows, Dv), lse and row_max (num_rows), any of them NULL. attention->o, lse, row_max and backend are ignored. */
+ATTNJIT_API attnjit_status attnjit_reference(attnjit_context* context, const attnjit_attention* attention,
+                                             const attnjit_row* rows, size_t num_rows, double* o, double* lse,
+                                             double* row_max);
+
+/* What the compiler makes of a problem, as JSON: canonical text, hash, types, facts, and, for a non-zero `dump`, MLIR,
+ * LLVM IR and assembly. Free it with attnjit_free. */
+ATTNJIT_API attnjit_status attnjit_explain(attnjit_context* context, const attnjit_attention* attention, int dump,
+                                           char** json);
+/* Registered mods as a JSON array of {name, parameters, body, is_mask, summary}. Free it with attnjit_free. */
+ATTNJIT_API attnjit_status attnjit_list_mods(attnjit_context* context, char** json);
+/* Names that `score_mod` (and `mask_mod`, may be NULL) capture, as a JSON array of {name, rank}. */
+ATTNJIT_API attnjit_status attnjit_captures(attnjit_context* context, const char* score_mod, const char* mask_mod,
+                                            char** json);
+ATTNJIT_API void attnjit_free(char* text);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
