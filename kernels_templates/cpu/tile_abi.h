@@ -19,11 +19,11 @@ struct CapturedView {
 
 // One panel of kPanelLanes query rows against `rows` key rows (1 to kTileRows).
 struct TileParams {
-  float* scores;   // [rows][kPanelLanes], 64-byte aligned; in: scaled scores S^T, out: unnormalised probabilities P^T
-  float* row_max;  // [kPanelLanes] running maximum of the modified scores, in log2 units; in and out
-  float* row_sum;  // [kPanelLanes] running sum of exponentials; in and out
-  float* rescale;  // [kPanelLanes] out: the factor exp2(old maximum - new maximum) that O accumulated so far needs
-  long long b, h;  // batch and query head
+  float* scores;     // [rows][kPanelLanes], 64-byte aligned; in: scaled scores S^T, out: unnormalised probabilities P^T
+  float* row_max;    // [kPanelLanes] running maximum of the modified scores, in log2 units; in and out
+  float* row_sum;    // [kPanelLanes] running sum of exponentials; in and out
+  float* rescale;    // [kPanelLanes] out: the factor exp2(old maximum - new maximum) that O accumulated so far needs
+  long long b, h;    // batch and query head
   long long q_idx;   // logical query position of lane 0
   long long kv_idx;  // logical key position of row 0
   long long rows;

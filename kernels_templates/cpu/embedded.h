@@ -1,0 +1,16 @@
+// Code that travels inside the library: LLVM bitcode of the CPU templates, one per instruction set.
+#pragma once
+
+namespace attnjit::cpu {
+
+// Borrowed bytes of static storage.
+struct EmbeddedBitcode {
+  const unsigned char* data;
+  unsigned long size;
+};
+
+// The softmax tile of tile.cpp. `isa` is compiler::CpuIsa's number: 0 SSE2, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ,
+// VL), 3 AVX-512 with BF16.
+EmbeddedBitcode tile_bitcode(int isa);
+
+}  // namespace attnjit::cpu

@@ -1,0 +1,87 @@
+// The softmax tile around a score_mod: compiled once per instruction set to bitcode at build time, joined with the
+// mod's code, optimised and loaded at run time.
+//
+// The joined module must define attnjit_mod with the attribute alwaysinline. What the loops below rely on to end as
+// straight vector code is this pipeline, in this order (SLP and unrolling off):
+//   internalize(attnjit_tile), always-inline, globaldce, function(sroa<modify-cfg>, early-cse<memssa>, instcombine,
+//   loop-vectorize, sroa<modify-cfg>, early-cse<memssa>, instcombine, loop-mssa(licm))
+// on functions whose target-cpu, target-features and prefer-vector-width have been overwritten for the machine.
+#include "kernels_templates/cpu/tile_abi.h"
+
+// The modified score in log2 units; -inf where the element is dropped. `score` is what TileParams::scores holds.
+extern "C" float attnjit_mod(float score, long long b, long long h, long long q_idx, long long kv_idx,
+                             const attnjit::cpu::CapturedView* captured);
+
+namespace attnjit::cpu {
+namespace {
+
+constexpr int kWidth = ATTNJIT_VECTOR_WIDTH;
+static_assert(kPanelLanes % kWidth == 0);
+
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+typedef int IntVector __attribute__((vector_size(kWidth * sizeof(int))));
+
+// 2^x for x <= 0: 0 at and below -126 (no denormals, -inf included), NaN for NaN, exactly 1 for 0. The polynomial is
+// a degree-5 minimax fit of 2^f on [-0.5, 0.5] with the constant term held at 1; relative error below 2.4e-7.
+inline Vector exp2_nonpositive(Vector x) {
+  // Adding 1.5 * 2^23 leaves round(x) in the low bits; 127 more makes them the biased exponent of 2^round(x).
+  const float magic = 12582912.0f + 127.0f;
+  const Vector biased = x + magic;
+  const Vector f = x - (biased - magic);
+  Vector p = f * 1.32647239e-3f + 9.67151287e-3f;
+  p = p * f + 5.55073375e-2f;
+  p = p * f + 2.40222421e-1f;
+  p = p * f + 6.93146978e-1f;
+  p = p * f + 1.0f;
+  // A product, not an addition of exponents: the payload of a NaN must not reach the exponent.
+  const Vector power = (Vector)((IntVector)biased << 23);
+  return x < -126.0f ? Vector{} : p * power;
+}
+
+}  // namespace
+}  // namespace attnjit::cpu
+
+extern "C" void attnjit_tile(const attnjit::cpu::TileParams* params) {
+  using namespace attnjit::cpu;
+  const long long rows = params->rows;
+  const long long b = params->b;
+  const long long h = params->h;
+  const long long kv_idx = params->kv_idx;
+  const CapturedView* const captured = params->captured;
+  // Lanes outside, rows inside: what depends on the lane alone stays in registers over all rows.
+#pragma clang loop unroll(disable)
+  for (int first = 0; first < kPanelLanes; first += kWidth) {
+    float* const scores = params->scores + first;
+    const long long q_idx = params->q_idx + first;
+    const Vector old_max = *(const Vector*)(params->row_max + first);
+    Vector max = old_max;
+#pragma clang loop unroll(disable)
+    for (long long row = 0; row < rows; ++row) {
+      // A local array of one vector's width and a loop of that width: after inlining the mod, the vectoriser makes one
+      // vector iteration of it, and the array disappears.
+      alignas(Vector) float lane[kWidth];
+      *(Vector*)lane = *(const Vector*)(scores + row * kPanelLanes);
+#pragma clang loop vectorize(assume_safety) vectorize_width(ATTNJIT_VECTOR_WIDTH) interleave_count(1) unroll(disable)
+      for (int i = 0; i < kWidth; ++i) lane[i] = attnjit_mod(lane[i], b, h, q_idx + i, kv_idx + row, captured);
+      const Vector score = *(const Vector*)lane;
+      *(Vector*)(scores + row * kPanelLanes) = score;
+      // A NaN score loses here and shows in its exponential.
+      max = score > max ? score : max;
+    }
+    // Every element so far dropped: any finite reference makes their exponentials 0.
+    const Vector reference = max == -__builtin_inff() ? Vector{} : max;
+    const Vector rescale = exp2_nonpositive(old_max - reference);
+    Vector sum = {};
+#pragma clang loop unroll(disable)
+    for (long long row = 0; row < rows; ++row) {
+      Vector* const element = (Vector*)(scores + row * kPanelLanes);
+      const Vector p = exp2_nonpositive(*element - reference);
+      *element = p;
+      sum += p;
+    }
+    Vector* const row_sum = (Vector*)(params->row_sum + first);
+    *row_sum = *row_sum * rescale + sum;
+    *(Vector*)(params->row_max + first) = max;
+    *(Vector*)(params->rescale + first) = rescale;
+  }
+}
