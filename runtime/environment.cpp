@@ -1,0 +1,90 @@
+// Reads and checks the environment variables.
+#include "runtime/environment.h"
+
+#include <fmt/format.h>
+
+#include <array>
+#include <charconv>
+#include <cstdlib>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+namespace attnjit::runtime {
+namespace {
+
+// An empty variable counts as one that is not set.
+std::string_view variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? std::string_view(value) : std::string_view();
+}
+
+Failure refused(std::string_view name, std::string_view value, std::string_view allowed) {
+  return {ATTNJIT_ENVIRONMENT, fmt::format("{} is '{}'; allowed: {}", name, value, allowed)};
+}
+
+constexpr std::array<std::pair<std::string_view, LogLevel>, 6> kLogLevels = {{
+    {"off", LogLevel::kOff},
+    {"error", LogLevel::kError},
+    {"warn", LogLevel::kWarn},
+    {"info", LogLevel::kInfo},
+    {"debug", LogLevel::kDebug},
+    {"trace", LogLevel::kTrace},
+}};
+
+constexpr std::array<std::pair<std::string_view, compiler::CpuIsa>, 4> kCpuIsas = {{
+    {"sse2", compiler::CpuIsa::kSse2},
+    {"avx2", compiler::CpuIsa::kAvx2},
+    {"avx512", compiler::CpuIsa::kAvx512},
+    {"avx512bf16", compiler::CpuIsa::kAvx512Bf16},
+}};
+
+// The row of `table` named `value`, or null.
+template <typename T, std::size_t N>
+const T* lookup(const std::array<std::pair<std::string_view, T>, N>& table, std::string_view value) {
+  for (const auto& [name, entry] : table) {
+    if (name == value) return &entry;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+Result<Environment> read_environment() {
+  Environment environment;
+  if (const std::string_view value = variable("ATTNJIT_LOG"); !value.empty()) {
+    const LogLevel* level = lookup(kLogLevels, value);
+    if (!level) return refused("ATTNJIT_LOG", value, "off, error, warn, info, debug, trace");
+    environment.log = *level;
+  }
+  for (std::string_view rest = variable("ATTNJIT_DUMP"); !rest.empty();) {
+    const std::size_t comma = rest.find(',');
+    const std::string_view kind = rest.substr(0, comma);
+    rest = comma == std::string_view::npos ? std::string_view() : rest.substr(comma + 1);
+    if (kind == "mlir") {
+      environment.dump_mlir = true;
+    } else if (kind == "llvm") {
+      environment.dump_llvm = true;
+    } else if (kind == "asm") {
+      environment.dump_asm = true;
+    } else {
+      return refused("ATTNJIT_DUMP", variable("ATTNJIT_DUMP"), "a comma-separated list of mlir, llvm, asm");
+    }
+  }
+  if (const std::string_view value = variable("ATTNJIT_DUMP_DIR"); !value.empty()) environment.dump_dir = value;
+  if (const std::string_view value = variable("ATTNJIT_NUM_THREADS"); !value.empty()) {
+    const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), environment.num_threads);
+    if (error != std::errc() || end != value.data() + value.size() || environment.num_threads < 1 ||
+        environment.num_threads > kMaxThreads) {
+      return refused("ATTNJIT_NUM_THREADS", value, fmt::format("a whole number from 1 to {}", kMaxThreads));
+    }
+  }
+  if (const std::string_view value = variable("ATTNJIT_CPU_ISA"); !value.empty()) {
+    const compiler::CpuIsa* isa = lookup(kCpuIsas, value);
+    if (!isa) return refused("ATTNJIT_CPU_ISA", value, "sse2, avx2, avx512, avx512bf16");
+    environment.cpu_isa = *isa;
+  }
+  return environment;
+}
+
+}  // namespace attnjit::runtime

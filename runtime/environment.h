@@ -1,0 +1,29 @@
+// The environment variables of the library: every one there is, read once when a context is created.
+// docs/environment.md is the table for users.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "compiler/compiler.h"
+#include "runtime/logging.h"
+#include "runtime/status.h"
+
+namespace attnjit::runtime {
+
+struct Environment {
+  LogLevel log = LogLevel::kOff;  // ATTNJIT_LOG: off, error, warn, info, debug, trace
+  bool dump_mlir = false;         // ATTNJIT_DUMP: comma list of mlir, llvm, asm
+  bool dump_llvm = false;
+  bool dump_asm = false;
+  std::string dump_dir = ".";               // ATTNJIT_DUMP_DIR: created when missing
+  int num_threads = 0;                      // ATTNJIT_NUM_THREADS: 1 to kMaxThreads; 0: not set
+  std::optional<compiler::CpuIsa> cpu_isa;  // ATTNJIT_CPU_ISA: sse2, avx2, avx512, avx512bf16; nothing: the host's
+};
+
+inline constexpr int kMaxThreads = 1024;
+
+// Reads the process's environment. A value that is not allowed is an ATTNJIT_ENVIRONMENT failure that names it.
+Result<Environment> read_environment();
+
+}  // namespace attnjit::runtime

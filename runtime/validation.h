@@ -1,0 +1,77 @@
+// Checks the arguments of a call and turns them into what backends are given. Allocates only to report a failure.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <type_traits>
+
+#include "compiler/compiler.h"
+#include "dsl/expr.h"
+#include "runtime/forward.h"
+#include "runtime/status.h"
+
+namespace attnjit::runtime {
+
+inline constexpr std::int64_t kMaxHeadDim = 256;
+inline constexpr std::int64_t kMaxExtent = INT32_MAX;  // of any dimension of any tensor
+inline constexpr std::size_t kWorkspaceAlignment = 64;
+
+// What of a call a plan depends on, in plain bytes without padding: equal bytes, same plan.
+struct Signature {
+  struct Capture {
+    std::int64_t extent[dsl::kMaxRank] = {};
+    std::uint8_t dtype = 0;  // dsl::DType
+    std::uint8_t rank = 0;
+    std::uint8_t stride_class[dsl::kMaxRank] = {};  // compiler::StrideClass
+    std::uint8_t unused = 0;
+  };
+  std::int64_t batch = 0, num_heads = 0, num_heads_kv = 0;
+  std::int64_t seqlen_q = 0, seqlen_kv = 0;
+  std::int64_t head_dim = 0, head_dim_v = 0;
+  std::uint8_t dtype = 0;                                             // dsl::DType of q, k, v and o
+  std::uint8_t backend = 0;                                           // attnjit_backend, as asked for
+  std::uint8_t has_lse = 0, has_row_max = 0;                          // outputs wanted
+  std::uint8_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // compiler::StrideClass, all but the innermost
+  std::uint8_t num_captures = 0;
+  std::uint8_t unused[2] = {};
+  Capture captures[dsl::kMaxCaptures] = {};  // sorted by name
+};
+static_assert(std::has_unique_object_representations_v<Signature>);
+bool operator==(const Signature& a, const Signature& b);
+
+// How much a call has to bring.
+enum class Purpose : std::uint8_t {
+  kPrepare,    // inputs and outputs; data pointers are not looked at
+  kExplain,    // inputs only; data pointers are not looked at
+  kReference,  // inputs with data
+  kRun,        // inputs and outputs with data, which may not overlap
+};
+
+// A checked call. forward.captures points into this object: it stays where it is.
+struct CheckedCall {
+  CheckedCall() = default;
+  CheckedCall(const CheckedCall&) = delete;
+  CheckedCall& operator=(const CheckedCall&) = delete;
+
+  Signature signature;
+  ForwardCall forward;
+  dsl::CaptureView captures[dsl::kMaxCaptures];       // sorted by name, as in the signature
+  const char* capture_names[dsl::kMaxCaptures] = {};  // the caller's strings
+
+  // Bytes that the tensors of a kRun call reach over.
+  struct Memory {
+    std::string_view name;
+    const char* begin = nullptr;
+    const char* end = nullptr;
+  };
+  Memory memory[6 + dsl::kMaxCaptures];
+  std::size_t num_memory = 0;
+};
+
+Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCall* call);
+
+// `call` was checked as kRun. The workspace is aligned, large enough, and apart from every tensor.
+Check check_workspace(const CheckedCall& call, const void* workspace, std::size_t size, std::size_t needed);
+
+}  // namespace attnjit::runtime
