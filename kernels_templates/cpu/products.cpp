@@ -1,0 +1,344 @@
+// The products, conversions and transposes of products.h, in vector extensions that clang and GCC share. Compiled once
+// per instruction set: ATTNJIT_PRODUCTS is the table's name, ATTNJIT_VECTOR_WIDTH the set's vector in floats.
+#include "kernels_templates/cpu/products.h"
+
+#ifdef __clang__
+#define ATTNJIT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ATTNJIT_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace attnjit::cpu {
+namespace {
+
+constexpr int kWidth = ATTNJIT_VECTOR_WIDTH;
+
+typedef float Vector __attribute__((vector_size(kWidth * 4), may_alias));
+typedef unsigned int UintVector __attribute__((vector_size(kWidth * 4), may_alias));
+typedef unsigned short HalfVector __attribute__((vector_size(kWidth * 2), may_alias));
+typedef float Quad __attribute__((vector_size(16), may_alias));
+
+template <typename T>
+inline T load(const void* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+template <typename T>
+inline void store(void* p, T value) {
+  __builtin_memcpy(p, &value, sizeof(T));
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+// Register blocks, chosen by measurement (bench/notes.md, "CPU kernels"): kBlock rows by kColumns vectors of
+// accumulators, one broadcast register per row and one for the lanes. AVX-512 has 32 registers, the others 16.
+#if ATTNJIT_VECTOR_WIDTH == 16
+constexpr int kColumns = 2;
+constexpr int kBlock = 8;
+#elif ATTNJIT_VECTOR_WIDTH == 8
+constexpr int kColumns = 4;
+constexpr int kBlock = 3;
+#else
+constexpr int kColumns = 4;
+constexpr int kBlock = 2;
+#endif
+constexpr int kGroup = kColumns * kWidth;  // lanes of one block
+static_assert(kPanelLanes % kGroup == 0);
+
+// acc[r][c] += a[r * row_stride + i * step] * lanes[i][c], i < depth.
+template <int kRows>
+inline void accumulate(const float* a, long long row_stride, long long step, const float* lanes, long long depth,
+                       Vector (&acc)[kRows][kColumns]) {
+  for (long long i = 0; i < depth; ++i) {
+    Vector broadcast[kRows];
+    ATTNJIT_UNROLL
+    for (int r = 0; r < kRows; ++r) broadcast[r] = a[r * row_stride + i * step] - Vector{};
+    ATTNJIT_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const Vector lane = *(const Vector*)(lanes + i * kPanelLanes + c * kWidth);
+      ATTNJIT_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][c] += broadcast[r] * lane;
+    }
+  }
+}
+
+template <int kRows>
+void qk_block(const float* k, long long k_stride, long long depth, const float* queries, float* scores) {
+  Vector acc[kRows][kColumns] = {};
+  accumulate<kRows>(k, k_stride, 1, queries, depth, acc);
+  ATTNJIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    ATTNJIT_UNROLL
+    for (int c = 0; c < kColumns; ++c) *(Vector*)(scores + r * kPanelLanes + c * kWidth) = acc[r][c];
+  }
+}
+
+// The last rows, fewer than kRows + 1.
+template <int kRows>
+void qk_rest(const float* k, long long k_stride, long long rows, long long depth, const float* queries, float* scores) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      qk_block<kRows>(k, k_stride, depth, queries, scores);
+    } else {
+      qk_rest<kRows - 1>(k, k_stride, rows, depth, queries, scores);
+    }
+  }
+}
+
+void qk(const float* k, long long k_stride, long long rows, long long depth, const float* queries, float* scores) {
+  for (int lane = 0; lane < kPanelLanes; lane += kGroup) {
+    long long row = 0;
+    for (; row + kBlock <= rows; row += kBlock) {
+      qk_block<kBlock>(k + row * k_stride, k_stride, depth, queries + lane, scores + row * kPanelLanes + lane);
+    }
+    qk_rest<kBlock - 1>(k + row * k_stride, k_stride, rows - row, depth, queries + lane,
+                        scores + row * kPanelLanes + lane);
+  }
+}
+
+template <int kRows>
+void pv_block(const float* v, long long v_stride, long long rows, const float* weights, const float* rescale,
+              float* out) {
+  Vector acc[kRows][kColumns];
+  ATTNJIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    ATTNJIT_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      acc[r][c] = *(const Vector*)(out + r * kPanelLanes + c * kWidth) * *(const Vector*)(rescale + c * kWidth);
+    }
+  }
+  accumulate<kRows>(v, 1, v_stride, weights, rows, acc);
+  ATTNJIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    ATTNJIT_UNROLL
+    for (int c = 0; c < kColumns; ++c) *(Vector*)(out + r * kPanelLanes + c * kWidth) = acc[r][c];
+  }
+}
+
+template <int kRows>
+void pv_rest(const float* v, long long v_stride, long long rows, long long width, const float* weights,
+             const float* rescale, float* out) {
+  if constexpr (kRows > 0) {
+    if (width == kRows) {
+      pv_block<kRows>(v, v_stride, rows, weights, rescale, out);
+    } else {
+      pv_rest<kRows - 1>(v, v_stride, rows, width, weights, rescale, out);
+    }
+  }
+}
+
+void pv(const float* v, long long v_stride, long long rows, long long width, const float* weights, const float* rescale,
+        float* out) {
+  for (int lane = 0; lane < kPanelLanes; lane += kGroup) {
+    long long i = 0;
+    for (; i + kBlock <= width; i += kBlock) {
+      pv_block<kBlock>(v + i, v_stride, rows, weights + lane, rescale + lane, out + i * kPanelLanes + lane);
+    }
+    pv_rest<kBlock - 1>(v + i, v_stride, rows, width - i, weights + lane, rescale + lane, out + i * kPanelLanes + lane);
+  }
+}
+
+// ---- Conversions ----------------------------------------------------------------------------------------------------
+
+inline Vector widen_bf16(HalfVector in) { return (Vector)(__builtin_convertvector(in, UintVector) << 16); }
+
+// Bits as one of two by a comparison's lanes (all ones or all zeros).
+inline UintVector choose(UintVector mask, UintVector yes, UintVector no) { return (mask & yes) | (~mask & no); }
+
+// Nearest even; a NaN keeps its sign and the upper payload and becomes quiet.
+inline HalfVector narrow_bf16(Vector in) {
+  const UintVector bits = (UintVector)in;
+  const UintVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UintVector nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector(choose((UintVector)((bits & 0x7fffffff) > 0x7f800000), nan, rounded), HalfVector);
+}
+
+#ifdef __F16C__
+
+typedef short EightHalves __attribute__((vector_size(16)));
+typedef float EightFloats __attribute__((vector_size(32)));
+
+// Clang knows the widening instruction as a plain conversion only, GCC as a builtin only.
+inline EightFloats widen_eight(EightHalves in) {
+#ifdef __clang__
+  typedef _Float16 EightFloat16 __attribute__((vector_size(16)));
+  return __builtin_convertvector((EightFloat16)in, EightFloats);
+#else
+  return __builtin_ia32_vcvtph2ps256(in);
+#endif
+}
+
+inline Vector widen_f16(HalfVector in) {
+  Vector out;
+  ATTNJIT_UNROLL
+  for (int i = 0; i < kWidth; i += 8) {
+    const EightFloats part = widen_eight(load<EightHalves>((const char*)&in + i * 2));
+    __builtin_memcpy((char*)&out + i * 4, &part, 32);
+  }
+  return out;
+}
+
+inline HalfVector narrow_f16(Vector in) {
+  HalfVector out;
+  ATTNJIT_UNROLL
+  for (int i = 0; i < kWidth; i += 8) {
+    const EightHalves part = __builtin_ia32_vcvtps2ph256(load<EightFloats>((const char*)&in + i * 4), 0);
+    __builtin_memcpy((char*)&out + i * 2, &part, 16);
+  }
+  return out;
+}
+
+#else
+
+inline Vector widen_f16(HalfVector in) {
+  typedef int IntVector __attribute__((vector_size(kWidth * 4)));
+  const UintVector bits = __builtin_convertvector(in, UintVector);
+  const UintVector magnitude = bits & 0x7fff;
+  const UintVector normal = (magnitude << 13) + (112u << 23);
+  const UintVector special = (magnitude << 13) + (224u << 23);
+  // Through an integer: the shifted bits would be a denormal, which the caller's mode may flush.
+  const UintVector tiny = (UintVector)(__builtin_convertvector((IntVector)magnitude, Vector) * 0x1p-24f);
+  UintVector out = choose((UintVector)(magnitude < 0x400), tiny, normal);
+  out = choose((UintVector)(magnitude >= 0x7c00), special, out);
+  return (Vector)(out | ((bits & 0x8000) << 16));
+}
+
+inline HalfVector narrow_f16(Vector in) {
+  const UintVector bits = (UintVector)in;
+  const UintVector magnitude = bits & 0x7fffffff;
+  const UintVector normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // The sum's last place is the half's: 2^-24.
+  const UintVector tiny = (UintVector)((Vector)magnitude + 0.5f) - 0x3f000000;
+  UintVector out = choose((UintVector)(magnitude < 0x38800000), tiny, normal);
+  out = choose((UintVector)(magnitude >= 0x477ff000), UintVector{} + 0x7c00, out);  // 65520 rounds to infinity
+  out = choose((UintVector)(magnitude > 0x7f800000), 0x7e00 | ((magnitude >> 13) & 0x3ff), out);
+  return __builtin_convertvector(out | ((bits >> 16) & 0x8000), HalfVector);
+}
+
+#endif
+
+template <Storage kStorage>
+inline Vector widen_one(HalfVector in) {
+  return kStorage == Storage::kBF16 ? widen_bf16(in) : widen_f16(in);
+}
+
+template <Storage kStorage>
+void widen_row(const unsigned short* in, long long width, float* out) {
+  long long i = 0;
+  for (; i + kWidth <= width; i += kWidth) store(out + i, widen_one<kStorage>(load<HalfVector>(in + i)));
+  if (i < width) {
+    HalfVector rest = {};
+    __builtin_memcpy(&rest, in + i, (unsigned long)(width - i) * 2);
+    const Vector wide = widen_one<kStorage>(rest);
+    __builtin_memcpy(out + i, &wide, (unsigned long)(width - i) * 4);
+  }
+}
+
+template <Storage kStorage>
+void narrow_row(const float* in, long long width, unsigned short* out) {
+  const auto narrow = [](Vector value) { return kStorage == Storage::kBF16 ? narrow_bf16(value) : narrow_f16(value); };
+  long long i = 0;
+  for (; i + kWidth <= width; i += kWidth) store(out + i, narrow(load<Vector>(in + i)));
+  if (i < width) {
+    Vector rest = {};
+    __builtin_memcpy(&rest, in + i, (unsigned long)(width - i) * 4);
+    const HalfVector half = narrow(rest);
+    __builtin_memcpy(out + i, &half, (unsigned long)(width - i) * 2);
+  }
+}
+
+void widen(const void* in, Storage storage, long long in_stride, long long rows, long long width, float* out,
+           long long out_stride) {
+  for (long long row = 0; row < rows; ++row) {
+    switch (storage) {
+      case Storage::kF32:
+        __builtin_memcpy(out + row * out_stride, (const float*)in + row * in_stride, (unsigned long)width * 4);
+        break;
+      case Storage::kF16:
+        widen_row<Storage::kF16>((const unsigned short*)in + row * in_stride, width, out + row * out_stride);
+        break;
+      case Storage::kBF16:
+        widen_row<Storage::kBF16>((const unsigned short*)in + row * in_stride, width, out + row * out_stride);
+        break;
+    }
+  }
+}
+
+// ---- Panels ---------------------------------------------------------------------------------------------------------
+
+inline void transpose(Quad (&m)[4]) {
+  const Quad a = __builtin_shufflevector(m[0], m[1], 0, 4, 1, 5);
+  const Quad b = __builtin_shufflevector(m[2], m[3], 0, 4, 1, 5);
+  const Quad c = __builtin_shufflevector(m[0], m[1], 2, 6, 3, 7);
+  const Quad d = __builtin_shufflevector(m[2], m[3], 2, 6, 3, 7);
+  m[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  m[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  m[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  m[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+void load_panel(const void* in, Storage storage, long long in_stride, long long lanes, long long width, float factor,
+                float* panel) {
+  const long long size = storage == Storage::kF32 ? 4 : 2;
+  for (int lane = 0; lane < kPanelLanes; lane += 4) {
+    alignas(16) float rows[4][kMaxHeadDim];
+    for (int r = 0; r < 4; ++r) {
+      if (lane + r < lanes) {
+        widen((const char*)in + (lane + r) * in_stride * size, storage, 0, 1, width, rows[r], 0);
+      } else {
+        __builtin_memset(rows[r], 0, (unsigned long)width * 4);
+      }
+    }
+    long long i = 0;
+    for (; i + 4 <= width; i += 4) {
+      Quad m[4] = {*(Quad*)(rows[0] + i), *(Quad*)(rows[1] + i), *(Quad*)(rows[2] + i), *(Quad*)(rows[3] + i)};
+      transpose(m);
+      for (int r = 0; r < 4; ++r) *(Quad*)(panel + (i + r) * kPanelLanes + lane) = m[r] * factor;
+    }
+    for (; i < width; ++i) {
+      for (int r = 0; r < 4; ++r) panel[i * kPanelLanes + lane + r] = rows[r][i] * factor;
+    }
+  }
+}
+
+void store_panel(const float* panel, const float* factor, long long first, long long lanes, long long width, void* out,
+                 Storage storage, long long out_stride) {
+  for (long long lane = first & ~3LL; lane < lanes; lane += 4) {
+    alignas(16) float rows[4][kMaxHeadDim];
+    const Quad scale = *(const Quad*)(factor + lane);
+    long long i = 0;
+    for (; i + 4 <= width; i += 4) {
+      Quad m[4];
+      for (int r = 0; r < 4; ++r) m[r] = *(const Quad*)(panel + (i + r) * kPanelLanes + lane) * scale;
+      transpose(m);
+      for (int r = 0; r < 4; ++r) *(Quad*)(rows[r] + i) = m[r];
+    }
+    for (; i < width; ++i) {
+      for (int r = 0; r < 4; ++r) rows[r][i] = panel[i * kPanelLanes + lane + r] * scale[r];
+    }
+    for (int r = 0; r < 4; ++r) {
+      const long long row = lane + r;
+      if (row < first || row >= lanes) continue;
+      switch (storage) {
+        case Storage::kF32:
+          __builtin_memcpy((float*)out + row * out_stride, rows[r], (unsigned long)width * 4);
+          break;
+        case Storage::kF16:
+          narrow_row<Storage::kF16>(rows[r], width, (unsigned short*)out + row * out_stride);
+          break;
+        case Storage::kBF16:
+          narrow_row<Storage::kBF16>(rows[r], width, (unsigned short*)out + row * out_stride);
+          break;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Products ATTNJIT_PRODUCTS;
+const Products ATTNJIT_PRODUCTS = {qk, pv, widen, load_panel, store_panel};
+
+}  // namespace attnjit::cpu

@@ -1,0 +1,38 @@
+// Native vector code around the softmax tile: both matrix products of a panel, conversions and transposes. Built once
+// per instruction set; the caller picks the table that the machine can run.
+#pragma once
+
+#include "kernels_templates/cpu/tile_abi.h"
+
+namespace attnjit::cpu {
+
+// Element types that conversions read and write.
+enum class Storage : unsigned char { kF32, kF16, kBF16 };
+
+// Everything is fp32 unless a Storage says otherwise; strides in elements; "panel" arrays are [n][kPanelLanes], 64-byte
+// aligned; nothing else needs alignment.
+struct Products {
+  // scores[row][lane] = sum over i < depth of k[row * k_stride + i] * queries[i][lane]. Overwrites `scores`.
+  void (*qk)(const float* k, long long k_stride, long long rows, long long depth, const float* queries, float* scores);
+  // out[i][lane] = out[i][lane] * rescale[lane] + sum over row < rows of v[row * v_stride + i] * weights[row][lane],
+  // for i < width.
+  void (*pv)(const float* v, long long v_stride, long long rows, long long width, const float* weights,
+             const float* rescale, float* out);
+  // out[row * out_stride + i] = in[row * in_stride + i], widened.
+  void (*widen)(const void* in, Storage storage, long long in_stride, long long rows, long long width, float* out,
+                long long out_stride);
+  // panel[i][lane] = in[lane * in_stride + i] * factor for lane < lanes, 0 for the others; i < width <= kMaxHeadDim.
+  void (*load_panel)(const void* in, Storage storage, long long in_stride, long long lanes, long long width,
+                     float factor, float* panel);
+  // out[lane * out_stride + i] = panel[i][lane] * factor[lane], rounded to nearest even, for first <= lane < lanes;
+  // i < width <= kMaxHeadDim.
+  void (*store_panel)(const float* panel, const float* factor, long long first, long long lanes, long long width,
+                      void* out, Storage storage, long long out_stride);
+};
+
+inline constexpr int kMaxHeadDim = 256;
+
+// `isa` is compiler::CpuIsa's number; see embedded.h.
+const Products& products(int isa);
+
+}  // namespace attnjit::cpu
