@@ -1,0 +1,70 @@
+// The C interface as the tool uses it.
+#include "bench/api.h"
+
+#include <fmt/format.h>
+
+namespace attnjit::tool {
+
+namespace {
+
+// Takes the text that the library allocated.
+nlohmann::ordered_json take_json(char* text) {
+  const std::unique_ptr<char, decltype(&attnjit_free)> owned(text, attnjit_free);
+  return nlohmann::ordered_json::parse(text);
+}
+
+}  // namespace
+
+Fault fault_of(attnjit_status status) {
+  switch (status) {
+    case ATTNJIT_INVALID_ARGUMENT:
+    case ATTNJIT_INVALID_EXPRESSION:
+    case ATTNJIT_UNSUPPORTED:
+      return Fault::kUser;
+    case ATTNJIT_OUT_OF_MEMORY:
+    case ATTNJIT_ENVIRONMENT:
+      return Fault::kEnvironment;
+    default:
+      return Fault::kInternal;
+  }
+}
+
+void check(attnjit_status status) {
+  if (status != ATTNJIT_OK) throw Failure(fault_of(status), attnjit_last_error());
+}
+
+ContextPtr make_context(int threads) {
+  attnjit_context_options options = ATTNJIT_CONTEXT_OPTIONS_INIT;
+  options.num_threads = threads;
+  attnjit_context* context = nullptr;
+  check(attnjit_context_create(&options, &context));
+  return ContextPtr(context);
+}
+
+PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention) {
+  attnjit_plan* plan = nullptr;
+  check(attnjit_prepare(context, &attention, &plan));
+  return PlanPtr(plan);
+}
+
+nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump) {
+  char* text = nullptr;
+  check(attnjit_explain(context, &attention, dump ? 1 : 0, &text));
+  return take_json(text);
+}
+
+nlohmann::ordered_json list_mods(attnjit_context* context) {
+  char* text = nullptr;
+  check(attnjit_list_mods(context, &text));
+  return take_json(text);
+}
+
+std::vector<CapturedName> captured_names(attnjit_context* context, const char* score_mod, const char* mask_mod) {
+  char* text = nullptr;
+  check(attnjit_captures(context, score_mod, mask_mod, &text));
+  std::vector<CapturedName> names;
+  for (const auto& row : take_json(text)) names.push_back({row.at("name"), row.at("rank")});
+  return names;
+}
+
+}  // namespace attnjit::tool

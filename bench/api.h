@@ -1,0 +1,43 @@
+// The C interface as the tool uses it: owned handles, and a Failure for every status that is not OK.
+#pragma once
+
+#include <attnjit/attnjit.h>
+
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "bench/failure.h"
+
+namespace attnjit::tool {
+
+// Whose fault a status is. A problem that no backend serves is the user's: they asked for it.
+Fault fault_of(attnjit_status status);
+// Throws a Failure with the library's message.
+void check(attnjit_status status);
+
+struct ContextDelete {
+  void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
+};
+using ContextPtr = std::unique_ptr<attnjit_context, ContextDelete>;
+// threads 0: one per processor.
+ContextPtr make_context(int threads);
+
+struct PlanDelete {
+  void operator()(attnjit_plan* plan) const { attnjit_plan_destroy(plan); }
+};
+using PlanPtr = std::unique_ptr<attnjit_plan, PlanDelete>;
+PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention);
+
+nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump);
+nlohmann::ordered_json list_mods(attnjit_context* context);
+
+// A name that an expression captures.
+struct CapturedName {
+  std::string name;
+  int rank = 0;
+};
+// Either text may be null.
+std::vector<CapturedName> captured_names(attnjit_context* context, const char* score_mod, const char* mask_mod);
+
+}  // namespace attnjit::tool

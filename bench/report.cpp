@@ -1,0 +1,277 @@
+// The report of a sweep.
+#include "bench/report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+namespace attnjit::tool {
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::string_view kShapeName = "shape(B,Hq,M,Hkv,N,D)";
+
+struct Summary {
+  double geometric = 0.0, arithmetic = 0.0;
+  const Cell* max = nullptr;
+  const Cell* min = nullptr;
+};
+
+// Of the cells that are right: a wrong result's speed is no speedup.
+std::optional<Summary> summary_of(const Report& report) {
+  std::vector<double> speedups;
+  Summary summary;
+  for (const Cell& cell : report.cells) {
+    if (!cell.verdict.ok) continue;
+    speedups.push_back(cell.speedup());
+    if (summary.max == nullptr || cell.speedup() > summary.max->speedup()) summary.max = &cell;
+    if (summary.min == nullptr || cell.speedup() < summary.min->speedup()) summary.min = &cell;
+  }
+  if (speedups.empty()) return std::nullopt;
+  summary.geometric = geometric_mean(speedups);
+  summary.arithmetic = arithmetic_mean(speedups);
+  return summary;
+}
+
+std::size_t num_wrong(const Report& report) {
+  return static_cast<std::size_t>(std::ranges::count_if(report.cells, [](const Cell& c) { return !c.verdict.ok; }));
+}
+
+std::string timing(const Timing& t) { return fmt::format("{:.3f} [{:.3f}..{:.3f}]", t.median, t.min, t.max); }
+
+// A bar would end the cell.
+std::string escape_bars(const std::string& text) {
+  std::string escaped;
+  for (char c : text) {
+    if (c == '|') escaped += '\\';
+    escaped += c == '\n' ? ' ' : c;
+  }
+  return escaped;
+}
+
+std::string csv_field(const std::string& text) {
+  if (text.find_first_of(",\"\n\r") == std::string::npos) return text;
+  std::string field = "\"";
+  for (char c : text) {
+    if (c == '"') field += '"';
+    field += c;
+  }
+  return field + "\"";
+}
+
+std::string csv_line(const std::vector<std::string>& fields) {
+  std::string line;
+  for (const std::string& field : fields) {
+    if (!line.empty()) line += ',';
+    line += csv_field(field);
+  }
+  return line + "\n";
+}
+
+// JSON has no infinity; the field is null and `pass` says the rest.
+Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
+
+std::string verdict_text(const Verdict& verdict) { return verdict.ok ? "pass" : "WRONG"; }
+
+std::string github_report(const Report& report) {
+  std::string text;
+  for (const auto& [name, value] : report.header) text += fmt::format("{}: {}\n", name, value);
+  text += "\n";
+
+  std::vector<std::vector<std::string>> rows;
+  for (const Cell& cell : report.cells) {
+    rows.push_back({escape_bars(cell.mod), cell.shape.text(), cell.dtype, timing(cell.eager), timing(cell.compiled),
+                    fmt::format("{:.3f}", cell.speedup()), fmt::format("{:.3f}", cell.tflops()),
+                    fmt::format("{:.2e}", cell.verdict.max_error),
+                    fmt::format("{:.3f}", std::max(cell.verdict.o_of_bound, cell.verdict.lse_of_bound)),
+                    verdict_text(cell.verdict)});
+  }
+  text += github_table({"score_mod", std::string(kShapeName), "dtype", "fwd_eager_time (ms)", "fwd_compiled_time (ms)",
+                        "fwd_speedup", "TFLOP/s", "max error", "of bound", "check"},
+                       {false, false, false, true, true, true, true, true, true, false}, rows);
+
+  if (const std::optional<Summary> summary = summary_of(report)) {
+    rows = {{"Average (geometric)", fmt::format("{:.3f}", summary->geometric), "", "", ""},
+            {"Average (arithmetic)", fmt::format("{:.3f}", summary->arithmetic), "", "", ""}};
+    for (const auto& [name, cell] : {std::pair("Max", summary->max), std::pair("Min", summary->min)}) {
+      rows.push_back(
+          {name, fmt::format("{:.3f}", cell->speedup()), escape_bars(cell->mod), cell->shape.text(), cell->dtype});
+    }
+    text += "\nForward speedups\n\n";
+    text += github_table({"Type", "Speedup", "score_mod", std::string(kShapeName), "dtype"},
+                         {false, true, false, false, false}, rows);
+  }
+
+  rows.clear();
+  for (const CompileRow& row : report.compiles) {
+    rows.push_back({escape_bars(row.mod), fmt::format("{:.2f}", row.cold),
+                    row.new_shape > 0 ? fmt::format("{:.2f}", row.new_shape) : "-", fmt::format("{:.4f}", row.cached),
+                    fmt::format("{}", row.prepared), fmt::format("{}", row.compiles)});
+  }
+  text += "\nCompile time\n\n";
+  text += github_table({"score_mod", "cold (ms)", "further shape (ms)", "cached (ms)", "shapes", "compiles"},
+                       {false, true, true, true, true, true}, rows);
+
+  if (const std::size_t wrong = num_wrong(report)) {
+    text += fmt::format("\n{} of {} cells are WRONG (left out of the averages):\n", wrong, report.cells.size());
+    for (const Cell& cell : report.cells) {
+      if (cell.verdict.ok) continue;
+      text += fmt::format("- {} {} {}: {}\n", cell.mod, cell.shape.text(), cell.dtype, cell.verdict.why);
+    }
+  } else {
+    text += fmt::format("\nAll {} cells pass.\n", report.cells.size());
+  }
+  return text;
+}
+
+std::string csv_report(const Report& report) {
+  std::string text;
+  for (const auto& [name, value] : report.header) text += fmt::format("# {}: {}\n", name, value);
+  text += csv_line(
+      {"score_mod",       "batch",   "heads_q",  "seqlen_q",     "heads_kv",     "seqlen_kv",    "head_dim",
+       "dtype",           "backend", "eager_ms", "eager_min_ms", "eager_max_ms", "compiled_ms",  "compiled_min_ms",
+       "compiled_max_ms", "speedup", "tflops",   "max_error",    "o_of_bound",   "lse_of_bound", "pass"});
+  const auto number = [](double value) { return fmt::format("{:.6g}", value); };
+  for (const Cell& cell : report.cells) {
+    const Shape& s = cell.shape;
+    text += csv_line({cell.mod,
+                      fmt::to_string(s.batch),
+                      fmt::to_string(s.heads_q),
+                      fmt::to_string(s.seqlen_q),
+                      fmt::to_string(s.heads_kv),
+                      fmt::to_string(s.seqlen_kv),
+                      fmt::to_string(s.head_dim),
+                      cell.dtype,
+                      cell.backend,
+                      number(cell.eager.median),
+                      number(cell.eager.min),
+                      number(cell.eager.max),
+                      number(cell.compiled.median),
+                      number(cell.compiled.min),
+                      number(cell.compiled.max),
+                      number(cell.speedup()),
+                      number(cell.tflops()),
+                      number(cell.verdict.max_error),
+                      number(cell.verdict.o_of_bound),
+                      number(cell.verdict.lse_of_bound),
+                      cell.verdict.ok ? "true" : "false"});
+  }
+  return text;
+}
+
+std::string json_report(const Report& report) {
+  Json root;
+  for (const auto& [name, value] : report.header) root["header"][name] = value;
+  const auto json_timing = [](const Timing& t) { return Json{{"median", t.median}, {"min", t.min}, {"max", t.max}}; };
+  const auto json_config = [](const Cell& cell) {
+    const Shape& s = cell.shape;
+    return Json{{"score_mod", cell.mod},
+                {"shape",
+                 {{"batch", s.batch},
+                  {"heads_q", s.heads_q},
+                  {"seqlen_q", s.seqlen_q},
+                  {"heads_kv", s.heads_kv},
+                  {"seqlen_kv", s.seqlen_kv},
+                  {"head_dim", s.head_dim}}},
+                {"dtype", cell.dtype}};
+  };
+  root["cells"] = Json::array();
+  for (const Cell& cell : report.cells) {
+    Json row = json_config(cell);
+    row["backend"] = cell.backend;
+    row["eager_ms"] = json_timing(cell.eager);
+    row["compiled_ms"] = json_timing(cell.compiled);
+    row["speedup"] = cell.speedup();
+    row["tflops"] = cell.tflops();
+    row["max_error"] = number(cell.verdict.max_error);
+    row["o_of_bound"] = number(cell.verdict.o_of_bound);
+    row["lse_of_bound"] = number(cell.verdict.lse_of_bound);
+    row["pass"] = cell.verdict.ok;
+    if (!cell.verdict.ok) row["why"] = cell.verdict.why;
+    root["cells"].push_back(row);
+  }
+  if (const std::optional<Summary> summary = summary_of(report)) {
+    const auto extreme = [&](const Cell* cell) {
+      Json row = json_config(*cell);
+      row["speedup"] = cell->speedup();
+      return row;
+    };
+    root["summary"] = {{"geometric_mean_speedup", summary->geometric},
+                       {"arithmetic_mean_speedup", summary->arithmetic},
+                       {"max", extreme(summary->max)},
+                       {"min", extreme(summary->min)}};
+  }
+  root["compile"] = Json::array();
+  for (const CompileRow& row : report.compiles) {
+    root["compile"].push_back({{"score_mod", row.mod},
+                               {"cold_ms", row.cold},
+                               {"new_shape_ms", row.new_shape > 0 ? Json(row.new_shape) : Json(nullptr)},
+                               {"cached_ms", row.cached},
+                               {"shapes", row.prepared},
+                               {"compiles", row.compiles}});
+  }
+  root["wrong"] = num_wrong(report);
+  // A header value comes from the machine: replace what is not UTF-8 rather than fail.
+  return root.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace
+
+std::string Shape::text() const {
+  return fmt::format("({}, {}, {}, {}, {}, {})", batch, heads_q, seqlen_q, heads_kv, seqlen_kv, head_dim);
+}
+
+double Shape::flops() const {
+  return 4.0 * static_cast<double>(batch) * static_cast<double>(heads_q) * static_cast<double>(seqlen_q) *
+         static_cast<double>(seqlen_kv) * static_cast<double>(head_dim);
+}
+
+bool Report::ok() const { return num_wrong(*this) == 0; }
+
+std::optional<ReportFormat> report_format_named(std::string_view name) {
+  if (name == "github") return ReportFormat::kGithub;
+  if (name == "csv") return ReportFormat::kCsv;
+  if (name == "json") return ReportFormat::kJson;
+  return std::nullopt;
+}
+
+std::string format_report(const Report& report, ReportFormat format) {
+  switch (format) {
+    case ReportFormat::kGithub:
+      return github_report(report);
+    case ReportFormat::kCsv:
+      return csv_report(report);
+    case ReportFormat::kJson:
+      return json_report(report);
+  }
+  return {};
+}
+
+std::string github_table(const std::vector<std::string>& columns, const std::vector<bool>& right,
+                         const std::vector<std::vector<std::string>>& rows) {
+  std::vector<std::size_t> width;
+  for (const std::string& column : columns) width.push_back(std::max<std::size_t>(column.size(), 3));
+  for (const auto& row : rows) {
+    for (std::size_t i = 0; i < row.size(); ++i) width[i] = std::max(width[i], row[i].size());
+  }
+  const auto line = [&](const std::vector<std::string>& fields) {
+    std::string text = "|";
+    for (std::size_t i = 0; i < fields.size(); ++i) {
+      text += right[i] ? fmt::format(" {:>{}} |", fields[i], width[i]) : fmt::format(" {:<{}} |", fields[i], width[i]);
+    }
+    return text + "\n";
+  };
+  std::string text = line(columns) + "|";
+  for (std::size_t i = 0; i < columns.size(); ++i) {
+    text += right[i] ? std::string(width[i] + 1, '-') + ":|" : std::string(width[i] + 2, '-') + "|";
+  }
+  text += "\n";
+  for (const auto& row : rows) text += line(row);
+  return text;
+}
+
+}  // namespace attnjit::tool

@@ -1,0 +1,190 @@
+// The judge of sampled rows accepts a right result and rejects wrong ones.
+#include "bench/judge.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <random>
+#include <vector>
+
+namespace attnjit::tool {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int kKeys = 200, kDim = 24;
+
+// One row of attention in double precision: q, k, v of the given type, a mod of the score and the key's place.
+struct Row {
+  std::vector<double> o, value_mass, score_mass;
+  double lse = 0.0;
+  RowTruth truth() const { return {o, value_mass, score_mass, lse}; }
+};
+
+struct Inputs {
+  ElementType type;
+  std::vector<double> q, k, v;
+
+  explicit Inputs(ElementType element_type) : type(element_type) {
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal;
+    Tensor one(type, {});
+    const auto value = [&] {
+      one.set(0, normal(random));
+      return one.get(0);
+    };
+    for (int i = 0; i < kDim; ++i) q.push_back(value());
+    for (int i = 0; i < kKeys * kDim; ++i) k.push_back(value());
+    for (int i = 0; i < kKeys * kDim; ++i) v.push_back(value());
+  }
+};
+
+using Mod = std::function<double(double, int)>;
+
+// `keys`: how many are attended to; `slope`: |dm/ds| of the mod, for the bound.
+Row attend(const Inputs& in, double scale, const Mod& mod, int keys = kKeys, double slope = 1.0) {
+  std::vector<double> m(keys), weight(keys);
+  double max = -INFINITY, sum = 0.0;
+  for (int j = 0; j < keys; ++j) {
+    double dot = 0.0, mass = 0.0;
+    for (int d = 0; d < kDim; ++d) {
+      dot += in.q[d] * in.k[j * kDim + d];
+      mass += std::fabs(in.q[d] * in.k[j * kDim + d]);
+    }
+    m[j] = mod(dot * scale, j);
+    weight[j] = 1 + std::fabs(m[j]) + slope * scale * mass;
+    max = std::max(max, m[j]);
+  }
+  Row row;
+  row.o.assign(kDim, 0.0);
+  row.value_mass.assign(kDim, 0.0);
+  row.score_mass.assign(kDim, 0.0);
+  if (max == -INFINITY) {
+    row.lse = -INFINITY;
+    return row;
+  }
+  std::vector<double> p(keys);
+  for (int j = 0; j < keys; ++j) sum += p[j] = std::exp(m[j] - max);
+  row.lse = max + std::log(sum);
+  for (int d = 0; d < kDim; ++d) {
+    for (int j = 0; j < keys; ++j) {
+      row.o[d] += p[j] / sum * in.v[j * kDim + d];
+      row.value_mass[d] += p[j] / sum * std::fabs(in.v[j * kDim + d]);
+    }
+    for (int j = 0; j < keys; ++j) {
+      if (p[j] > 0) row.score_mass[d] += p[j] / sum * std::fabs(in.v[j * kDim + d] - row.o[d]) * weight[j];
+    }
+  }
+  return row;
+}
+
+std::vector<double> rounded(const std::vector<double>& values, ElementType type) {
+  Tensor one(type, {});
+  std::vector<double> result;
+  for (double value : values) {
+    one.set(0, value);
+    result.push_back(one.get(0));
+  }
+  return result;
+}
+
+Verdict judge(const Row& result, const Row& gold, ElementType type) {
+  return judge_row(rounded(result.o, type), static_cast<float>(result.lse), gold.truth(), type, "row");
+}
+
+class JudgeTypes : public ::testing::TestWithParam<ElementType> {};
+
+TEST_P(JudgeTypes, AcceptsTheRoundedTruthAndRejectsWrongKernels) {
+  const Inputs in(GetParam());
+  const double scale = 1 / std::sqrt(kDim);
+  const Mod mod = [](double s, int j) { return s - 0.01 * j; };
+  const Row gold = attend(in, scale, mod);
+  const Verdict right = judge(gold, gold, in.type);
+  EXPECT_TRUE(right.ok) << right.why;
+  EXPECT_LT(right.o_of_bound, 0.5);
+
+  const struct {
+    const char* name;
+    Row row;
+  } wrong[] = {
+      {"scale dropped", attend(in, 1.0, mod)},
+      {"mod left out", attend(in, scale, [](double s, int) { return s; })},
+      {"index off by one", attend(in, scale, [](double s, int j) { return s - 0.01 * (j == 0 ? 1 : j * 1.05); })},
+      {"last block of keys skipped", attend(in, scale, mod, kKeys - 8)},
+      {"one key masked", attend(in, scale, [&](double s, int j) { return j == 5 ? -INFINITY : mod(s, j); })},
+  };
+  for (const auto& [name, row] : wrong) {
+    const Verdict verdict = judge(row, gold, in.type);
+    EXPECT_FALSE(verdict.ok) << name;
+    EXPECT_THAT(verdict.why, HasSubstr("row: "));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, JudgeTypes,
+                         ::testing::Values(ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16));
+
+TEST(Judge, RejectsHalfAPercentAndOneWrongElement) {
+  const Inputs in(ElementType::kFloat32);
+  const Row gold = attend(in, 0.2, [](double s, int) { return s; });
+  Row wrong = gold;
+  for (double& value : wrong.o) value *= 1.005;
+  EXPECT_FALSE(judge(wrong, gold, in.type).ok);
+  wrong = gold;
+  wrong.o[7] += 1e-4;
+  const Verdict verdict = judge(wrong, gold, in.type);
+  EXPECT_FALSE(verdict.ok);
+  EXPECT_THAT(verdict.why, HasSubstr("o[7]"));
+  EXPECT_NEAR(verdict.max_error, 1e-4, 1e-6);
+}
+
+TEST(Judge, RejectsAWrongLse) {
+  const Inputs in(ElementType::kBFloat16);
+  const Row gold = attend(in, 0.2, [](double s, int) { return s; });
+  Row wrong = gold;
+  wrong.lse += 1e-3;
+  const Verdict verdict = judge(wrong, gold, in.type);
+  EXPECT_FALSE(verdict.ok);
+  EXPECT_THAT(verdict.why, HasSubstr("lse"));
+  wrong.lse = gold.lse / std::log(2.0);  // in log2 units
+  EXPECT_FALSE(judge(wrong, gold, in.type).ok);
+}
+
+TEST(Judge, HoldsTheNonFinitePattern) {
+  const double nan = NAN, inf = INFINITY;
+  const std::vector<double> mass{1.0}, none{0.0};
+  const auto verdict = [&](double value, double gold, double lse, double gold_lse,
+                           ElementType type = ElementType::kFloat32) {
+    const std::vector<double> o{value}, g{gold};
+    return judge_row(o, lse, {g, mass, none, gold_lse}, type, "row").ok;
+  };
+  EXPECT_TRUE(verdict(nan, nan, nan, nan));
+  EXPECT_TRUE(verdict(inf, inf, 1, 1));
+  EXPECT_TRUE(verdict(0, 0, -inf, -inf));
+  EXPECT_FALSE(verdict(nan, 0.5, 1, 1));
+  EXPECT_FALSE(verdict(0.5, nan, 1, 1));
+  EXPECT_FALSE(verdict(-inf, inf, 1, 1));
+  EXPECT_FALSE(verdict(0.5, inf, 1, 1));
+  EXPECT_FALSE(verdict(0.5, 0.5, nan, 1));
+  EXPECT_FALSE(verdict(0.5, 0.5, 1, -inf));
+  EXPECT_FALSE(verdict(1e-30, 0, -inf, -inf)) << "a fully masked row is exactly zero";
+  EXPECT_FALSE(verdict(0, 0, -1e30, -inf));
+  EXPECT_TRUE(verdict(inf, 70000, 1, 1, ElementType::kFloat16)) << "beyond the output type";
+  EXPECT_FALSE(verdict(inf, 60000, 1, 1, ElementType::kFloat16));
+}
+
+TEST(Judge, MergeKeepsTheFirstReasonAndTheWorstNumbers) {
+  Verdict all;
+  all.merge({.ok = true, .max_error = 0.25, .o_of_bound = 0.5});
+  all.merge({.ok = false, .max_error = 0.125, .o_of_bound = 3.0, .why = "first"});
+  all.merge({.ok = false, .lse_of_bound = 2.0, .why = "second"});
+  EXPECT_FALSE(all.ok);
+  EXPECT_EQ(all.why, "first");
+  EXPECT_EQ(all.max_error, 0.25);
+  EXPECT_EQ(all.o_of_bound, 3.0);
+  EXPECT_EQ(all.lse_of_bound, 2.0);
+}
+
+}  // namespace
+}  // namespace attnjit::tool

@@ -1,0 +1,137 @@
+// Reports and the statistics in them.
+#include "bench/report.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <thread>
+
+namespace attnjit::tool {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+Cell cell(const std::string& mod, std::int64_t seqlen, double eager, double compiled) {
+  Cell c;
+  c.mod = mod;
+  c.dtype = "bfloat16";
+  c.backend = "cpu";
+  c.shape = {1, 16, seqlen, 16, seqlen, 64};
+  c.eager = {eager, eager * 0.5, eager * 2};
+  c.compiled = {compiled, compiled * 0.5, compiled * 2};
+  c.verdict = {.ok = true, .max_error = 1e-3, .o_of_bound = 0.25, .lse_of_bound = 0.125};
+  return c;
+}
+
+Report sample() {
+  Report report;
+  report.header = {{"attnjit", "0.1.0"}, {"command", "attnjit bench score-mod"}};
+  report.cells = {cell("noop", 512, 2.0, 1.0), cell("a | b, \"c\"", 512, 8.0, 1.0)};
+  report.compiles = {{"noop", 12.5, 0.0, 0.01, 1, 1}};
+  return report;
+}
+
+TEST(Statistics, OfKnownSamples) {
+  const std::vector<double> odd{3, 1, 2}, even{4, 1, 3, 2}, powers{1, 4, 16};
+  EXPECT_EQ(median(odd), 2);
+  EXPECT_EQ(median(even), 2.5);
+  EXPECT_EQ(arithmetic_mean(powers), 7);
+  EXPECT_DOUBLE_EQ(geometric_mean(powers), 4);
+  EXPECT_EQ(summarize(even).min, 1);
+  EXPECT_EQ(summarize(even).max, 4);
+}
+
+TEST(Statistics, TimesInTurnAndPerCall) {
+  std::string order;
+  const auto sleep = [&](char name, int milliseconds) {
+    order += name;
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+  };
+  const std::function<void()> candidates[] = {[&] { sleep('a', 2); }, [&] { sleep('b', 6); }};
+  const std::vector<Timing> timings = time_interleaved(candidates, 3, 1.0);
+  EXPECT_EQ(order,
+            "aabb"
+            "ababab");
+  EXPECT_GE(timings[0].min, 2.0);
+  EXPECT_GE(timings[1].min, 6.0);
+
+  int calls = 0;
+  const std::function<void()> quick[] = {[&] { ++calls; }};
+  EXPECT_LT(time_interleaved(quick, 1, 0.05)[0].median, 0.05);
+  EXPECT_GT(calls, 10) << "a quick candidate is repeated within a sample";
+}
+
+TEST(Report, GithubTableNamesEverything) {
+  const std::string text = format_report(sample(), ReportFormat::kGithub);
+  EXPECT_THAT(text, HasSubstr("command: attnjit bench score-mod\n"));
+  EXPECT_THAT(text, HasSubstr("(1, 16, 512, 16, 512, 64)"));
+  EXPECT_THAT(text, HasSubstr("2.000 [1.000..4.000]"));
+  EXPECT_THAT(text, HasSubstr("a \\| b"));
+  EXPECT_THAT(text, HasSubstr("| Average (geometric)  |   4.000 |"));
+  EXPECT_THAT(text, HasSubstr("| Average (arithmetic) |   5.000 |"));
+  EXPECT_THAT(text, HasSubstr("| Max                  |   8.000 | a \\|"));
+  EXPECT_THAT(text, HasSubstr("| Min                  |   2.000 | noop"));
+  EXPECT_THAT(text, HasSubstr("All 2 cells pass."));
+  // Every table has lines of one length.
+  std::istringstream lines(text);
+  std::size_t width = 0;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.empty() || line[0] != '|') {
+      width = 0;
+    } else {
+      if (width != 0) EXPECT_EQ(line.size(), width) << line;
+      width = line.size();
+    }
+  }
+}
+
+TEST(Report, AWrongCellIsShownAndLeftOutOfTheAverages) {
+  Report report = sample();
+  report.cells[1].verdict = {.ok = false,
+                             .max_error = 0.5,
+                             .o_of_bound = std::numeric_limits<double>::infinity(),
+                             .why = "row b=0 h=1 q_idx=2: o[3] is 1"};
+  EXPECT_FALSE(report.ok());
+  const std::string text = format_report(report, ReportFormat::kGithub);
+  EXPECT_THAT(text, HasSubstr("WRONG"));
+  EXPECT_THAT(text, HasSubstr("1 of 2 cells are WRONG"));
+  EXPECT_THAT(text, HasSubstr("o[3] is 1"));
+  EXPECT_THAT(text, HasSubstr("| Average (geometric)  |   2.000 |"));
+  EXPECT_THAT(text, Not(HasSubstr("pass.")));
+  const auto json = nlohmann::json::parse(format_report(report, ReportFormat::kJson));
+  EXPECT_EQ(json["wrong"], 1);
+  EXPECT_EQ(json["cells"][1]["pass"], false);
+  EXPECT_TRUE(json["cells"][1]["o_of_bound"].is_null());
+  EXPECT_THAT(format_report(report, ReportFormat::kCsv), HasSubstr(",false\n"));
+}
+
+TEST(Report, NoRightCellMeansNoSpeedup) {
+  Report report = sample();
+  for (Cell& c : report.cells) c.verdict.ok = false;
+  EXPECT_THAT(format_report(report, ReportFormat::kGithub), Not(HasSubstr("Average")));
+  EXPECT_FALSE(nlohmann::json::parse(format_report(report, ReportFormat::kJson)).contains("summary"));
+}
+
+TEST(Report, CsvQuotesAndJsonParses) {
+  const std::string csv = format_report(sample(), ReportFormat::kCsv);
+  EXPECT_THAT(csv, HasSubstr("\"a | b, \"\"c\"\"\",1,16,512,16,512,64,bfloat16,cpu,8,4,16,1,0.5,2,8,"));
+  Report report = sample();
+  report.cells[0].mod = "\xff";
+  const auto json = nlohmann::json::parse(format_report(report, ReportFormat::kJson));
+  EXPECT_EQ(json["summary"]["max"]["speedup"], 8.0);
+  EXPECT_EQ(json["cells"][0]["shape"]["seqlen_kv"], 512);
+}
+
+TEST(Report, CountsBothProducts) {
+  const Cell c = cell("noop", 1024, 2.0, 1.0);
+  EXPECT_DOUBLE_EQ(c.shape.flops(), 4.0 * 16 * 1024 * 1024 * 64);
+  EXPECT_DOUBLE_EQ(c.tflops(), c.shape.flops() / 1e9);
+}
+
+}  // namespace
+}  // namespace attnjit::tool
