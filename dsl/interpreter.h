@@ -7,10 +7,12 @@
 #include <vector>
 
 #include "dsl/expr.h"
+#include "dsl/functions.h"
 
 namespace attnjit::dsl {
 
-// A captured tensor as the interpreter reads it. Strides in elements. Indices are clamped to the extents.
+// A captured tensor as the interpreter reads it. Strides in elements. Indices are clamped to the extents, which are at
+// least 1.
 struct CaptureView {
   const void* data = nullptr;
   DType dtype = DType::kF32;
@@ -30,7 +32,8 @@ struct Element {
   bool keep = true;
 };
 
-// Reusable evaluation of one bound expression; not safe for concurrent use of one object.
+// Reusable evaluation of one bound expression, which must outlive it; not safe for concurrent use of one object.
+// Floats are doubles throughout: literals as they are written, captured values widened exactly, ints converted.
 class Interpreter {
  public:
   Interpreter(const Expr& bound, std::span<const CaptureView> captures);
@@ -38,16 +41,14 @@ class Interpreter {
   bool mask_mod(const Point& point);
 
  private:
-  struct Value {
-    std::int64_t i = 0;
-    double f = 0.0;
-  };
   void evaluate(const Point& point);
-  bool keep(NodeId id) const;
+  bool keep(const Node& node) const;
+  Scalar read(const Node& node) const;
 
   const Expr& expr_;
   std::vector<CaptureView> captures_;
-  std::vector<Value> values_;
+  std::vector<Scalar> values_;
+  std::vector<char> keep_;
 };
 
 // One captured element, widened. bf16 and f16 exactly; bools as 0 or 1.
