@@ -1,0 +1,228 @@
+// The native CPU products, conversions and transposes, for every instruction set of this machine.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels_templates/cpu/products.h"
+#include "tests/unit/cpu_testing.h"
+
+namespace attnjit::cpu {
+namespace {
+
+using test::host_isas;
+using test::PanelBuffer;
+using test::value_of;
+
+class KernelsProducts : public testing::TestWithParam<int> {
+ protected:
+  const Products& products_ = products(GetParam());
+  std::mt19937 random_{7};
+
+  float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(random_); }
+  std::vector<float> values(std::size_t count) {
+    std::vector<float> out(count);
+    for (float& x : out) x = uniform();
+    return out;
+  }
+  PanelBuffer panel(std::int64_t rows) {
+    PanelBuffer out(rows);
+    for (std::int64_t i = 0; i < rows * kPanelLanes; ++i) out[i] = uniform();
+    return out;
+  }
+};
+
+std::string isa_label(const testing::TestParamInfo<int>& info) { return "Isa" + std::to_string(info.param); }
+// The prefix is what CTest filters by.
+INSTANTIATE_TEST_SUITE_P(KernelsProductsHost, KernelsProducts, testing::ValuesIn(host_isas()), isa_label);
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+TEST_P(KernelsProducts, QkMatchesDouble) {
+  for (const std::int64_t depth : {1, 2, 7, 16, 64, 100, 256}) {
+    for (const std::int64_t rows : {1, 2, 3, 5, 8, 13, 127, 128}) {
+      const std::int64_t stride = depth + rows % 3;
+      // Exactly as long as it may be read: the last row has no padding behind it.
+      const std::vector<float> k = values(static_cast<std::size_t>((rows - 1) * stride + depth));
+      const PanelBuffer queries = panel(depth);
+      PanelBuffer scores(rows);
+      products_.qk(k.data(), stride, rows, depth, queries.data(), scores.data());
+      for (std::int64_t row = 0; row < rows; ++row) {
+        for (int lane = 0; lane < kPanelLanes; ++lane) {
+          double gold = 0, magnitude = 0;
+          for (std::int64_t i = 0; i < depth; ++i) {
+            const double term = static_cast<double>(k[row * stride + i]) * queries[i * kPanelLanes + lane];
+            gold += term;
+            magnitude += std::abs(term);
+          }
+          ASSERT_NEAR(scores[row * kPanelLanes + lane], gold, magnitude * depth * 0x1p-24 + 1e-30)
+              << "depth " << depth << " rows " << rows << " at " << row << ", " << lane;
+        }
+      }
+      EXPECT_TRUE(scores.guard_intact());
+    }
+  }
+}
+
+TEST_P(KernelsProducts, PvMatchesDouble) {
+  for (const std::int64_t width : {1, 2, 7, 16, 64, 100, 256}) {
+    for (const std::int64_t rows : {1, 2, 3, 13, 128}) {
+      const std::int64_t stride = width + rows % 3;
+      const std::vector<float> v = values(static_cast<std::size_t>((rows - 1) * stride + width));
+      const PanelBuffer weights = panel(rows);
+      const PanelBuffer rescale = panel(1);
+      PanelBuffer out = panel(width);
+      const PanelBuffer before = out;
+      products_.pv(v.data(), stride, rows, width, weights.data(), rescale.data(), out.data());
+      for (std::int64_t i = 0; i < width; ++i) {
+        for (int lane = 0; lane < kPanelLanes; ++lane) {
+          double gold = static_cast<double>(before[i * kPanelLanes + lane]) * rescale[lane];
+          double magnitude = std::abs(gold);
+          for (std::int64_t row = 0; row < rows; ++row) {
+            const double term = static_cast<double>(v[row * stride + i]) * weights[row * kPanelLanes + lane];
+            gold += term;
+            magnitude += std::abs(term);
+          }
+          ASSERT_NEAR(out[i * kPanelLanes + lane], gold, magnitude * (rows + 2) * 0x1p-24)
+              << "width " << width << " rows " << rows << " at " << i << ", " << lane;
+        }
+      }
+      EXPECT_TRUE(out.guard_intact());
+    }
+  }
+}
+
+TEST_P(KernelsProducts, WidensEvery16BitValue) {
+  std::vector<std::uint16_t> in(65536);
+  for (std::size_t i = 0; i < in.size(); ++i) in[i] = static_cast<std::uint16_t>(i);
+  for (const Storage storage : {Storage::kF16, Storage::kBF16}) {
+    std::vector<float> out(in.size(), kNan);
+    products_.widen(in.data(), storage, 256, 256, 256, out.data(), 256);
+    for (std::size_t i = 0; i < in.size(); ++i) {
+      const double gold = value_of(in[i], storage);
+      if (std::isnan(gold)) {
+        ASSERT_TRUE(std::isnan(out[i])) << i;
+      } else {
+        ASSERT_EQ(out[i], gold) << i;
+        ASSERT_EQ(std::signbit(out[i]), std::signbit(gold)) << i;
+      }
+    }
+  }
+}
+
+TEST_P(KernelsProducts, WidenKeepsToItsRowsAndColumns) {
+  for (const std::int64_t width : {1, 5, 16, 33}) {
+    std::vector<std::uint16_t> in(static_cast<std::size_t>(2 * 40 + width), 0x3c00);  // 1 as f16
+    std::vector<float> out(3 * 50, -7.0f);
+    products_.widen(in.data(), Storage::kF16, 40, 3, width, out.data(), 50);
+    for (std::int64_t i = 0; i < 150; ++i) EXPECT_EQ(out[i], i % 50 < width ? 1.0f : -7.0f) << i;
+  }
+}
+
+// Rounds to nearest even by comparing the neighbours among all values of the type.
+class Rounder {
+ public:
+  explicit Rounder(Storage storage) : storage_(storage), infinity_(storage == Storage::kF16 ? 0x7c00 : 0x7f80) {}
+  std::uint16_t operator()(float x) const {
+    const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const double magnitude = std::abs(static_cast<double>(x));
+    int low = 0, high = infinity_;  // positive values are ordered as their bits
+    while (high - low > 1) (value((low + high) / 2) <= magnitude ? low : high) = (low + high) / 2;
+    // Infinity stands for the next value of the unbounded format.
+    const double top = high == infinity_ ? 2 * value(infinity_ - 1) - value(infinity_ - 2) : value(high);
+    const double down = magnitude - value(low), up = top - magnitude;
+    const bool upper = std::isinf(magnitude) || up < down || (up == down && high % 2 == 0);
+    return static_cast<std::uint16_t>(sign | (upper ? high : low));
+  }
+
+ private:
+  double value(int bits) const { return value_of(static_cast<std::uint16_t>(bits), storage_); }
+  Storage storage_;
+  int infinity_;
+};
+
+TEST_P(KernelsProducts, NarrowsToNearestEven) {
+  for (const Storage storage : {Storage::kF16, Storage::kBF16}) {
+    // Every 16-bit value, the midpoint to the next one and the floats around both; then floats at random.
+    std::vector<float> in;
+    for (int bits = 0; bits < 65536; ++bits) {
+      const double a = value_of(static_cast<std::uint16_t>(bits), storage);
+      const double b = value_of(static_cast<std::uint16_t>(bits + 1), storage);
+      in.push_back(static_cast<float>(a));
+      if (!std::isfinite(a) || !std::isfinite(b)) continue;
+      const float middle = static_cast<float>((a + b) / 2);
+      for (const float x : {std::nextafterf(middle, -INFINITY), middle, std::nextafterf(middle, INFINITY)})
+        in.push_back(x);
+    }
+    for (const float x : {65504.0f, 65519.996f, 65520.0f, 1e30f, 3.4e38f, 0x1p-25f, 0x1.000002p-25f, 1e-40f}) {
+      in.push_back(x);
+      in.push_back(-x);
+    }
+    for (int i = 0; i < 100000; ++i) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(random_());
+      float x;
+      std::memcpy(&x, &bits, 4);
+      in.push_back(x);
+    }
+    while (in.size() % kPanelLanes) in.push_back(0.0f);
+    const Rounder round(storage);
+    PanelBuffer scratch(1), ones(1);
+    for (int lane = 0; lane < kPanelLanes; ++lane) ones[lane] = 1.0f;
+    std::uint16_t out[kPanelLanes];
+    for (std::size_t i = 0; i < in.size(); i += kPanelLanes) {
+      std::memcpy(scratch.data(), &in[i], sizeof(float) * kPanelLanes);
+      products_.store_panel(scratch.data(), ones.data(), 0, kPanelLanes, 1, out, storage, 1);
+      for (int lane = 0; lane < kPanelLanes; ++lane) {
+        const float x = in[i + lane];
+        if (std::isnan(x)) {
+          ASSERT_TRUE(std::isnan(value_of(out[lane], storage))) << x;
+        } else {
+          ASSERT_EQ(out[lane], round(x)) << x << (storage == Storage::kF16 ? " as f16" : " as bf16");
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelsProducts, LoadPanelTransposesScalesAndPads) {
+  for (const std::int64_t width : {1, 3, 4, 30, 64, 256}) {
+    for (const std::int64_t lanes : {1, 6, 31, 32}) {
+      const std::int64_t stride = width + 5;
+      const std::vector<float> in = values(static_cast<std::size_t>((lanes - 1) * stride + width));
+      PanelBuffer out(width);
+      products_.load_panel(in.data(), Storage::kF32, stride, lanes, width, 0.5f, out.data());
+      for (std::int64_t i = 0; i < width; ++i) {
+        for (std::int64_t lane = 0; lane < kPanelLanes; ++lane) {
+          ASSERT_EQ(out[i * kPanelLanes + lane], lane < lanes ? in[lane * stride + i] * 0.5f : 0.0f);
+        }
+      }
+      EXPECT_TRUE(out.guard_intact());
+    }
+  }
+}
+
+TEST_P(KernelsProducts, StorePanelWritesItsLanesOnly) {
+  for (const std::int64_t width : {1, 3, 4, 30, 64, 256}) {
+    for (const auto& [first, lanes] : {std::pair(0, 32), std::pair(0, 1), std::pair(31, 32), std::pair(5, 30)}) {
+      const std::int64_t stride = width + 3;
+      const PanelBuffer in = panel(width);
+      const PanelBuffer factor = panel(1);
+      std::vector<float> out(static_cast<std::size_t>(kPanelLanes * stride), -7.0f);
+      products_.store_panel(in.data(), factor.data(), first, lanes, width, out.data(), Storage::kF32, stride);
+      for (std::int64_t lane = 0; lane < kPanelLanes; ++lane) {
+        for (std::int64_t i = 0; i < stride; ++i) {
+          const bool inside = lane >= first && lane < lanes && i < width;
+          ASSERT_EQ(out[lane * stride + i], inside ? in[i * kPanelLanes + lane] * factor[lane] : -7.0f);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attnjit::cpu
