@@ -37,6 +37,8 @@ def violation(path, header):
         if header in ("cuda.h", "cuda_runtime.h"):
             return "no CUDA headers"
         return None
+    if path.startswith("tests/numerics/") and to == "dsl":
+        return None  # the oracle interprets the same tree
     if layer in ("bench", "examples") or path.startswith("tests/numerics"):
         if to in ("dsl", "compiler", "kernels_templates", "runtime") or LLVM.match(header):
             return "public headers only"
@@ -61,7 +63,8 @@ def self_test():
     bad = [("dsl/parser.cpp", "llvm/ADT/StringRef.h"), ("dsl/parser.cpp", "compiler/compiler.h"),
            ("kernels_templates/cpu/tile.cpp", "cmath"), ("compiler/passes.cpp", "runtime/forward.h"),
            ("runtime/plan.cpp", "compiler/dialect.h"), ("runtime/plan.cpp", "mlir/IR/MLIRContext.h"),
-           ("bench/main.cpp", "dsl/expr.h"), ("examples/quickstart.cpp", "runtime/forward.h")]
+           ("bench/main.cpp", "dsl/expr.h"), ("examples/quickstart.cpp", "runtime/forward.h"),
+           ("tests/numerics/execute.cpp", "compiler/compiler.h"), ("tests/numerics/execute.cpp", "runtime/forward.h")]
     return [f"self-test: {p} -> {h} was allowed" for p, h in bad if violation(p, h) is None]
 
 

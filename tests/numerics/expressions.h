@@ -1,0 +1,37 @@
+// The expressions of the numerics suite: every registered mod, and by hand what is easy to get wrong.
+#pragma once
+
+#include <ostream>
+#include <span>
+#include <string>
+
+#include "tests/numerics/case.h"
+
+namespace attnjit::numerics {
+
+// `fields` is the part of a case's line that belongs to the expression; the extents of its captures may be the letters
+// B, H, Q and K: the case's batch, heads, seqlen_q and seqlen_kv.
+struct Expression {
+  const char* name;
+  const char* fields;
+  // Rows that float32 does not decide: none, fewer than one in a hundred (jumps), or as many as there are (the
+  // expression's own rounding errors grow without bound somewhere).
+  enum Undecided { kNone, kFew, kAny } undecided = kNone;
+
+  // Whether that many of `rows` are as it says. Small problems may have one.
+  bool allows(std::int64_t count, std::int64_t rows) const {
+    return undecided == kAny || (undecided == kFew && count <= rows / 100 + 1) || count == 0;
+  }
+};
+
+inline void PrintTo(const Expression& expression, std::ostream* out) { *out << expression.fields; }
+
+// One or more per mod of the registry.
+std::span<const Expression> registry_expressions();
+// Arithmetic, functions, captures, masks, poison.
+std::span<const Expression> other_expressions();
+
+// `spec` with the fields of `expression`.
+Case with_expression(const Case& spec, const std::string& fields);
+
+}  // namespace attnjit::numerics

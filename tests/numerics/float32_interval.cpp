@@ -1,0 +1,503 @@
+// Interval evaluation of an expression under float32 rounding.
+#include "tests/numerics/float32_interval.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <numbers>
+
+namespace attnjit::numerics {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kFloatMax = std::numeric_limits<float>::max();
+constexpr double kFloatMin = std::numeric_limits<float>::min();
+// Relative error of the functions that are computed by polynomials, in units of 2^-24 (4e-7 and some).
+constexpr double kFunction = 8.0;
+
+Interval anything(double value) { return {value, -kInfinity, kInfinity, 0, true}; }
+Interval exactly(double value) { return {value, value, value, 0, false}; }
+bool is_point(const Interval& x) { return !x.unsure && x.lo == x.hi; }
+bool is_nan(const Interval& x) { return !x.unsure && std::isnan(x.lo); }
+bool is_float32(double x) { return static_cast<double>(static_cast<float>(x)) == x; }
+
+// The interval from a value and what the extreme arguments give. NaN in some and not in others: anything may happen.
+Interval hull(double value, std::initializer_list<double> corners) {
+  double lo = value, hi = value;
+  for (const double corner : corners) {
+    if (std::isnan(corner) != std::isnan(value)) return anything(value);
+    lo = std::min(lo, corner);
+    hi = std::max(hi, corner);
+  }
+  return {value, lo, hi, 0, false};
+}
+
+// Widens by one rounding: `relative` of the magnitude (the subnormals, which may be flushed, besides) and `absolute`.
+Interval inflate(Interval x, double relative, double absolute = 0.0) {
+  if (x.unsure || std::isnan(x.value)) return x;
+  const auto widened = [&](double bound, double sign) {
+    if (!std::isfinite(bound)) return bound;
+    double result = bound + sign * (relative * std::fabs(bound) + absolute);
+    if (std::fabs(bound) < kFloatMin && bound != 0.0) result += sign * kFloatMin;
+    return result;
+  };
+  x.lo = widened(x.lo, -1.0);
+  x.hi = widened(x.hi, 1.0);
+  // Past float32's range a result is infinite, or just not yet.
+  if (x.hi > kFloatMax) {
+    x.hi = kInfinity;
+    if (std::isfinite(x.lo)) x.lo = std::min(x.lo, kFloatMax);
+  }
+  if (x.lo < -kFloatMax) {
+    x.lo = -kInfinity;
+    if (std::isfinite(x.hi)) x.hi = std::max(x.hi, -kFloatMax);
+  }
+  return x;
+}
+
+// A correctly rounded operation (or a contracted one, which rounds less): exact where arguments and result are.
+Interval rounded(Interval x, bool exact_arguments) {
+  if (exact_arguments && is_point(x) && is_float32(x.value)) return x;
+  return inflate(x, kUnit);
+}
+
+template <typename F>
+Interval monotone(const Interval& a, F f, double relative, double absolute = 0.0) {
+  if (a.unsure) return anything(f(a.value));
+  return inflate(hull(f(a.value), {f(a.lo), f(a.hi)}), relative, absolute);
+}
+
+// A function without a rounding error (floor, sign, ...), which may jump.
+template <typename F>
+Interval exact_step(const Interval& a, F f) {
+  if (a.unsure) return anything(f(a.value));
+  return hull(f(a.value), {f(a.lo), f(a.hi)});
+}
+
+// From a bound of the derivative: `value` plus or minus `slope` times the argument's distance.
+Interval lipschitz(const Interval& a, double value, double slope, double error) {
+  if (a.unsure || !std::isfinite(a.value)) return is_nan(a) ? exactly(kNan) : anything(value);
+  const double reach = slope * std::max(a.hi - a.value, a.value - a.lo) + error;
+  if (!std::isfinite(reach)) return anything(value);
+  return {value, value - reach, value + reach, 0, false};
+}
+
+template <typename F>
+Interval corners(const Interval& a, const Interval& b, F f) {
+  const double value = f(a.value, b.value);
+  if (a.unsure || b.unsure) return anything(value);
+  return hull(value, {f(a.lo, b.lo), f(a.lo, b.hi), f(a.hi, b.lo), f(a.hi, b.hi)});
+}
+
+Interval divide(const Interval& a, const Interval& b) {
+  const double value = a.value / b.value;
+  if (is_nan(a) || is_nan(b)) return exactly(kNan);
+  // A zero's sign is not observable, so the sign of x / 0 is not, either.
+  if (a.unsure || b.unsure) return anything(value);
+  if (b.lo <= 0.0 && b.hi >= 0.0) {
+    const bool zero_by_zero = is_point(a) && is_point(b) && a.value == 0.0;
+    return zero_by_zero ? exactly(kNan) : anything(value);
+  }
+  return rounded(corners(a, b, [](double x, double y) { return x / y; }), is_point(a) && is_point(b));
+}
+
+Interval floor_divide(const Interval& a, const Interval& b) {
+  return exact_step(divide(a, b), [](double x) { return std::floor(x); });
+}
+
+Interval modulus(const Interval& a, const Interval& b) {
+  const double value = b.value == 0.0 || !std::isfinite(a.value)
+                           ? kNan
+                           : (std::isinf(b.value) ? ((a.value < 0) != (b.value < 0) && a.value != 0 ? b.value : a.value)
+                                                  : a.value - std::floor(a.value / b.value) * b.value);
+  if (is_nan(a) || is_nan(b)) return exactly(kNan);
+  if (a.unsure || b.unsure) return anything(value);
+  if (is_point(b) && b.value == 0.0) return exactly(kNan);
+  if (!std::isfinite(value) || !std::isfinite(b.value)) return anything(value);
+  const Interval quotient = floor_divide(a, b);
+  if (quotient.unsure || quotient.lo != quotient.hi) return anything(value);
+  if (is_point(a) && is_point(b) && is_float32(quotient.lo * b.value) && is_float32(value)) return exactly(value);
+  const double reach = std::max(a.hi - a.value, a.value - a.lo) +
+                       std::fabs(quotient.lo) * std::max(b.hi - b.value, b.value - b.lo) +
+                       2.0 * kUnit * (std::fabs(a.value) + std::fabs(quotient.lo * b.value));
+  return {value, value - reach, value + reach, 0, false};
+}
+
+Interval power(const Interval& a, const Interval& b) {
+  const double value = std::pow(a.value, b.value);
+  if (is_point(b) && b.value == 0.0) return exactly(1.0);
+  if (is_point(a) && a.value == 1.0) return exactly(1.0);
+  if (is_nan(a) || is_nan(b)) return exactly(kNan);
+  if (a.unsure || b.unsure || !std::isfinite(b.value)) return anything(value);
+  const bool integral = is_point(b) && b.value == std::floor(b.value);
+  if (a.lo < 0.0 && !integral) {
+    return a.hi < 0.0 && std::isfinite(a.lo) && is_point(b) ? exactly(kNan) : anything(value);
+  }
+  if (a.lo <= 0.0 && a.hi >= 0.0 && b.lo < 0.0) return anything(value);
+  Interval result = corners(a, b, [](double x, double y) { return std::pow(x, y); });
+  if (a.lo < 0.0 && a.hi > 0.0 && !result.unsure) result.lo = std::min(result.lo, 0.0);
+  if (result.unsure) return result;
+  // exp(b log a): the error of the logarithm is multiplied by b.
+  double exponent = 0.0;
+  for (const double base : {a.lo, a.hi}) {
+    if (base != 0.0 && std::isfinite(base)) {
+      exponent = std::max(exponent, std::fabs(std::log(std::fabs(base))) * std::max(std::fabs(b.lo), std::fabs(b.hi)));
+    }
+  }
+  return inflate(result, kFunction * kUnit * (1.0 + std::min(exponent, 200.0)));
+}
+
+Interval minimum(const Interval& a, const Interval& b, bool maximum) {
+  const auto pick = [&](double x, double y) {
+    if (std::isnan(x) || std::isnan(y)) return kNan;
+    return maximum ? std::max(x, y) : std::min(x, y);
+  };
+  const double value = pick(a.value, b.value);
+  if (is_nan(a) || is_nan(b)) return exactly(kNan);
+  if (a.unsure || b.unsure) return anything(value);
+  return {value, pick(a.lo, b.lo), pick(a.hi, b.hi), 0, false};
+}
+
+Interval truth(bool value, bool unsure = false) { return {0.0, 0.0, 0.0, value ? 1 : 0, unsure}; }
+Interval whole(std::int64_t value, bool unsure = false) { return {0.0, 0.0, 0.0, value, unsure}; }
+
+std::int64_t wrap(std::uint64_t bits) { return static_cast<std::int64_t>(bits); }
+
+std::int64_t to_int(double x) {
+  if (std::isnan(x)) return 0;
+  if (x >= 0x1p63) return std::numeric_limits<std::int64_t>::max();
+  if (x <= -0x1p63) return std::numeric_limits<std::int64_t>::min();
+  return static_cast<std::int64_t>(x);
+}
+
+std::int64_t int_floor_divide(std::int64_t a, std::int64_t b) {
+  if (b == 0) return 0;
+  if (b == -1) return wrap(0 - static_cast<std::uint64_t>(a));
+  const std::int64_t quotient = a / b;
+  return quotient - ((a % b != 0 && (a < 0) != (b < 0)) ? 1 : 0);
+}
+
+std::int64_t int_modulus(std::int64_t a, std::int64_t b) {
+  if (b == 0 || b == -1) return 0;
+  const std::int64_t rest = a % b;
+  return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
+}
+
+std::int64_t int_power(std::int64_t a, std::int64_t b) {
+  std::uint64_t result = 1, base = static_cast<std::uint64_t>(a);
+  for (std::uint64_t left = static_cast<std::uint64_t>(std::max<std::int64_t>(b, 0)); left != 0; left >>= 1) {
+    if (left & 1) result *= base;
+    base *= base;
+  }
+  return wrap(result);
+}
+
+Interval compare_floats(dsl::Op op, const Interval& a, const Interval& b) {
+  const auto apply = [op](double x, double y) {
+    switch (op) {
+      case dsl::Op::kLt:
+        return x < y;
+      case dsl::Op::kLe:
+        return x <= y;
+      case dsl::Op::kGt:
+        return x > y;
+      case dsl::Op::kGe:
+        return x >= y;
+      case dsl::Op::kEq:
+        return x == y;
+      default:
+        return x != y;
+    }
+  };
+  const bool value = apply(a.value, b.value);
+  if (is_nan(a) || is_nan(b)) return truth(op == dsl::Op::kNe);
+  if (a.unsure || b.unsure) return truth(value, true);
+  const bool apart = a.hi < b.lo || b.hi < a.lo;
+  return truth(value, !apart && !(is_point(a) && is_point(b)));
+}
+
+bool compare_ints(dsl::Op op, std::int64_t a, std::int64_t b) {
+  switch (op) {
+    case dsl::Op::kLt:
+      return a < b;
+    case dsl::Op::kLe:
+      return a <= b;
+    case dsl::Op::kGt:
+      return a > b;
+    case dsl::Op::kGe:
+      return a >= b;
+    case dsl::Op::kEq:
+      return a == b;
+    default:
+      return a != b;
+  }
+}
+
+Interval call_int(const dsl::Node& node, const Interval& a, const Interval* b, const Interval* c) {
+  const bool unsure = a.unsure || (b != nullptr && b->unsure) || (c != nullptr && c->unsure);
+  switch (node.function) {
+    case dsl::Function::kMin:
+      return whole(std::min(a.integer, b->integer), unsure);
+    case dsl::Function::kMax:
+      return whole(std::max(a.integer, b->integer), unsure);
+    case dsl::Function::kClamp:
+      return whole(std::min(std::max(a.integer, b->integer), c->integer), unsure);
+    case dsl::Function::kAbs:
+      return whole(a.integer < 0 ? wrap(0 - static_cast<std::uint64_t>(a.integer)) : a.integer, unsure);
+    case dsl::Function::kSign:
+      return whole((a.integer > 0) - (a.integer < 0), unsure);
+    case dsl::Function::kRelu:
+      return whole(std::max<std::int64_t>(a.integer, 0), unsure);
+    default:
+      return whole(a.integer, unsure);  // floor, ceil, round of an int
+  }
+}
+
+double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+double gelu(double x) { return x * 0.5 * (1.0 + std::erf(x * std::numbers::sqrt2 / 2.0)); }
+
+Interval call_float(const dsl::Node& node, const Interval& a, const Interval* b, const Interval* c) {
+  constexpr double kError = kFunction * kUnit;
+  const auto nan_outside = [](auto f, double least) {
+    return [f, least](double x) { return x < least ? kNan : f(x); };
+  };
+  switch (node.function) {
+    case dsl::Function::kMin:
+      return minimum(a, *b, false);
+    case dsl::Function::kMax:
+      return minimum(a, *b, true);
+    case dsl::Function::kClamp:
+      return minimum(minimum(a, *b, true), *c, false);
+    case dsl::Function::kAbs: {
+      Interval result = exact_step(a, [](double x) { return std::fabs(x); });
+      if (!result.unsure && a.lo < 0.0 && a.hi > 0.0) result.lo = 0.0;
+      return result;
+    }
+    case dsl::Function::kRelu: {
+      // PyTorch's relu propagates NaN.
+      return minimum(a, exactly(0.0), true);
+    }
+    case dsl::Function::kExp:
+      return monotone(a, [](double x) { return std::exp(x); }, kError);
+    case dsl::Function::kExp2:
+      return monotone(a, [](double x) { return std::exp2(x); }, kError);
+    // Near one a logarithm loses its relative precision, not its absolute one.
+    case dsl::Function::kLog:
+      return monotone(a, [](double x) { return std::log(x); }, kError, kError);
+    case dsl::Function::kLog2:
+      return monotone(a, [](double x) { return std::log2(x); }, kError, kError);
+    case dsl::Function::kLog1p:
+      return monotone(a, [](double x) { return std::log1p(x); }, kError, kError);
+    case dsl::Function::kSqrt:
+      return monotone(a, nan_outside([](double x) { return std::sqrt(x); }, 0.0), kError);
+    case dsl::Function::kRsqrt:
+      if (!a.unsure && a.lo <= 0.0 && a.hi >= 0.0) return anything(1.0 / std::sqrt(a.value));
+      return monotone(a, nan_outside([](double x) { return 1.0 / std::sqrt(x); }, 0.0), kError);
+    case dsl::Function::kTanh:
+      return monotone(a, [](double x) { return std::tanh(x); }, kError);
+    case dsl::Function::kSigmoid:
+      return monotone(a, sigmoid, kError);
+    case dsl::Function::kErf:
+      return monotone(a, [](double x) { return std::erf(x); }, kError);
+    // The largest slopes: 1.0999 and 1.1290.
+    case dsl::Function::kSilu:
+      return lipschitz(a, a.value * sigmoid(a.value), 1.1, kError * std::fabs(a.value) + kFloatMin);
+    case dsl::Function::kGelu:
+      return lipschitz(a, gelu(a.value), 1.13, kError * std::fabs(a.value) + kFloatMin);
+    case dsl::Function::kSin:
+      return lipschitz(a, std::sin(a.value), 1.0, kError * (1.0 + std::fabs(a.value)));
+    case dsl::Function::kCos:
+      return lipschitz(a, std::cos(a.value), 1.0, kError * (1.0 + std::fabs(a.value)));
+    case dsl::Function::kFloor:
+      return exact_step(a, [](double x) { return std::floor(x); });
+    case dsl::Function::kCeil:
+      return exact_step(a, [](double x) { return std::ceil(x); });
+    case dsl::Function::kRound:
+      return exact_step(a, [](double x) { return std::nearbyint(x); });
+    case dsl::Function::kSign:
+      return exact_step(a, [](double x) { return std::isnan(x) ? x : static_cast<double>((x > 0) - (x < 0)); });
+    default:
+      return anything(kNan);
+  }
+}
+
+}  // namespace
+
+Float32Interval::Float32Interval(const dsl::Expr& bound, const std::vector<Tensor>& captures)
+    : expr_(bound), captures_(captures), values_(bound.nodes.size()) {}
+
+const Interval& Float32Interval::arg(const dsl::Node& node, int number) const {
+  return values_[static_cast<std::size_t>(node.args[static_cast<std::size_t>(number)])];
+}
+
+Interval Float32Interval::evaluate(const dsl::Point& point, double score_error) {
+  point_ = point;
+  score_error_ = score_error;
+  for (std::size_t i = 0; i < expr_.nodes.size(); ++i) values_[i] = node(expr_.nodes[i]);
+  return values_[static_cast<std::size_t>(expr_.root)];
+}
+
+Interval Float32Interval::node(const dsl::Node& node) const {
+  using dsl::Op;
+  const bool is_float = node.type == dsl::Type::kFloat;
+  const auto type_of = [&](int number) { return expr_[node.args[static_cast<std::size_t>(number)]].type; };
+  switch (node.op) {
+    case Op::kScore:
+      return {point_.score, point_.score - score_error_, point_.score + score_error_, 0, false};
+    case Op::kIndexB:
+      return whole(point_.b);
+    case Op::kIndexH:
+      return whole(point_.h);
+    case Op::kIndexQ:
+      return whole(point_.q_idx);
+    case Op::kIndexKv:
+      return whole(point_.kv_idx);
+    case Op::kInt:
+    case Op::kBool:
+      return whole(node.int_value);
+    case Op::kFloat:
+      return rounded(exactly(node.float_value), true);
+    case Op::kRead: {
+      const Tensor& tensor = captures_[static_cast<std::size_t>(node.capture)];
+      std::vector<std::int64_t> index(node.args.size());
+      bool unsure = false;
+      for (std::size_t i = 0; i < index.size(); ++i) {
+        const Interval& position = arg(node, static_cast<int>(i));
+        unsure = unsure || (position.unsure && tensor.shape()[i] > 1);
+        index[i] = std::clamp<std::int64_t>(position.integer, 0, tensor.shape()[i] - 1);
+      }
+      if (is_float) {
+        const double value = tensor.at(index);
+        return unsure ? anything(value) : exactly(value);
+      }
+      const auto view = tensor.capture_view();
+      std::int64_t offset = 0;
+      for (std::size_t i = 0; i < index.size(); ++i) offset += index[i] * view.stride[i];
+      return whole(dsl::read_as_int(view.data, view.dtype, offset), unsure);
+    }
+    case Op::kSelect: {
+      const Interval& condition = arg(node, 0);
+      const Interval& chosen = arg(node, condition.integer != 0 ? 1 : 2);
+      if (!condition.unsure) return chosen;
+      const Interval& other = arg(node, condition.integer != 0 ? 2 : 1);
+      if (!is_float) return whole(chosen.integer, chosen.unsure || other.unsure || chosen.integer != other.integer);
+      if (chosen.unsure || other.unsure) return anything(chosen.value);
+      return hull(chosen.value, {chosen.lo, chosen.hi, other.lo, other.hi});
+    }
+    case Op::kNot:
+      return truth(arg(node, 0).integer == 0, arg(node, 0).unsure);
+    case Op::kAnd:
+    case Op::kOr:
+    case Op::kBitAnd:
+    case Op::kBitOr: {
+      const Interval &a = arg(node, 0), &b = arg(node, 1);
+      const bool conjunction = node.op == Op::kAnd || node.op == Op::kBitAnd;
+      const std::int64_t value = conjunction ? a.integer & b.integer : a.integer | b.integer;
+      if (node.type == dsl::Type::kBool) {
+        // A sure false decides an `and`, a sure true an `or`.
+        for (const Interval* side : {&a, &b}) {
+          if (!side->unsure && (side->integer == 0) == conjunction) return truth(!conjunction);
+        }
+      }
+      return whole(value, a.unsure || b.unsure);
+    }
+    case Op::kBitNot: {
+      const Interval& a = arg(node, 0);
+      if (node.type == dsl::Type::kBool) return truth(a.integer == 0, a.unsure);
+      return whole(~a.integer, a.unsure);
+    }
+    case Op::kLt:
+    case Op::kLe:
+    case Op::kGt:
+    case Op::kGe:
+    case Op::kEq:
+    case Op::kNe: {
+      const Interval &a = arg(node, 0), &b = arg(node, 1);
+      if (type_of(0) == dsl::Type::kFloat) return compare_floats(node.op, a, b);
+      return truth(compare_ints(node.op, a.integer, b.integer), a.unsure || b.unsure);
+    }
+    case Op::kNeg: {
+      const Interval& a = arg(node, 0);
+      if (!is_float) return whole(wrap(0 - static_cast<std::uint64_t>(a.integer)), a.unsure);
+      return {-a.value, -a.hi, -a.lo, 0, a.unsure};
+    }
+    case Op::kAdd:
+    case Op::kSub:
+    case Op::kMul:
+    case Op::kDiv:
+    case Op::kFloorDiv:
+    case Op::kMod:
+    case Op::kPow: {
+      const Interval &a = arg(node, 0), &b = arg(node, 1);
+      const bool exact = is_point(a) && is_point(b);
+      if (is_float) {
+        switch (node.op) {
+          case Op::kAdd:
+            return rounded(corners(a, b, [](double x, double y) { return x + y; }), exact);
+          case Op::kSub:
+            return rounded(corners(a, b, [](double x, double y) { return x - y; }), exact);
+          case Op::kMul:
+            return rounded(corners(a, b, [](double x, double y) { return x * y; }), exact);
+          case Op::kDiv:
+            return divide(a, b);
+          case Op::kFloorDiv:
+            return floor_divide(a, b);
+          case Op::kMod:
+            return modulus(a, b);
+          default:
+            return power(a, b);
+        }
+      }
+      const auto x = static_cast<std::uint64_t>(a.integer), y = static_cast<std::uint64_t>(b.integer);
+      const bool unsure = a.unsure || b.unsure;
+      switch (node.op) {
+        case Op::kAdd:
+          return whole(wrap(x + y), unsure);
+        case Op::kSub:
+          return whole(wrap(x - y), unsure);
+        case Op::kMul:
+          return whole(wrap(x * y), unsure);
+        case Op::kFloorDiv:
+          return whole(int_floor_divide(a.integer, b.integer), unsure);
+        case Op::kMod:
+          return whole(int_modulus(a.integer, b.integer), unsure);
+        default:
+          return whole(int_power(a.integer, b.integer), unsure);
+      }
+    }
+    case Op::kCall: {
+      const Interval& a = arg(node, 0);
+      const Interval* const b = node.args.size() > 1 ? &arg(node, 1) : nullptr;
+      const Interval* const c = node.args.size() > 2 ? &arg(node, 2) : nullptr;
+      switch (node.function) {
+        case dsl::Function::kToFloat:
+          if (type_of(0) == dsl::Type::kFloat) return a;
+          if (a.unsure) return anything(static_cast<double>(a.integer));
+          return rounded(exactly(static_cast<double>(a.integer)), true);
+        case dsl::Function::kToInt: {
+          if (type_of(0) != dsl::Type::kFloat) return whole(a.integer, a.unsure);
+          const std::int64_t value = to_int(a.value);
+          return whole(value, a.unsure || to_int(a.lo) != value || to_int(a.hi) != value);
+        }
+        case dsl::Function::kToBool:
+          if (type_of(0) == dsl::Type::kFloat) return compare_floats(Op::kNe, a, exactly(0.0));
+          return truth(a.integer != 0, a.unsure);
+        case dsl::Function::kIsNan:
+          if (type_of(0) != dsl::Type::kFloat) return truth(false);
+          return truth(std::isnan(a.value), a.unsure);
+        case dsl::Function::kIsInf: {
+          if (type_of(0) != dsl::Type::kFloat) return truth(false);
+          const bool may = std::isinf(a.lo) || std::isinf(a.hi);
+          return truth(std::isinf(a.value), a.unsure || (may && !is_point(a)));
+        }
+        default:
+          return is_float ? call_float(node, a, b, c) : call_int(node, a, b, c);
+      }
+    }
+  }
+  return anything(kNan);
+}
+
+}  // namespace attnjit::numerics
