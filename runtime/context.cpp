@@ -1,0 +1,74 @@
+// Creation of a context and its registry.
+#include "runtime/context.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace attnjit::runtime {
+namespace {
+
+int choose_threads(int asked, const Environment& environment) {
+  if (asked > 0) return asked;
+  if (environment.num_threads > 0) return environment.num_threads;
+  return std::min(available_processors(), kMaxThreads);
+}
+
+}  // namespace
+
+Context::Context(Environment environment, int num_threads)
+    : environment_(std::move(environment)),
+      logger_(environment_.log),
+      cpu_isa_(environment_.cpu_isa.value_or(compiler::host_cpu_isa())),
+      registry_{std::make_shared<const dsl::Registry>(dsl::Registry::builtin()), 0},
+      pool_(choose_threads(num_threads, environment_)) {}
+
+RegistrySnapshot Context::registry() const {
+  std::lock_guard lock(registry_mutex_);
+  return registry_;
+}
+
+Check Context::register_mod(dsl::RegistryEntry entry) {
+  const std::string body = entry.body;
+  const std::string name = entry.name;
+  std::lock_guard lock(registry_mutex_);
+  auto next = std::make_shared<dsl::Registry>(*registry_.registry);
+  if (const std::optional<dsl::Error> error = next->add(std::move(entry))) {
+    return Failure{ATTNJIT_INVALID_EXPRESSION, fmt::format("mod '{}', {}", name, dsl::format_error(*error, body))};
+  }
+  registry_ = {std::move(next), registry_.generation + 1};
+  return {};
+}
+
+Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* options) {
+  int num_threads = 0;
+  if (options) {
+    if (options->struct_size < sizeof(attnjit_context_options)) {
+      return Failure{ATTNJIT_INVALID_ARGUMENT,
+                     fmt::format("options.struct_size is {}; it needs {}: start from ATTNJIT_CONTEXT_OPTIONS_INIT",
+                                 options->struct_size, sizeof(attnjit_context_options))};
+    }
+    num_threads = options->num_threads;
+    if (num_threads < 0 || num_threads > kMaxThreads) {
+      return Failure{ATTNJIT_INVALID_ARGUMENT,
+                     fmt::format("options.num_threads is {}; allowed: 0 to {}", num_threads, kMaxThreads)};
+    }
+  }
+  Result<Environment> environment = read_environment();
+  if (!environment) return environment.failure();
+  if (environment->cpu_isa && *environment->cpu_isa > compiler::host_cpu_isa()) {
+    return Failure{ATTNJIT_ENVIRONMENT, fmt::format("ATTNJIT_CPU_ISA is '{}'; this processor has at most '{}'",
+                                                    compiler::cpu_isa_name(*environment->cpu_isa),
+                                                    compiler::cpu_isa_name(compiler::host_cpu_isa()))};
+  }
+  auto context = std::make_shared<Context>(std::move(*environment), num_threads);
+  if (context->logger().enabled(LogLevel::kInfo)) {
+    context->logger().log(LogLevel::kInfo, fmt::format("context: {} threads, {}", context->num_threads(),
+                                                       compiler::cpu_isa_name(context->cpu_isa())));
+  }
+  return context;
+}
+
+}  // namespace attnjit::runtime

@@ -1,0 +1,424 @@
+// attnjit in C++20: values, spans and Result over the C interface of attnjit.h. Header-only; throws nothing of its own.
+//
+//   auto context = attnjit::Context::create();
+//   attnjit::Status status = context->register_mod(
+//       "soft", [](auto score, auto b, auto h, auto q_idx, auto kv_idx) { return 30 * tanh(score / 30); });
+//   status = context->forward({.q = {q, {1, 8, 512, 64}}, .k = {k, {1, 8, 512, 64}}, .v = {v, {1, 8, 512, 64}},
+//                              .o = {o, {1, 8, 512, 64}}, .score_mod = "soft", .mask_mod = "causal"});
+//   if (!status) std::cerr << status.message() << '\n';
+#pragma once
+
+#include <attnjit/attnjit.h>
+
+#include <algorithm>
+#include <array>
+#include <attnjit/expr.hpp>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <optional>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace attnjit {
+
+// ---- Status and Result ----------------------------------------------------------------------------------------------
+
+// How a call ended, with the message of a failure.
+class [[nodiscard]] Status {
+ public:
+  Status() = default;  // fine
+  Status(attnjit_status code, std::string message) : code_(code), message_(std::move(message)) {}
+  // Of a C call that this thread just made.
+  static Status of(attnjit_status code) { return code == ATTNJIT_OK ? Status() : Status(code, attnjit_last_error()); }
+
+  explicit operator bool() const { return code_ == ATTNJIT_OK; }
+  attnjit_status code() const { return code_; }
+  const std::string& message() const { return message_; }
+
+ private:
+  attnjit_status code_ = ATTNJIT_OK;
+  std::string message_;
+};
+
+// A value, or the Status of why there is none. Look before you dereference.
+template <typename T>
+class [[nodiscard]] Result {
+ public:
+  Result(T value) : value_(std::move(value)) {}
+  Result(Status status) : status_(std::move(status)) {}
+  explicit operator bool() const { return value_.has_value(); }
+  T& operator*() & { return *value_; }
+  const T& operator*() const& { return *value_; }
+  T&& operator*() && { return *std::move(value_); }
+  T* operator->() { return &*value_; }
+  const T* operator->() const { return &*value_; }
+  const Status& status() const { return status_; }
+
+ private:
+  std::optional<T> value_;
+  Status status_;
+};
+
+// ---- Tensors --------------------------------------------------------------------------------------------------------
+
+enum class DType : std::uint8_t { kBool, kInt8, kInt16, kInt32, kInt64, kUInt8, kFloat16, kBFloat16, kFloat32 };
+
+// The DType of a C++ type; 16-bit floats have none in C++20: name theirs.
+template <typename T>
+constexpr DType dtype_of() {
+  using U = std::remove_cv_t<T>;
+  static_assert(std::is_same_v<U, bool> || std::is_same_v<U, float> || std::is_same_v<U, std::uint8_t> ||
+                    (std::is_integral_v<U> && std::is_signed_v<U>),
+                "no attnjit dtype for this type; pass a DType");
+  if constexpr (std::is_same_v<U, bool>) return DType::kBool;
+  if constexpr (std::is_same_v<U, float>) return DType::kFloat32;
+  if constexpr (std::is_same_v<U, std::uint8_t>) return DType::kUInt8;
+  if constexpr (sizeof(U) == 1) return DType::kInt8;
+  if constexpr (sizeof(U) == 2) return DType::kInt16;
+  if constexpr (sizeof(U) == 4) return DType::kInt32;
+  return DType::kInt64;
+}
+
+// Somebody's memory, seen as a tensor. Borrows data; keeps a copy of shape and strides. Strides count elements; without
+// them the tensor is compact, the last dimension innermost.
+class TensorRef {
+ public:
+  static constexpr std::size_t kMaxRank = 5;
+  using Extents = std::initializer_list<std::int64_t>;
+
+  TensorRef() = default;  // no tensor
+  template <typename T>
+    requires(!std::is_void_v<T>)
+  TensorRef(T* data, Extents shape, Extents strides = {})
+      : TensorRef(data, dtype_of<T>(), std::span(shape.begin(), shape.size()),
+                  std::span(strides.begin(), strides.size())) {}
+  TensorRef(const void* data, DType dtype, Extents shape, Extents strides = {})
+      : TensorRef(data, dtype, std::span(shape.begin(), shape.size()), std::span(strides.begin(), strides.size())) {}
+  // `strides` is empty or as long as `shape`: any other length is refused by the call that gets the tensor.
+  TensorRef(const void* data, DType dtype, std::span<const std::int64_t> shape,
+            std::span<const std::int64_t> strides = {})
+      : data_(const_cast<void*>(data)),
+        dtype_(dtype),
+        rank_(strides.empty() || strides.size() == shape.size() ? static_cast<std::int32_t>(shape.size()) : -1),
+        has_strides_(!strides.empty()),
+        given_(true) {
+    std::copy_n(shape.begin(), std::min(shape.size(), kMaxRank), shape_.begin());
+    std::copy_n(strides.begin(), std::min(strides.size(), kMaxRank), strides_.begin());
+  }
+
+  explicit operator bool() const { return given_; }
+  void* data() const { return data_; }
+  DType dtype() const { return dtype_; }
+  std::span<const std::int64_t> shape() const {
+    return {shape_.data(), std::min(static_cast<std::size_t>(std::max(rank_, 0)), kMaxRank)};
+  }
+
+  // Points into this object.
+  DLTensor dlpack() const {
+    DLTensor tensor{};
+    tensor.data = data_;
+    tensor.device = {kDLCPU, 0};
+    tensor.ndim = rank_;
+    tensor.dtype = dl_type(dtype_);
+    tensor.shape = const_cast<std::int64_t*>(shape_.data());
+    tensor.strides = has_strides_ ? const_cast<std::int64_t*>(strides_.data()) : nullptr;
+    return tensor;
+  }
+
+ private:
+  static DLDataType dl_type(DType dtype) {
+    constexpr std::uint8_t kBool = 6;  // kDLBool, which older dlpack.h files lack
+    switch (dtype) {
+      case DType::kBool:
+        return {kBool, 8, 1};
+      case DType::kInt8:
+        return {kDLInt, 8, 1};
+      case DType::kInt16:
+        return {kDLInt, 16, 1};
+      case DType::kInt32:
+        return {kDLInt, 32, 1};
+      case DType::kInt64:
+        return {kDLInt, 64, 1};
+      case DType::kUInt8:
+        return {kDLUInt, 8, 1};
+      case DType::kFloat16:
+        return {kDLFloat, 16, 1};
+      case DType::kBFloat16:
+        return {kDLBfloat, 16, 1};
+      case DType::kFloat32:
+        return {kDLFloat, 32, 1};
+    }
+    return {kDLFloat, 32, 1};
+  }
+
+  void* data_ = nullptr;
+  DType dtype_ = DType::kFloat32;
+  std::int32_t rank_ = 0;  // -1: strides and shape disagree
+  bool has_strides_ = false;
+  bool given_ = false;
+  std::array<std::int64_t, kMaxRank> shape_{};
+  std::array<std::int64_t, kMaxRank> strides_{};
+};
+
+// ---- One attention call ---------------------------------------------------------------------------------------------
+
+enum class Backend {
+  kAuto = ATTNJIT_BACKEND_AUTO,
+  kMath = ATTNJIT_BACKEND_MATH,
+  kCpu = ATTNJIT_BACKEND_CPU,
+};
+
+// An expression: text, a registered name, a lambda (expr.hpp: of five values as a score_mod, of four as a mask_mod), or
+// none.
+class Mod {
+ public:
+  Mod() = default;
+  Mod(const char* text) : text_(text) {}
+  Mod(std::string text) : text_(std::move(text)) {}
+  Mod(const ScoreMod& mod) : text_(mod.text()) {}
+  Mod(const MaskMod& mod) : text_(mod.text()) {}
+  template <typename Lambda>
+    requires std::is_invocable_v<Lambda&, Value, Value, Value, Value, Value>
+  Mod(Lambda&& lambda) : Mod(attnjit::score_mod(std::forward<Lambda>(lambda))) {}
+  template <typename Lambda>
+    requires std::is_invocable_v<Lambda&, Value, Value, Value, Value>
+  Mod(Lambda&& lambda) : Mod(attnjit::mask_mod(std::forward<Lambda>(lambda))) {}
+  const char* c_str() const { return text_ ? text_->c_str() : nullptr; }
+
+ private:
+  std::optional<std::string> text_;
+};
+
+// A captured tensor or scalar (shape {}), by the name the expression gives it.
+struct Capture {
+  std::string name;
+  TensorRef tensor;
+};
+
+// The arguments of a call; attnjit_attention in attnjit.h says what each must be.
+struct Attention {
+  TensorRef q, k, v;       // (B, Hq, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv)
+  TensorRef o = {};        // (B, Hq, Sq, Dv)
+  TensorRef lse = {};      // (B, Hq, Sq) float32, wanted where given
+  TensorRef row_max = {};  // likewise
+  Mod score_mod = {};
+  Mod mask_mod = {};
+  std::vector<Capture> captures = {};
+  std::optional<float> scale = {};  // none: 1 / sqrt(D)
+  Backend backend = Backend::kAuto;
+};
+
+namespace detail {
+
+// The C structs of an Attention, on the stack; points into it and into itself.
+class CAttention {
+ public:
+  explicit CAttention(const Attention& a) {
+    const std::array<const TensorRef*, 6> given = {&a.q, &a.k, &a.v, &a.o, &a.lse, &a.row_max};
+    std::array<DLTensor*, 6> pointers{};
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      if (!*given[i]) continue;
+      tensors_[i] = given[i]->dlpack();
+      pointers[i] = &tensors_[i];
+    }
+    for (std::size_t i = 0; i < std::min(a.captures.size(), captures_.size()); ++i) {
+      captured_[i] = a.captures[i].tensor.dlpack();
+      captures_[i] = {a.captures[i].name.c_str(), a.captures[i].tensor ? &captured_[i] : nullptr};
+    }
+    attention_.score_mod = a.score_mod.c_str();
+    attention_.mask_mod = a.mask_mod.c_str();
+    attention_.q = pointers[0];
+    attention_.k = pointers[1];
+    attention_.v = pointers[2];
+    attention_.o = pointers[3];
+    attention_.lse = pointers[4];
+    attention_.row_max = pointers[5];
+    // More than the array holds is more than the library allows: it refuses before it reads any.
+    attention_.captures = captures_.data();
+    attention_.num_captures = a.captures.size();
+    attention_.scale = a.scale ? &*a.scale : nullptr;
+    attention_.backend = static_cast<attnjit_backend>(a.backend);
+  }
+  CAttention(const CAttention&) = delete;
+  CAttention& operator=(const CAttention&) = delete;
+  const attnjit_attention* get() const { return &attention_; }
+
+ private:
+  static constexpr std::size_t kMaxCaptures = 16;
+  std::array<DLTensor, 6> tensors_{};
+  std::array<DLTensor, kMaxCaptures> captured_{};
+  std::array<attnjit_capture, kMaxCaptures> captures_{};
+  attnjit_attention attention_ = ATTNJIT_ATTENTION_INIT;
+};
+
+// Takes over a text that the library allocated.
+inline Result<std::string> take(attnjit_status status, char* text) {
+  if (status != ATTNJIT_OK) return Status::of(status);
+  std::string copy(text);
+  attnjit_free(text);
+  return copy;
+}
+
+}  // namespace detail
+
+// ---- Workspace, Plan, Context ---------------------------------------------------------------------------------------
+
+// Scratch memory with the alignment that a run needs.
+class Workspace {
+ public:
+  Workspace() = default;
+  explicit Workspace(std::size_t size)
+      : memory_(size ? ::operator new(size, kAlignment, std::nothrow) : nullptr), size_(memory_ ? size : 0) {}
+  void* data() const { return memory_.get(); }
+  std::size_t size() const { return size_; }  // 0 where there was no memory
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  std::size_t size_ = 0;
+};
+
+// Compiled code for one problem. Usable from several threads at once, each with its own workspace; outlives its
+// context.
+class Plan {
+ public:
+  explicit Plan(attnjit_plan* plan) : plan_(plan) {}
+
+  std::size_t workspace_size() const { return attnjit_plan_workspace_size(plan_.get()); }
+  Backend backend() const { return static_cast<Backend>(attnjit_plan_backend(plan_.get())); }
+  std::string description() const { return attnjit_plan_description(plan_.get()); }  // JSON
+
+  // Shapes, dtypes, texts and captured names are those that were prepared; data, captured values and scale may change.
+  Status run(const Attention& attention, const Workspace& workspace) const {
+    const detail::CAttention c(attention);
+    return Status::of(attnjit_run(plan_.get(), c.get(), workspace.data(), workspace.size(), nullptr));
+  }
+
+  attnjit_plan* get() const { return plan_.get(); }
+
+ private:
+  struct Destroy {
+    void operator()(attnjit_plan* plan) const { attnjit_plan_destroy(plan); }
+  };
+  std::unique_ptr<attnjit_plan, Destroy> plan_;
+};
+
+struct ContextOptions {
+  int num_threads = 0;  // of one call, the caller's included; 0: one per processor this process may use
+};
+
+// One query row of a problem.
+using Row = attnjit_row;
+
+// Registered mods, compiled plans and threads. Usable from several threads at once.
+class Context {
+ public:
+  static Result<Context> create(const ContextOptions& options = {}) {
+    attnjit_context_options c = ATTNJIT_CONTEXT_OPTIONS_INIT;
+    c.num_threads = options.num_threads;
+    attnjit_context* context = nullptr;
+    if (const attnjit_status status = attnjit_context_create(&c, &context); status != ATTNJIT_OK) {
+      return Status::of(status);
+    }
+    return Context(context);
+  }
+
+  // Names an expression; later texts may use `name`, or `name(argument, ...)` where it has parameters.
+  Status register_mod(const std::string& name, const Mod& body, const std::vector<std::string>& parameters = {}) {
+    return add(name, body, parameters, 0);
+  }
+  // The same for a condition that says which elements are kept.
+  Status register_mask(const std::string& name, const Mod& body, const std::vector<std::string>& parameters = {}) {
+    return add(name, body, parameters, 1);
+  }
+
+  // Validates and compiles, or finds the compiled plan. Data is not looked at.
+  Result<Plan> prepare(const Attention& attention) const {
+    const detail::CAttention c(attention);
+    attnjit_plan* plan = nullptr;
+    if (const attnjit_status status = attnjit_prepare(context_.get(), c.get(), &plan); status != ATTNJIT_OK) {
+      return Status::of(status);
+    }
+    return Plan(plan);
+  }
+
+  // Prepares, allocates a workspace and runs. To call again and again, keep the Plan and the Workspace instead.
+  Status forward(const Attention& attention) const {
+    Result<Plan> plan = prepare(attention);
+    if (!plan) return plan.status();
+    const Workspace workspace(plan->workspace_size());
+    if (workspace.size() < plan->workspace_size()) {
+      return Status(ATTNJIT_OUT_OF_MEMORY,
+                    "no memory for a workspace of " + std::to_string(plan->workspace_size()) + " bytes");
+    }
+    return plan->run(attention, workspace);
+  }
+
+  // The double-precision oracle: o (rows, Dv), lse and row_max (rows), each of that size or empty.
+  Status reference(const Attention& attention, std::span<const Row> rows, std::span<double> o,
+                   std::span<double> lse = {}, std::span<double> row_max = {}) const {
+    const std::span<const std::int64_t> v = attention.v.shape();
+    const std::size_t head_dim_v = v.size() == 4 && v[3] > 0 ? static_cast<std::size_t>(v[3]) : 1;
+    const auto wrong = [](const char* name, std::size_t size, std::size_t needed) {
+      return Status(ATTNJIT_INVALID_ARGUMENT, std::string(name) + " has " + std::to_string(size) +
+                                                  " elements; it needs " + std::to_string(needed) + ", or none");
+    };
+    if (!o.empty() && o.size() != rows.size() * head_dim_v) return wrong("o", o.size(), rows.size() * head_dim_v);
+    if (!lse.empty() && lse.size() != rows.size()) return wrong("lse", lse.size(), rows.size());
+    if (!row_max.empty() && row_max.size() != rows.size()) return wrong("row_max", row_max.size(), rows.size());
+    const detail::CAttention c(attention);
+    return Status::of(attnjit_reference(context_.get(), c.get(), rows.data(), rows.size(),
+                                        o.empty() ? nullptr : o.data(), lse.empty() ? nullptr : lse.data(),
+                                        row_max.empty() ? nullptr : row_max.data()));
+  }
+
+  // JSON: what the compiler makes of a problem; with `dump`, its intermediate texts too.
+  Result<std::string> explain(const Attention& attention, bool dump = false) const {
+    const detail::CAttention c(attention);
+    char* json = nullptr;
+    const attnjit_status status = attnjit_explain(context_.get(), c.get(), dump ? 1 : 0, &json);
+    return detail::take(status, json);
+  }
+  // JSON: the registered mods.
+  Result<std::string> list_mods() const {
+    char* json = nullptr;
+    const attnjit_status status = attnjit_list_mods(context_.get(), &json);
+    return detail::take(status, json);
+  }
+  // JSON: the names that expressions capture.
+  Result<std::string> captures(const Mod& score_mod, const Mod& mask_mod = {}) const {
+    char* json = nullptr;
+    const attnjit_status status = attnjit_captures(context_.get(), score_mod.c_str(), mask_mod.c_str(), &json);
+    return detail::take(status, json);
+  }
+
+  attnjit_context* get() const { return context_.get(); }
+
+ private:
+  struct Destroy {
+    void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
+  };
+  explicit Context(attnjit_context* context) : context_(context) {}
+
+  Status add(const std::string& name, const Mod& body, const std::vector<std::string>& parameters, int is_mask) {
+    std::vector<const char*> names;
+    for (const std::string& parameter : parameters) names.push_back(parameter.c_str());
+    return Status::of(
+        attnjit_register_mod(context_.get(), name.c_str(), names.data(), names.size(), body.c_str(), is_mask));
+  }
+
+  std::unique_ptr<attnjit_context, Destroy> context_;
+};
+
+inline const char* version() { return attnjit_version(); }
+
+}  // namespace attnjit

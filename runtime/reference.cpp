@@ -1,0 +1,114 @@
+// The oracle: scores, mod, softmax and both sums in double precision, from the rounded inputs.
+#include "runtime/reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "dsl/interpreter.h"
+
+namespace attnjit::runtime {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// `count` neighbours along the innermost dimension, widened.
+void widen(const TensorView& tensor, std::int64_t b, std::int64_t h, std::int64_t s, std::vector<double>* out) {
+  const std::int64_t offset = b * tensor.stride[0] + h * tensor.stride[1] + s * tensor.stride[2];
+  for (std::size_t d = 0; d < out->size(); ++d) {
+    (*out)[d] = dsl::read_as_double(tensor.data, tensor.dtype, offset + static_cast<std::int64_t>(d));
+  }
+}
+
+// +inf wins over NaN, and NaN over every other number; either way the row is NaN.
+double larger(double a, double b) {
+  if (a == kInfinity || b == kInfinity) return kInfinity;
+  if (std::isnan(a) || std::isnan(b)) return std::numeric_limits<double>::quiet_NaN();
+  return std::max(a, b);
+}
+
+// One thread's rows.
+class Worker {
+ public:
+  Worker(const ForwardCall& call, const Mods& mods)
+      : call_(call),
+        score_mod_(mods.score_mod, {call.captures, call.num_captures}),
+        q_(static_cast<std::size_t>(call.q.shape[3])),
+        k_(static_cast<std::size_t>(call.k.shape[3])),
+        v_(static_cast<std::size_t>(call.v.shape[3])),
+        v_sum_(v_.size()),
+        element_(static_cast<std::size_t>(call.k.shape[2])) {
+    if (mods.mask_mod) mask_mod_.emplace(*mods.mask_mod, std::span(call.captures, call.num_captures));
+  }
+
+  void row(const attnjit_row& row, double* o, double* lse, double* row_max) {
+    const std::int64_t heads_kv = call_.k.shape[1];
+    const std::int64_t h_kv = heads_kv > 0 ? row.h / (call_.q.shape[1] / heads_kv) : 0;
+    widen(call_.q, row.b, row.h, row.q_idx, &q_);
+    double maximum = -kInfinity;
+    for (std::size_t j = 0; j < element_.size(); ++j) {
+      const auto kv_idx = static_cast<std::int64_t>(j);
+      widen(call_.k, row.b, h_kv, kv_idx, &k_);
+      double product = 0.0;
+      for (std::size_t d = 0; d < q_.size(); ++d) product += q_[d] * k_[d];
+      const dsl::Point point{.score = product * static_cast<double>(call_.scale),
+                             .b = row.b,
+                             .h = row.h,
+                             .q_idx = row.q_idx,
+                             .kv_idx = kv_idx};
+      dsl::Element element = score_mod_.score_mod(point);
+      if (mask_mod_ && element.keep && !mask_mod_->mask_mod(point)) element = {.value = -kInfinity, .keep = false};
+      element_[j] = element;
+      if (element.keep) maximum = larger(maximum, element.value);
+    }
+
+    std::fill(v_sum_.begin(), v_sum_.end(), 0.0);
+    double sum = 0.0;
+    // A row of which nothing is left has no maximum to take away: O = 0, LSE = -inf.
+    if (maximum != -kInfinity) {
+      for (std::size_t j = 0; j < element_.size(); ++j) {
+        // Skipped, not multiplied by 0: what stands in V there may be infinite.
+        if (!element_[j].keep) continue;
+        const double p = std::exp(element_[j].value - maximum);
+        sum += p;
+        if (!o) continue;
+        widen(call_.v, row.b, h_kv, static_cast<std::int64_t>(j), &v_);
+        for (std::size_t d = 0; d < v_.size(); ++d) v_sum_[d] += p * v_[d];
+      }
+      if (o) {
+        for (std::size_t d = 0; d < v_.size(); ++d) o[d] = v_sum_[d] / sum;
+      }
+    } else if (o) {
+      std::fill_n(o, v_.size(), 0.0);
+    }
+    if (lse) *lse = maximum == -kInfinity ? -kInfinity : maximum + std::log(sum);
+    if (row_max) *row_max = maximum;
+  }
+
+ private:
+  const ForwardCall& call_;
+  dsl::Interpreter score_mod_;
+  std::optional<dsl::Interpreter> mask_mod_;
+  std::vector<double> q_, k_, v_, v_sum_;
+  std::vector<dsl::Element> element_;
+};
+
+}  // namespace
+
+void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
+                    double* o, double* lse, double* row_max) {
+  const auto head_dim_v = static_cast<std::size_t>(call.v.shape[3]);
+  // Made before the threads start: a task may not throw.
+  std::vector<std::unique_ptr<Worker>> workers;
+  for (int i = 0; i < pool.size(); ++i) workers.push_back(std::make_unique<Worker>(call, mods));
+  pool.parallel_for(static_cast<std::int64_t>(rows.size()), [&](std::int64_t task, int thread) {
+    const auto i = static_cast<std::size_t>(task);
+    workers[static_cast<std::size_t>(thread)]->row(rows[i], o ? o + i * head_dim_v : nullptr, lse ? lse + i : nullptr,
+                                                   row_max ? row_max + i : nullptr);
+  });
+}
+
+}  // namespace attnjit::runtime

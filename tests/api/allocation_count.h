@@ -1,0 +1,11 @@
+// Counts what the whole process allocates, the library and its threads included.
+#pragma once
+
+namespace attnjit::test {
+
+// False where a sanitizer owns malloc: counts stay 0 then.
+bool counts_allocations();
+// Allocations since the program started.
+long allocation_count();
+
+}  // namespace attnjit::test

@@ -1,0 +1,196 @@
+// The C++ wrapper: the same library through values, lambdas and Results.
+#include <gmock/gmock.h>
+
+#include <attnjit/attnjit.hpp>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "test_problem.h"
+
+namespace attnjit::test {
+namespace {
+
+using testing::HasSubstr;
+
+// float32 buffers of (1, 2, 33, 16).
+struct Buffers {
+  static constexpr std::int64_t kHeads = 2, kLength = 33, kHeadDim = 16;
+  std::vector<float> q = Problem::pattern(kHeads * kLength * kHeadDim, 1);
+  std::vector<float> k = Problem::pattern(kHeads * kLength * kHeadDim, 2);
+  std::vector<float> v = Problem::pattern(kHeads * kLength * kHeadDim, 3);
+  std::vector<float> o = std::vector<float>(q.size(), NAN);
+
+  attnjit::Attention attention() {
+    return {.q = {q.data(), {1, kHeads, kLength, kHeadDim}},
+            .k = {k.data(), {1, kHeads, kLength, kHeadDim}},
+            .v = {v.data(), {1, kHeads, kLength, kHeadDim}},
+            .o = {o.data(), {1, kHeads, kLength, kHeadDim}}};
+  }
+};
+
+double largest_error(const attnjit::Context& context, const attnjit::Attention& attention, const Buffers& buffers) {
+  std::vector<Row> rows;
+  for (std::int64_t h = 0; h < Buffers::kHeads; ++h) {
+    for (std::int64_t q = 0; q < Buffers::kLength; ++q) rows.push_back({0, h, q});
+  }
+  std::vector<double> gold(buffers.o.size());
+  const Status status = context.reference(attention, rows, gold);
+  EXPECT_TRUE(status) << status.message();
+  double error = 0;
+  for (std::size_t i = 0; i < gold.size(); ++i) {
+    const double difference = std::abs(gold[i] - static_cast<double>(buffers.o[i]));
+    error = difference <= error ? error : difference;  // NaN stays
+  }
+  return error;
+}
+
+TEST(CppApi, LambdaForward) {
+  Result<Context> context = Context::create({.num_threads = 2});
+  ASSERT_TRUE(context) << context.status().message();
+  Status status = context->register_mod(
+      "soft", [](auto score, auto b, auto h, auto q_idx, auto kv_idx) { return 3 * tanh(score / 3) - h; });
+  ASSERT_TRUE(status) << status.message();
+  status = context->register_mask("past", [](auto b, auto h, auto q_idx, auto kv_idx) { return q_idx >= kv_idx; });
+  ASSERT_TRUE(status) << status.message();
+
+  Buffers buffers;
+  Attention attention = buffers.attention();
+  attention.score_mod = "soft";
+  attention.mask_mod = "past";
+  status = context->forward(attention);
+  ASSERT_TRUE(status) << status.message();
+  EXPECT_LT(largest_error(*context, attention, buffers), 1e-5);
+
+  // Spelled as text, it is the same computation.
+  Buffers again;
+  Attention text = again.attention();
+  text.score_mod = "3 * tanh(score / 3) - h";
+  text.mask_mod = "causal";
+  status = context->forward(text);
+  ASSERT_TRUE(status) << status.message();
+  EXPECT_EQ(again.o, buffers.o);
+}
+
+TEST(CppApi, RegisteredParameters) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  ASSERT_TRUE(context->register_mod("times", "score * x", {"x"}));
+  Buffers buffers;
+  Attention attention = buffers.attention();
+  attention.score_mod = "times(0.5)";
+  ASSERT_TRUE(context->forward(attention));
+  EXPECT_LT(largest_error(*context, attention, buffers), 1e-5);
+}
+
+TEST(CppApi, CapturesScaleAndBFloat16) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  // bfloat16 by truncation: the oracle sees the same rounded inputs.
+  const auto narrow = [](const std::vector<float>& in) {
+    std::vector<std::uint16_t> out;
+    for (const float value : in) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      out.push_back(static_cast<std::uint16_t>(bits >> 16));
+    }
+    return out;
+  };
+  const std::vector<std::uint16_t> q = narrow(buffers.q), k = narrow(buffers.k), v = narrow(buffers.v);
+  std::vector<std::uint16_t> o(q.size());
+  const std::vector<float> bias = Problem::pattern(33 * 33, 5);
+  const std::int64_t offset = 3;
+  const std::initializer_list<std::int64_t> shape = {1, 2, 33, 16};
+  const Attention attention = {
+      .q = {q.data(), DType::kBFloat16, shape},
+      .k = {k.data(), DType::kBFloat16, shape},
+      .v = {v.data(), DType::kBFloat16, shape},
+      .o = {o.data(), DType::kBFloat16, shape},
+      .score_mod = "score + bias[q_idx, kv_idx]",
+      .mask_mod = "kv_idx <= q_idx + offset",
+      .captures = {{"bias", {bias.data(), {33, 33}}}, {"offset", {&offset, {}}}},
+      .scale = 0.5f,
+  };
+  const Status status = context->forward(attention);
+  ASSERT_TRUE(status) << status.message();
+  for (std::size_t i = 0; i < o.size(); ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(o[i]) << 16;
+    std::memcpy(&buffers.o[i], &bits, sizeof(bits));
+  }
+  EXPECT_LT(largest_error(*context, attention, buffers), 1e-2);
+}
+
+TEST(CppApi, PlanRunsAgain) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  const Attention attention = buffers.attention();
+  Result<Plan> plan = context->prepare(attention);
+  ASSERT_TRUE(plan) << plan.status().message();
+  EXPECT_EQ(plan->backend(), Backend::kCpu);
+  EXPECT_THAT(plan->description(), HasSubstr("\"backend\": \"cpu\""));
+  const Workspace workspace(plan->workspace_size());
+  ASSERT_TRUE(plan->run(attention, workspace));
+  const std::vector<float> first = buffers.o;
+  ASSERT_TRUE(plan->run(attention, workspace));
+  EXPECT_EQ(buffers.o, first);
+  const Status status = plan->run(attention, Workspace());
+  EXPECT_EQ(status.code(), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(status.message(), HasSubstr("workspace_size is 0"));
+}
+
+TEST(CppApi, ErrorsAreValues) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  Attention attention = buffers.attention();
+  attention.score_mod = "score + nobody";
+  Status status = context->forward(attention);
+  EXPECT_EQ(status.code(), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(status.message(), HasSubstr("captures lacks 'nobody'"));
+  attention.score_mod = "score +";
+  const Result<Plan> plan = context->prepare(attention);
+  ASSERT_FALSE(plan);
+  EXPECT_EQ(plan.status().code(), ATTNJIT_INVALID_EXPRESSION);
+
+  attention = buffers.attention();
+  attention.v = {};
+  EXPECT_THAT(context->forward(attention).message(), HasSubstr("v is NULL"));
+  attention = buffers.attention();
+  attention.q = {buffers.q.data(), {1, 2, 33, 16}, {1, 1}};  // strides of another rank
+  EXPECT_THAT(context->forward(attention).message(), HasSubstr("q has -1 dimensions"));
+  attention.q = {buffers.q.data(), {1, 1, 1, 1, 2, 33, 16}};
+  EXPECT_THAT(context->forward(attention).message(), HasSubstr("q has 7 dimensions"));
+  attention = buffers.attention();
+  attention.captures.resize(17);
+  EXPECT_THAT(context->forward(attention).message(), HasSubstr("num_captures is 17"));
+
+  std::vector<double> small(3);
+  const Row row = {0, 0, 0};
+  EXPECT_THAT(context->reference(buffers.attention(), {&row, 1}, small).message(),
+              HasSubstr("o has 3 elements; it needs 16"));
+}
+
+TEST(CppApi, Json) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  Attention attention = buffers.attention();
+  attention.score_mod = "rel";
+  const Result<std::string> explained = context->explain(attention, true);
+  ASSERT_TRUE(explained) << explained.status().message();
+  EXPECT_THAT(*explained, HasSubstr("\"mlir\""));
+  const Result<std::string> mods = context->list_mods();
+  ASSERT_TRUE(mods);
+  EXPECT_THAT(*mods, HasSubstr("\"causal\""));
+  const Result<std::string> captures = context->captures("score + table[h]");
+  ASSERT_TRUE(captures);
+  EXPECT_THAT(*captures, HasSubstr("\"table\""));
+  EXPECT_FALSE(context->captures("score +"));
+  EXPECT_STREQ(version(), attnjit_version());
+}
+
+}  // namespace
+}  // namespace attnjit::test

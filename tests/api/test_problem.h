@@ -1,0 +1,150 @@
+// A small attention problem with buffers of its own, for the tests of the C interface.
+#pragma once
+
+#include <attnjit/attnjit.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace attnjit::test {
+
+inline constexpr DLDataType kF32 = {kDLFloat, 32, 1};
+inline constexpr DLDataType kI32 = {kDLInt, 32, 1};
+
+// A DLTensor with the arrays it points to.
+struct Tensor {
+  std::vector<std::int64_t> shape, strides;
+  DLTensor dl{};
+
+  Tensor() = default;
+  Tensor(void* data, std::vector<std::int64_t> extents, DLDataType dtype = kF32, std::vector<std::int64_t> steps = {})
+      : shape(std::move(extents)), strides(std::move(steps)) {
+    dl.data = data;
+    dl.device = {kDLCPU, 0};
+    dl.dtype = dtype;
+    sync();
+  }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+
+  // Call after a change of shape or strides.
+  void sync() {
+    dl.ndim = static_cast<int>(shape.size());
+    dl.shape = shape.data();
+    dl.strides = strides.empty() ? nullptr : strides.data();
+  }
+};
+
+struct ContextDeleter {
+  void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
+};
+struct PlanDeleter {
+  void operator()(attnjit_plan* plan) const { attnjit_plan_destroy(plan); }
+};
+using ContextPtr = std::unique_ptr<attnjit_context, ContextDeleter>;
+using PlanPtr = std::unique_ptr<attnjit_plan, PlanDeleter>;
+
+inline ContextPtr make_context(int num_threads = 2) {
+  attnjit_context_options options = ATTNJIT_CONTEXT_OPTIONS_INIT;
+  options.num_threads = num_threads;
+  attnjit_context* context = nullptr;
+  EXPECT_EQ(attnjit_context_create(&options, &context), ATTNJIT_OK) << attnjit_last_error();
+  return ContextPtr(context);
+}
+
+// Float32 q, k, v of B=2, Hq=4, Hkv=2, Sq=40, Skv=50, D=16, Dv=24, filled with a fixed pattern; outputs hold NaN.
+struct Problem {
+  static constexpr std::int64_t kB = 2, kHq = 4, kHkv = 2, kSq = 40, kSkv = 50, kD = 16, kDv = 24;
+
+  std::vector<float> q_data, k_data, v_data, o_data, lse_data, row_max_data;
+  Tensor q, k, v, o, lse, row_max;
+  std::vector<std::unique_ptr<Tensor>> captured;
+  std::vector<attnjit_capture> captures;
+  attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+
+  Problem()
+      : q_data(pattern(kB * kHq * kSq * kD, 1)),
+        k_data(pattern(kB * kHkv * kSkv * kD, 2)),
+        v_data(pattern(kB * kHkv * kSkv * kDv, 3)),
+        o_data(kB * kHq * kSq * kDv, NAN),
+        lse_data(kB * kHq * kSq, NAN),
+        row_max_data(kB * kHq * kSq, NAN),
+        q(q_data.data(), {kB, kHq, kSq, kD}),
+        k(k_data.data(), {kB, kHkv, kSkv, kD}),
+        v(v_data.data(), {kB, kHkv, kSkv, kDv}),
+        o(o_data.data(), {kB, kHq, kSq, kDv}),
+        lse(lse_data.data(), {kB, kHq, kSq}),
+        row_max(row_max_data.data(), {kB, kHq, kSq}) {
+    attention.q = &q.dl;
+    attention.k = &k.dl;
+    attention.v = &v.dl;
+    attention.o = &o.dl;
+    attention.lse = &lse.dl;
+    attention.row_max = &row_max.dl;
+  }
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+
+  static std::vector<float> pattern(std::int64_t count, std::uint32_t seed) {
+    std::vector<float> values(static_cast<std::size_t>(count));
+    std::uint32_t state = seed * 2654435761u + 12345u;
+    for (float& value : values) {
+      state = state * 1664525u + 1013904223u;
+      value = static_cast<float>(state >> 8) / static_cast<float>(1 << 23) - 1.0f;
+    }
+    return values;
+  }
+
+  // `name` must outlive the problem.
+  Tensor& capture(const char* name, void* data, std::vector<std::int64_t> shape, DLDataType dtype = kF32,
+                  std::vector<std::int64_t> strides = {}) {
+    captured.push_back(std::make_unique<Tensor>(data, std::move(shape), dtype, std::move(strides)));
+    captures.push_back({name, &captured.back()->dl});
+    attention.captures = captures.data();
+    attention.num_captures = captures.size();
+    return *captured.back();
+  }
+};
+
+// Scratch for `plan`, aligned as it needs.
+class Scratch {
+ public:
+  explicit Scratch(const attnjit_plan* plan)
+      : size(attnjit_plan_workspace_size(plan)), memory_(size + 64), data(align(memory_.data())) {}
+
+ private:
+  static void* align(std::byte* memory) {
+    return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
+  }
+
+ public:
+  const std::size_t size;
+
+ private:
+  std::vector<std::byte> memory_;
+
+ public:
+  void* const data;
+};
+
+inline PlanPtr prepare(const ContextPtr& context, const attnjit_attention& attention) {
+  attnjit_plan* plan = nullptr;
+  EXPECT_EQ(attnjit_prepare(context.get(), &attention, &plan), ATTNJIT_OK) << attnjit_last_error();
+  return PlanPtr(plan);
+}
+
+// Prepares and runs; false (and a test failure) where that fails.
+inline bool forward(const ContextPtr& context, const attnjit_attention& attention) {
+  const PlanPtr plan = prepare(context, attention);
+  if (!plan) return false;
+  const Scratch scratch(plan.get());
+  const attnjit_status status = attnjit_run(plan.get(), &attention, scratch.data, scratch.size, nullptr);
+  EXPECT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+  return status == ATTNJIT_OK;
+}
+
+}  // namespace attnjit::test
