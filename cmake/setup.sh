@@ -7,7 +7,7 @@ packages=(
   clang-22 clang-format-22 clang-tidy-22 libclang-rt-22-dev lld-22 llvm-22-dev llvm-22-tools
   libmlir-22-dev mlir-22-tools libzstd-dev zlib1g-dev libedit-dev libxml2-dev
   libbenchmark-dev libcli11-dev libdlpack-dev libfmt-dev libgmock-dev libgtest-dev libspdlog-dev libxxhash-dev
-  nlohmann-json3-dev libopenblas0-pthread libsleef-dev
+  nlohmann-json3-dev libopenblas0-pthread
 )
 
 missing=()
