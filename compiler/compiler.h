@@ -20,8 +20,8 @@ enum class StrideClass : std::uint8_t { kZero, kUnit, kAny };
 // What the code may assume of one captured tensor. Extents may be used to prove reads in bounds.
 struct CaptureInfo {
   dsl::DType dtype = dsl::DType::kF32;
-  std::vector<std::int64_t> extent;        // rank entries
-  std::vector<StrideClass> stride_class;   // rank entries
+  std::vector<std::int64_t> extent;       // rank entries
+  std::vector<StrideClass> stride_class;  // rank entries
 };
 
 // A score_mod (and mask_mod) with everything its code may depend on. Indices run over [0, extent).
@@ -31,7 +31,7 @@ struct ModProblem {
   std::vector<CaptureInfo> captures;  // by capture number, joint for both expressions
   std::int64_t batch = 1;
   std::int64_t num_heads = 1;
-  std::int64_t seqlen_q = 1;          // rounded up by the caller to what its padded lanes reach
+  std::int64_t seqlen_q = 1;  // rounded up by the caller to what its padded lanes reach
   std::int64_t seqlen_kv = 1;
 };
 
@@ -56,11 +56,11 @@ struct CompileOptions {
 // What was found out about an expression; the same for every backend.
 struct ModFacts {
   ScoreClass score_class = ScoreClass::kIdentity;
-  bool has_mask = false;              // some element may be dropped
+  bool has_mask = false;  // some element may be dropped
   bool mask_reads_score = false;
-  int reads_proven = 0;               // captured reads proven in bounds
+  int reads_proven = 0;  // captured reads proven in bounds
   int reads_clamped = 0;
-  bool indices_fit_32 = true;         // every integer was narrowed to 32 bits
+  bool indices_fit_32 = true;                 // every integer was narrowed to 32 bits
   std::uint64_t hash_low = 0, hash_high = 0;  // of the canonical form: two spellings of one thing share it
   std::string canonical_mlir;
 };

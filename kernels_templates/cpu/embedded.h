@@ -12,5 +12,9 @@ struct EmbeddedBitcode {
 // The softmax tile of tile.cpp. `isa` is compiler::CpuIsa's number: 0 SSE2, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ,
 // VL), 3 AVX-512 with BF16.
 EmbeddedBitcode tile_bitcode(int isa);
+// The language's functions of functions.cpp, likewise.
+EmbeddedBitcode functions_bitcode(int isa);
+// elementwise.cpp, in test programs only.
+EmbeddedBitcode elementwise_bitcode(int isa);
 
 }  // namespace attnjit::cpu

@@ -1,0 +1,259 @@
+// Linking, optimising and code generation for the CPU.
+#include "compiler/cpu_codegen.h"
+
+#include <chrono>
+#include <mutex>
+
+#include "kernels_templates/cpu/embedded.h"
+#include "llvm/Analysis/TargetLibraryInfo.h"
+#include "llvm/Analysis/TargetTransformInfo.h"
+#include "llvm/Bitcode/BitcodeReader.h"
+#include "llvm/IR/DiagnosticInfo.h"
+#include "llvm/IR/DiagnosticPrinter.h"
+#include "llvm/IR/LegacyPassManager.h"
+#include "llvm/Linker/Linker.h"
+#include "llvm/MC/TargetRegistry.h"
+#include "llvm/Passes/PassBuilder.h"
+#include "llvm/Support/SmallVectorMemoryBuffer.h"
+#include "llvm/Support/TargetSelect.h"
+#include "llvm/Target/TargetMachine.h"
+#include "llvm/TargetParser/Host.h"
+#include "llvm/Transforms/IPO/AlwaysInliner.h"
+#include "llvm/Transforms/IPO/GlobalDCE.h"
+#include "llvm/Transforms/IPO/Internalize.h"
+#include "llvm/Transforms/InstCombine/InstCombine.h"
+#include "llvm/Transforms/Scalar/EarlyCSE.h"
+#include "llvm/Transforms/Scalar/LICM.h"
+#include "llvm/Transforms/Scalar/LoopPassManager.h"
+#include "llvm/Transforms/Scalar/SROA.h"
+#include "llvm/Transforms/Utils/Cloning.h"
+#include "llvm/Transforms/Vectorize/LoopVectorize.h"
+
+namespace attnjit::compiler {
+namespace {
+
+std::int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+struct IsaTarget {
+  llvm::StringRef name, cpu, features;
+};
+
+// Fixed sets and not "whatever the host has": the same code on every host of a class, and a restriction is one.
+const IsaTarget& isa_target(CpuIsa isa) {
+  static constexpr IsaTarget targets[] = {
+      {"sse2", "x86-64", ""},
+      {"avx2", "x86-64-v3", ""},
+      {"avx512", "x86-64-v4", ""},
+      {"avx512bf16", "x86-64-v4", "+avx512bf16"},
+  };
+  return targets[static_cast<int>(isa)];
+}
+
+const std::string& host_cpu_name() {
+  static const std::string name = llvm::sys::getHostCPUName().str();
+  return name;
+}
+
+// Errors of LLVM's own, collected instead of printed.
+class Diagnostics : public llvm::DiagnosticHandler {
+ public:
+  explicit Diagnostics(std::string& errors) : errors_(errors) {}
+  bool handleDiagnostics(const llvm::DiagnosticInfo& info) override {
+    if (info.getSeverity() == llvm::DS_Error) {
+      llvm::raw_string_ostream stream(errors_);
+      llvm::DiagnosticPrinterRawOStream printer(stream);
+      info.print(printer);
+    }
+    return true;
+  }
+
+ private:
+  std::string& errors_;
+};
+
+// Whatever the bitcode was built for, it is now for `isa`, and nothing stands in the way of inlining.
+void retarget(llvm::Module& module, CpuIsa isa) {
+  const IsaTarget& target = isa_target(isa);
+  for (llvm::Function& function : module) {
+    for (const char* name : {"target-cpu", "target-features", "tune-cpu", "min-legal-vector-width", "frame-pointer",
+                             "prefer-vector-width", "stack-protector-buffer-size"})
+      function.removeFnAttr(name);
+    for (const auto kind :
+         {llvm::Attribute::NoInline, llvm::Attribute::OptimizeNone, llvm::Attribute::UWTable,
+          llvm::Attribute::StackProtect, llvm::Attribute::StackProtectReq, llvm::Attribute::StackProtectStrong})
+      function.removeFnAttr(kind);
+    if (function.isIntrinsic()) continue;
+    function.addFnAttr("target-cpu", target.cpu);
+    if (!target.features.empty()) function.addFnAttr("target-features", target.features);
+    function.addFnAttr("tune-cpu", host_cpu_name());
+    if (isa >= CpuIsa::kAvx512) function.addFnAttr("prefer-vector-width", "512");
+    function.addFnAttr(llvm::Attribute::NoUnwind);
+  }
+}
+
+// What tile.cpp documents as needed for straight vector code.
+void optimise(llvm::Module& module, llvm::TargetMachine& machine, llvm::StringRef entry) {
+  llvm::LoopAnalysisManager loops;
+  llvm::FunctionAnalysisManager functions;
+  llvm::CGSCCAnalysisManager sccs;
+  llvm::ModuleAnalysisManager modules;
+  llvm::PassBuilder builder(&machine);
+  builder.registerModuleAnalyses(modules);
+  builder.registerCGSCCAnalyses(sccs);
+  builder.registerFunctionAnalyses(functions);
+  builder.registerLoopAnalyses(loops);
+  builder.crossRegisterProxies(loops, functions, sccs, modules);
+
+  llvm::ModulePassManager passes;
+  passes.addPass(llvm::InternalizePass([entry](const llvm::GlobalValue& value) { return value.getName() == entry; }));
+  passes.addPass(llvm::AlwaysInlinerPass(/*InsertLifetimeIntrinsics=*/false));
+  passes.addPass(llvm::GlobalDCEPass());
+  llvm::FunctionPassManager function;
+  const auto clean = [&function] {
+    function.addPass(llvm::SROAPass(llvm::SROAOptions::ModifyCFG));
+    function.addPass(llvm::EarlyCSEPass(/*UseMemorySSA=*/true));
+    function.addPass(llvm::InstCombinePass());
+  };
+  clean();
+  function.addPass(llvm::LoopVectorizePass());
+  clean();
+  function.addPass(llvm::createFunctionToLoopPassAdaptor(llvm::LICMPass(llvm::LICMOptions()), /*UseMemorySSA=*/true));
+  passes.addPass(llvm::createModuleToFunctionPassAdaptor(std::move(function)));
+  passes.run(module, modules);
+}
+
+bool emit(llvm::Module& module, llvm::TargetMachine& machine, llvm::CodeGenFileType type,
+          llvm::SmallVectorImpl<char>& out) {
+  llvm::raw_svector_ostream stream(out);
+  llvm::legacy::PassManager passes;
+  if (machine.addPassesToEmitFile(passes, stream, nullptr, type, /*DisableVerify=*/true)) return false;
+  passes.run(module);
+  return true;
+}
+
+std::unique_ptr<llvm::TargetMachine> target_machine(CpuIsa isa, std::string& error) {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    LLVMInitializeX86TargetInfo();
+    LLVMInitializeX86Target();
+    LLVMInitializeX86TargetMC();
+    LLVMInitializeX86AsmPrinter();
+  });
+  const llvm::Triple triple("x86_64-pc-linux-gnu");
+  const llvm::Target* target = llvm::TargetRegistry::lookupTarget(triple, error);
+  if (!target) return nullptr;
+  const IsaTarget& names = isa_target(isa);
+  llvm::TargetOptions options;
+  options.MCOptions.AsmVerbose = true;
+  std::unique_ptr<llvm::TargetMachine> machine(
+      target->createTargetMachine(triple, names.cpu, names.features, options, llvm::Reloc::PIC_, std::nullopt,
+                                  llvm::CodeGenOptLevel::Default, /*JIT=*/true));
+  if (!machine) error = "no x86-64 code generator";
+  return machine;
+}
+
+llvm::Expected<std::unique_ptr<llvm::Module>> read_bitcode(llvm::StringRef bitcode, llvm::StringRef name,
+                                                           llvm::LLVMContext& context) {
+  // Functions that nobody calls are never read.
+  return llvm::getLazyBitcodeModule(llvm::MemoryBufferRef(bitcode, name), context);
+}
+
+llvm::StringRef bytes(const cpu::EmbeddedBitcode& bitcode) {
+  return {reinterpret_cast<const char*>(bitcode.data), bitcode.size};
+}
+
+}  // namespace
+
+PhaseTimer::PhaseTimer(PhaseTimes& phases, std::string name)
+    : phases_(phases), name_(std::move(name)), start_ns_(now_ns()) {}
+PhaseTimer::~PhaseTimer() { phases_.emplace_back(name_, static_cast<double>(now_ns() - start_ns_) * 1e-6); }
+
+std::string_view cpu_isa_name(CpuIsa isa) { return isa_target(isa).name; }
+
+CpuIsa host_cpu_isa() {
+  static const CpuIsa best = [] {
+    const llvm::StringMap<bool> host = llvm::sys::getHostCPUFeatures();
+    const auto has = [&host](std::initializer_list<const char*> names) {
+      return llvm::all_of(names, [&](const char* name) { return host.lookup(name); });
+    };
+    // The x86-64 levels that the code is generated for.
+    if (!has({"avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe"})) return CpuIsa::kSse2;
+    if (!has({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})) return CpuIsa::kAvx2;
+    return has({"avx512bf16"}) ? CpuIsa::kAvx512Bf16 : CpuIsa::kAvx512;
+  }();
+  return best;
+}
+
+CpuTemplate tile_template(CpuIsa isa) { return {bytes(cpu::tile_bitcode(static_cast<int>(isa))), "attnjit_tile"}; }
+
+CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplate& around,
+                             const CompileOptions& options, PhaseTimes& phases) {
+  CodegenResult result;
+  llvm::LLVMContext& context = mod->getContext();
+  context.setDiagnosticHandler(std::make_unique<Diagnostics>(result.error));
+  const auto failed = [&](const char* what) {
+    result.error = result.error.empty() ? what : std::string(what) + ": " + result.error;
+    return std::move(result);
+  };
+  std::unique_ptr<llvm::TargetMachine> machine = target_machine(options.isa, result.error);
+  if (!machine) return failed("cannot generate code for this machine");
+
+  std::unique_ptr<llvm::Module> module;
+  {
+    const PhaseTimer timer(phases, "link");
+    const struct {
+      llvm::StringRef bitcode, name;
+    } parts[] = {{around.bitcode, "template"},
+                 {bytes(cpu::functions_bitcode(static_cast<int>(options.isa))), "functions"}};
+    for (const auto& part : parts) {
+      auto read = read_bitcode(part.bitcode, part.name, context);
+      if (!read) {
+        result.error = llvm::toString(read.takeError());
+        return failed("embedded bitcode cannot be read");
+      }
+      if (!module) {
+        module = std::move(*read);
+        mod->setTargetTriple(module->getTargetTriple());
+        mod->setDataLayout(module->getDataLayout());
+        if (llvm::Error error = module->materializeAll()) {
+          result.error = llvm::toString(std::move(error));
+          return failed("embedded bitcode cannot be read");
+        }
+        if (llvm::Linker::linkModules(*module, std::move(mod))) return failed("the mod does not link");
+      } else if (llvm::Linker::linkModules(*module, std::move(*read), llvm::Linker::LinkOnlyNeeded)) {
+        return failed("the functions do not link");
+      }
+    }
+    retarget(*module, options.isa);
+  }
+  {
+    const PhaseTimer timer(phases, "optimise");
+    optimise(*module, *machine, around.entry);
+  }
+  if (options.dump) {
+    std::string text;
+    llvm::raw_string_ostream stream(text);
+    module->print(stream, nullptr);
+    options.dump("llvm", text);
+    // Code generation changes the module: the listing gets a copy.
+    std::unique_ptr<llvm::TargetMachine> lister = target_machine(options.isa, result.error);
+    llvm::SmallVector<char, 0> listing;
+    const std::unique_ptr<llvm::Module> copy = llvm::CloneModule(*module);
+    if (lister && emit(*copy, *lister, llvm::CodeGenFileType::AssemblyFile, listing))
+      options.dump("asm", {listing.data(), listing.size()});
+  }
+  {
+    const PhaseTimer timer(phases, "codegen");
+    llvm::SmallVector<char, 0> object;
+    if (!emit(*module, *machine, llvm::CodeGenFileType::ObjectFile, object))
+      return failed("this machine's code generator writes no objects");
+    if (!result.error.empty()) return failed("code generation failed");
+    result.object = std::make_unique<llvm::SmallVectorMemoryBuffer>(std::move(object), "attnjit", false);
+  }
+  return result;
+}
+
+}  // namespace attnjit::compiler

@@ -1,0 +1,23 @@
+// One compile for the CPU, whatever template the mod goes into: what compile_cpu_tile and the tests share.
+#pragma once
+
+#include <memory>
+
+#include "compiler/compiler.h"
+#include "compiler/cpu_codegen.h"
+#include "compiler/cpu_jit.h"
+
+namespace attnjit::compiler {
+
+struct CompiledMod {
+  ModFacts facts;
+  bool scores_in_log2 = false;  // see CpuTile
+  PhaseTimes phases;
+  std::shared_ptr<const NativeCode> code;  // entry: the template's
+};
+
+// Code that is equal, for the same instruction set and template, is shared between problems while one of them lives.
+CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileOptions& options,
+                                       const CpuTemplate& around);
+
+}  // namespace attnjit::compiler

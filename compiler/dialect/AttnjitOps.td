@@ -1,0 +1,91 @@
+// The attnjit dialect: what upstream lacks to say a score_mod as a function of one element.
+#ifndef ATTNJIT_OPS
+#define ATTNJIT_OPS
+
+include "mlir/IR/OpBase.td"
+include "mlir/IR/EnumAttr.td"
+include "mlir/IR/BuiltinAttributes.td"
+include "mlir/Interfaces/SideEffectInterfaces.td"
+include "mlir/Interfaces/InferIntRangeInterface.td"
+include "mlir/Interfaces/InferTypeOpInterface.td"
+
+def Attnjit_Dialect : Dialect {
+  let name = "attnjit";
+  let summary = "One attention score as a function of its place and of captured tensors";
+  let cppNamespace = "::attnjit::compiler";
+}
+
+class Attnjit_Op<string mnemonic, list<Trait> traits = []> : Op<Attnjit_Dialect, mnemonic, traits # [Pure]>;
+
+def Attnjit_Role : I32EnumAttr<"Role", "which coordinate of an element", [
+    I32EnumAttrCase<"B", 0, "b">, I32EnumAttrCase<"H", 1, "h">,
+    I32EnumAttrCase<"Q", 2, "q_idx">, I32EnumAttrCase<"Kv", 3, "kv_idx">]> {
+  let cppNamespace = "::attnjit::compiler";
+  let genSpecializedAttr = 0;
+}
+def Attnjit_RoleAttr : EnumAttr<Attnjit_Dialect, Attnjit_Role, "role"> {
+  let assemblyFormat = "$value";
+}
+
+def Attnjit_IndexOp : Attnjit_Op<"index",
+    [DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
+  let summary = "A coordinate of the element: batch, query head, logical query or key position";
+  let description = [{
+    Runs over [0, extent). Without an extent nothing is known but that it is not negative.
+
+    ```mlir
+    %q = attnjit.index q_idx below 4096
+    ```
+  }];
+  let arguments = (ins Attnjit_RoleAttr:$role, OptionalAttr<I64Attr>:$extent);
+  let results = (outs I64:$result);
+  let assemblyFormat = "$role (`below` $extent^)? attr-dict";
+  let hasVerifier = 1;
+}
+
+def Attnjit_ReadOp : Attnjit_Op<"read",
+    [DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
+  let summary = "An element of a captured tensor, widened to the language's type";
+  let description = [{
+    `capture` is its number in the captured table, `element` its type in memory (bool: i1, uint8: ui8). One index per
+    dimension, clamped to [0, extent) unless `in_bounds` says that it needs no clamp; the read therefore never leaves
+    the tensor and may be executed speculatively. `strides` holds, per dimension, 0 (broadcast), 1 (contiguous) or -1
+    (known at run time only).
+
+    ```mlir
+    %bias = attnjit.read 0[%h, %d] extents [8, 1023] strides [-1, 1] : bf16 -> f32
+    ```
+  }];
+  let arguments = (ins I32Attr:$capture, Variadic<I64>:$indices, DenseI64ArrayAttr:$extents,
+                       DenseI64ArrayAttr:$strides, OptionalAttr<DenseBoolArrayAttr>:$in_bounds, TypeAttr:$element);
+  let results = (outs AnyTypeOf<[I1, I64, F32]>:$result);
+  let assemblyFormat = [{
+    $capture `[` $indices `]` `extents` $extents `strides` $strides (`in_bounds` $in_bounds^)? attr-dict
+    `:` $element `->` type($result)
+  }];
+  let hasVerifier = 1;
+}
+
+class Attnjit_DivisionOp<string mnemonic> : Attnjit_Op<mnemonic,
+    [SameOperandsAndResultType, DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
+  let arguments = (ins AnyTypeOf<[I32, I64]>:$lhs, AnyTypeOf<[I32, I64]>:$rhs);
+  let results = (outs AnyTypeOf<[I32, I64]>:$result);
+  let assemblyFormat = "$lhs `,` $rhs attr-dict `:` type($result)";
+  let hasFolder = 1;
+}
+def Attnjit_FloorDivOp : Attnjit_DivisionOp<"floordiv"> {
+  let summary = "Integer division rounded down; x // 0 is 0 and the smallest integer divided by -1 wraps";
+}
+def Attnjit_FloorModOp : Attnjit_DivisionOp<"floormod"> {
+  let summary = "What floordiv leaves, with the divisor's sign; x % 0 is 0";
+}
+
+def Attnjit_ToIntOp : Attnjit_Op<"to_int"> {
+  let summary = "Float to integer: truncates, saturates, NaN gives 0";
+  let arguments = (ins F32:$value);
+  let results = (outs I64:$result);
+  let assemblyFormat = "$value attr-dict";
+  let hasFolder = 1;
+}
+
+#endif

@@ -1,0 +1,129 @@
+// attnjit-opt: runs any pass on a .mlir file, or prints the MLIR of an expression:
+//   attnjit-opt --attnjit-canonical-order in.mlir
+//   attnjit-opt --expr 'score + bias[h]' --shape 1,8,128,128 --capture bias=bfloat16,8 | attnjit-opt ...
+#include <CLI/CLI.hpp>
+#include <map>
+#include <sstream>
+
+#include "compiler/builder.h"
+#include "compiler/dialect/dialect.h"
+#include "compiler/mlir_context.h"
+#include "compiler/passes/passes.h"
+#include "dsl/bind.h"
+#include "dsl/parser.h"
+#include "llvm/Support/raw_ostream.h"
+#include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/Dialect/LLVMIR/LLVMDialect.h"
+#include "mlir/Dialect/Math/IR/Math.h"
+#include "mlir/Tools/mlir-opt/MlirOptMain.h"
+#include "mlir/Transforms/Passes.h"
+
+namespace {
+
+using namespace attnjit;
+
+// `name=dtype,extent,...`, contiguous along the last dimension. False where it is not that.
+bool parse_capture(const std::string& description, std::map<std::string, compiler::CaptureInfo>& infos) {
+  const std::size_t equals = description.find('=');
+  if (equals == std::string::npos) return false;
+  std::stringstream rest(description.substr(equals + 1));
+  std::string part;
+  compiler::CaptureInfo info;
+  bool known = false;
+  std::getline(rest, part, ',');
+  for (int d = 0; d <= static_cast<int>(dsl::DType::kF32); ++d) {
+    if (dsl::dtype_name(static_cast<dsl::DType>(d)) != part) continue;
+    info.dtype = static_cast<dsl::DType>(d);
+    known = true;
+  }
+  while (std::getline(rest, part, ',')) {
+    const std::int64_t extent = std::strtoll(part.c_str(), nullptr, 10);
+    if (extent < 1) return false;
+    info.extent.push_back(extent);
+    info.stride_class.push_back(compiler::StrideClass::kAny);
+  }
+  if (!info.stride_class.empty()) info.stride_class.back() = compiler::StrideClass::kUnit;
+  infos[description.substr(0, equals)] = info;
+  return known;
+}
+
+// Parses and binds `text` into `out`, whose reads are then numbered by `infos`. Names without a description are f32.
+bool bind_expression(const std::string& text, dsl::ModKind kind, std::map<std::string, compiler::CaptureInfo>& infos,
+                     dsl::Expr& out) {
+  dsl::Expected<dsl::Expr> expr = dsl::parse(text, kind);
+  if (expr) {
+    std::vector<dsl::CaptureBinding> bindings;
+    for (const dsl::Capture& capture : expr->captures) {
+      const auto rank = static_cast<std::size_t>(capture.rank);
+      compiler::CaptureInfo plain{
+          .dtype = dsl::DType::kF32,
+          .extent = std::vector<std::int64_t>(rank, 64),
+          .stride_class = std::vector<compiler::StrideClass>(rank, compiler::StrideClass::kAny)};
+      const compiler::CaptureInfo& info = infos.try_emplace(capture.name, plain).first->second;
+      bindings.push_back({info.dtype, static_cast<int>(info.extent.size())});
+    }
+    expr = dsl::bind(*expr, bindings, kind);
+  }
+  if (!expr) {
+    llvm::errs() << dsl::format_error(expr.error(), text) << "\n";
+    return false;
+  }
+  out = *expr;
+  return true;
+}
+
+int print_expression(int argc, char** argv) {
+  std::string text, mask;
+  std::vector<std::int64_t> shape{1, 8, 1024, 1024};
+  std::vector<std::string> captures;
+  CLI::App app("Prints the MLIR that the compiler builds from an expression");
+  app.add_option("--expr", text, "score_mod")->required();
+  app.add_option("--mask", mask, "mask_mod");
+  app.add_option("--shape", shape, "batch,heads,seqlen_q,seqlen_kv")->delimiter(',')->expected(4);
+  app.add_option("--capture", captures, "name=dtype,extent,...");
+  CLI11_PARSE(app, argc, argv);
+
+  std::map<std::string, compiler::CaptureInfo> infos;
+  for (const std::string& capture : captures) {
+    if (parse_capture(capture, infos)) continue;
+    llvm::errs() << "--capture " << capture << ": expected name=dtype,extent,...\n";
+    return 1;
+  }
+  compiler::ModProblem problem;
+  problem.batch = shape[0];
+  problem.num_heads = shape[1];
+  problem.seqlen_q = shape[2];
+  problem.seqlen_kv = shape[3];
+  if (!bind_expression(text, dsl::ModKind::kScoreMod, infos, problem.score_mod)) return 1;
+  if (!mask.empty() && !bind_expression(mask, dsl::ModKind::kMaskMod, infos, problem.mask_mod.emplace())) return 1;
+  // One table for both expressions, by name.
+  for (dsl::Expr* expr : {&problem.score_mod, mask.empty() ? nullptr : &*problem.mask_mod}) {
+    if (!expr) continue;
+    for (dsl::Node& node : expr->nodes) {
+      if (node.op != dsl::Op::kRead) continue;
+      const auto found = infos.find(expr->captures[static_cast<std::size_t>(node.capture)].name);
+      node.capture = static_cast<std::int32_t>(std::distance(infos.begin(), found));
+    }
+  }
+  for (const auto& [name, info] : infos) problem.captures.push_back(info);
+  compiler::MlirSession session;
+  compiler::build_module(session.context(), problem)->print(llvm::outs());
+  llvm::outs() << "\n";
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string_view(argv[1]).starts_with("--expr")) return print_expression(argc, argv);
+  mlir::DialectRegistry registry;
+  registry.insert<compiler::AttnjitDialect, mlir::arith::ArithDialect, mlir::func::FuncDialect, mlir::math::MathDialect,
+                  mlir::LLVM::LLVMDialect>();
+  compiler::registerAttnjitPasses();
+  mlir::registerCanonicalizerPass();
+  mlir::registerCSEPass();
+  mlir::PassPipelineRegistration<>("attnjit-canonical", "To the canonical form", compiler::build_canonical_pipeline);
+  mlir::PassPipelineRegistration<>("attnjit-facts", "From the canonical form to facts", compiler::build_fact_pipeline);
+  return mlir::asMainReturnCode(mlir::MlirOptMain(argc, argv, "attnjit pass driver\n", registry));
+}

@@ -1,0 +1,62 @@
+// The compiler's passes, in the order in which the pipeline runs them.
+#ifndef ATTNJIT_PASSES
+#define ATTNJIT_PASSES
+
+include "mlir/Pass/PassBase.td"
+
+def DroppedElements : Pass<"attnjit-dropped-elements", "::mlir::func::FuncOp"> {
+  let summary = "Split a score_mod into a value and the condition to keep the element";
+  let description = [{
+    Rewrites `(f32) -> f32` to `(f32) -> (f32, i1)` by the rule of docs/language.md, "Dropped elements". The value holds
+    where the condition does; elsewhere it means nothing. Runs on what the builder made, before anything is folded:
+    the rule speaks of the expression as it was written.
+  }];
+  let dependentDialects = ["::mlir::arith::ArithDialect"];
+}
+
+def CanonicalOrder : Pass<"attnjit-canonical-order", "::mlir::func::FuncOp"> {
+  let summary = "Order commutative operands, normalise comparison and select polarity, order operations";
+  let description = [{
+    Upstream canonicalize and CSE order nothing. Operands are ordered by structure alone (constants last), comparisons
+    and selects get one polarity, neutral literals of float operators (`x + 0`, `x * 1`) go, and operations follow the
+    order in which the result needs them: two spellings of one thing print as the same text. Floats are never
+    reassociated.
+  }];
+  let dependentDialects = ["::mlir::arith::ArithDialect"];
+}
+
+def ScoreInLog2 : Pass<"attnjit-score-in-log2", "::mlir::func::FuncOp"> {
+  let summary = "Find how the value depends on the score and turn it to log2 units";
+  let description = [{
+    Sets `attnjit.score_class`. Where the value is the score or `a * score + c` with a and c free of it, the incoming
+    score is taken to be multiplied by log2(e) already, and only c is scaled. Otherwise the score comes plain and the
+    value is multiplied.
+  }];
+  let dependentDialects = ["::mlir::arith::ArithDialect"];
+}
+
+def ProveBounds : Pass<"attnjit-prove-bounds", "::mlir::func::FuncOp"> {
+  let summary = "Mark indices of captured reads that provably stay within their extents";
+}
+
+def NarrowIntegers : Pass<"attnjit-narrow-integers", "::mlir::func::FuncOp"> {
+  let summary = "Compute in 32 bits what provably fits";
+  let description = [{
+    Demand-driven: comparisons, conversions to float and divisions pull 32-bit versions of their operands; what feeds
+    an address stays 64 bits wide, so that consecutive lanes still read consecutive elements. What is not proven stays
+    64 bits. (Upstream's arith-int-range-narrowing narrows signed operations by unsigned ranges: maxsi(4000000000, 1)
+    changes its value.)
+  }];
+  let dependentDialects = ["::mlir::arith::ArithDialect"];
+}
+
+def LowerToLlvm : Pass<"attnjit-lower-to-llvm", "::mlir::ModuleOp"> {
+  let summary = "Lower the function to attnjit_mod of the CPU tile, in the LLVM dialect";
+  let description = [{
+    `float attnjit_mod(float score, i64 b, i64 h, i64 q_idx, i64 kv_idx, ptr captured)`: straight-line code without
+    traps, branches or undefined results, whose loads are all speculatable and invariant.
+  }];
+  let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::arith::ArithDialect"];
+}
+
+#endif

@@ -1,0 +1,131 @@
+// attnjit-prove-bounds and attnjit-narrow-integers: what upstream's integer range analysis proves.
+#include "compiler/dialect/dialect.h"
+#include "compiler/passes/passes.h"
+#include "llvm/ADT/DenseMap.h"
+#include "mlir/Analysis/DataFlow/DeadCodeAnalysis.h"
+#include "mlir/Analysis/DataFlow/IntegerRangeAnalysis.h"
+#include "mlir/Analysis/DataFlowFramework.h"
+#include "mlir/Dialect/Arith/IR/Arith.h"
+
+namespace attnjit::compiler {
+
+#define GEN_PASS_DEF_PROVEBOUNDS
+#define GEN_PASS_DEF_NARROWINTEGERS
+#include "AttnjitPasses.h.inc"
+
+namespace {
+
+namespace arith = mlir::arith;
+using mlir::Value;
+
+mlir::LogicalResult solve(mlir::DataFlowSolver& solver, mlir::Operation* op) {
+  solver.load<mlir::dataflow::DeadCodeAnalysis>();
+  solver.load<mlir::dataflow::IntegerRangeAnalysis>();
+  return solver.initializeAndRun(op);
+}
+
+// Whether every value of `v` (signed) lies in [low, high].
+bool within(mlir::DataFlowSolver& solver, Value v, std::int64_t low, std::int64_t high) {
+  const auto* lattice = solver.lookupState<mlir::dataflow::IntegerValueRangeLattice>(v);
+  if (!lattice || lattice->getValue().isUninitialized()) return false;
+  const mlir::ConstantIntRanges& range = lattice->getValue().getValue();
+  return range.smin().getSExtValue() >= low && range.smax().getSExtValue() <= high;
+}
+
+class ProveBounds : public impl::ProveBoundsBase<ProveBounds> {
+  void runOnOperation() override {
+    mlir::DataFlowSolver solver;
+    if (mlir::failed(solve(solver, getOperation()))) return signalPassFailure();
+    getOperation().walk([&](ReadOp read) {
+      llvm::SmallVector<bool> in_bounds;
+      for (const auto& [index, extent] : llvm::zip(read.getIndices(), read.getExtents()))
+        in_bounds.push_back(within(solver, index, 0, extent - 1));
+      read.setInBoundsAttr(mlir::DenseBoolArrayAttr::get(&getContext(), in_bounds));
+    });
+  }
+};
+
+class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
+  void runOnOperation() override {
+    mlir::func::FuncOp function = getOperation();
+    if (function.isExternal()) return;
+    if (!function.getBody().hasOneBlock()) {
+      function.emitOpError("needs a body of one block");
+      return signalPassFailure();
+    }
+    mlir::DataFlowSolver solver;
+    if (mlir::failed(solve(solver, function))) return signalPassFailure();
+    narrow_.clear();
+    bool all_fit = true;
+    mlir::OpBuilder builder(function);
+    mlir::Block& block = function.front();
+    for (mlir::Operation& op : llvm::make_early_inc_range(block.without_terminator())) {
+      const Value result = op.getResult(0);
+      builder.setInsertionPointAfter(&op);
+      if (result.getType().isInteger(64)) {
+        if (fits(solver, result)) {
+          narrow_[result] = narrow(builder, op);
+        } else {
+          all_fit = false;
+        }
+      } else {
+        consume(builder, op);
+      }
+    }
+    if (all_fit) function->setAttr(kFits32Attr, builder.getUnitAttr());
+    erase_dead(block);
+  }
+
+  static bool fits(mlir::DataFlowSolver& solver, Value v) {
+    return within(solver, v, std::numeric_limits<std::int32_t>::min(), std::numeric_limits<std::int32_t>::max());
+  }
+
+  bool all_narrow(mlir::ValueRange values) {
+    return llvm::all_of(values, [&](Value v) { return narrow_.contains(v); });
+  }
+
+  // A 32-bit value equal to `op`'s, whose result is known to fit.
+  Value narrow(mlir::OpBuilder& builder, mlir::Operation& op) {
+    const mlir::Type i32 = builder.getI32Type();
+    const mlir::Location loc = op.getLoc();
+    // The exact result fits: no signed wrap.
+    const auto flags = arith::IntegerOverflowFlagsAttr::get(op.getContext(), arith::IntegerOverflowFlags::nsw);
+    if (auto constant = llvm::dyn_cast<arith::ConstantOp>(op)) {
+      const std::int64_t value = llvm::cast<mlir::IntegerAttr>(constant.getValue()).getInt();
+      return arith::ConstantOp::create(builder, loc, builder.getI32IntegerAttr(static_cast<std::int32_t>(value)));
+    }
+    if (auto ext = llvm::dyn_cast<arith::ExtUIOp>(op)) return arith::ExtUIOp::create(builder, loc, i32, ext.getIn());
+    if (auto select = llvm::dyn_cast<arith::SelectOp>(op);
+        select && all_narrow({select.getTrueValue(), select.getFalseValue()}))
+      return arith::SelectOp::create(builder, loc, select.getCondition(), narrow_[select.getTrueValue()],
+                                     narrow_[select.getFalseValue()]);
+    if (llvm::isa<arith::AddIOp, arith::SubIOp, arith::MulIOp, arith::MaxSIOp, arith::MinSIOp, arith::AndIOp,
+                  arith::OrIOp, arith::XOrIOp, FloorDivOp, FloorModOp>(op) &&
+        all_narrow(op.getOperands())) {
+      const Value lhs = narrow_[op.getOperand(0)], rhs = narrow_[op.getOperand(1)];
+      mlir::OperationState state(loc, op.getName(), {lhs, rhs}, {i32});
+      mlir::Operation* made = builder.create(state);
+      if (auto overflow = llvm::dyn_cast<arith::ArithIntegerOverflowFlagsInterface>(made))
+        made->setAttr(overflow.getIntegerOverflowAttrName(), flags);
+      if (llvm::isa<FloorDivOp, FloorModOp>(op)) {
+        // A division costs several times its 64-bit users' extension.
+        const Value wide = arith::ExtSIOp::create(builder, loc, builder.getI64Type(), made->getResult(0));
+        op.getResult(0).replaceAllUsesWith(wide);
+        narrow_[wide] = made->getResult(0);
+      }
+      return made->getResult(0);
+    }
+    return arith::TruncIOp::create(builder, loc, i32, op.getResult(0));
+  }
+
+  // Comparisons and conversions to float take the 32-bit versions.
+  void consume(mlir::OpBuilder& builder, mlir::Operation& op) {
+    if (!llvm::isa<arith::CmpIOp, arith::SIToFPOp>(op) || !all_narrow(op.getOperands())) return;
+    for (mlir::OpOperand& operand : op.getOpOperands()) operand.set(narrow_[operand.get()]);
+  }
+
+  llvm::DenseMap<Value, Value> narrow_;
+};
+
+}  // namespace
+}  // namespace attnjit::compiler

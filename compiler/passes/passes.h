@@ -1,0 +1,38 @@
+// The compiler's passes and the pipeline made of them.
+#pragma once
+
+#include <memory>
+
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/Pass/Pass.h"
+#include "mlir/Pass/PassManager.h"
+
+namespace attnjit::compiler {
+
+#define GEN_PASS_DECL
+#include "AttnjitPasses.h.inc"
+#define GEN_PASS_REGISTRATION
+#include "AttnjitPasses.h.inc"
+
+// From what the builder made to the canonical form: `(f32) -> (f32, i1)`, whose text is hashed.
+void build_canonical_pipeline(mlir::OpPassManager& passes);
+// From the canonical form to facts and 32-bit integers.
+void build_fact_pipeline(mlir::OpPassManager& passes);
+
+// Erases every operation whose result nobody uses. All of them are pure.
+void erase_dead(mlir::Block& block);
+
+// On an operation: attnjit-dropped-elements does not look through it (and takes the mark away).
+inline constexpr llvm::StringLiteral kOpaqueAttr = "attnjit.opaque";
+
+// Facts, as attributes of the function.
+// attnjit-score-in-log2: "identity", "affine" or "nonlinear".
+inline constexpr llvm::StringLiteral kScoreClassAttr = "attnjit.score_class";
+// attnjit-score-in-log2: present where the incoming score is multiplied by log2(e).
+inline constexpr llvm::StringLiteral kScoresInLog2Attr = "attnjit.scores_in_log2";
+// attnjit-score-in-log2: present where the condition to keep an element reads the score.
+inline constexpr llvm::StringLiteral kMaskReadsScoreAttr = "attnjit.mask_reads_score";
+// attnjit-narrow-integers: present where every integer fits in 32 bits.
+inline constexpr llvm::StringLiteral kFits32Attr = "attnjit.fits_32";
+
+}  // namespace attnjit::compiler

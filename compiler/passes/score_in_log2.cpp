@@ -1,0 +1,139 @@
+// attnjit-score-in-log2: how the value depends on the score, and the fold of log2(e).
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "compiler/passes/passes.h"
+#include "llvm/ADT/DenseMap.h"
+#include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/IR/Matchers.h"
+
+namespace attnjit::compiler {
+
+#define GEN_PASS_DEF_SCOREINLOG2
+#include "AttnjitPasses.h.inc"
+
+namespace {
+
+namespace arith = mlir::arith;
+using mlir::Value;
+
+constexpr double kLog2E = 1.44269504088896340736;
+
+enum class Dependence { kFree, kAffine, kNonlinear };
+
+class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
+  void runOnOperation() override {
+    mlir::func::FuncOp function = getOperation();
+    const mlir::FunctionType type = function.getFunctionType();
+    if (function.isExternal() || !function.getBody().hasOneBlock() || type.getNumInputs() != 1 ||
+        type.getNumResults() != 2 || !type.getResult(0).isF32() || !type.getResult(1).isInteger(1)) {
+      function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), got ") << type;
+      return signalPassFailure();
+    }
+    dependence_.clear();
+    scaled_.clear();
+    mlir::Block& block = function.front();
+    const Value score = block.getArgument(0);
+    dependence_[score] = Dependence::kAffine;
+    for (mlir::Operation& op : block.without_terminator()) dependence_[op.getResult(0)] = classify(op);
+
+    auto ret = llvm::cast<mlir::func::ReturnOp>(block.getTerminator());
+    const Value value = ret.getOperand(0), keep = ret.getOperand(1);
+    const bool affine = dependence(value) != Dependence::kNonlinear;
+    const bool mask_reads_score = dependence(keep) != Dependence::kFree;
+    mlir::OpBuilder builder(function);
+    function->setAttr(kScoreClassAttr, builder.getStringAttr(value == score ? "identity"
+                                                             : affine       ? "affine"
+                                                                            : "nonlinear"));
+    if (mask_reads_score) function->setAttr(kMaskReadsScoreAttr, builder.getUnitAttr());
+    // A condition on the score wants the plain score: scaling back would move the place where it jumps.
+    if (affine && !mask_reads_score) {
+      function->setAttr(kScoresInLog2Attr, builder.getUnitAttr());
+      scaled_[score] = score;
+      for (mlir::Operation& op : llvm::make_early_inc_range(block.without_terminator()))
+        if (dependence(op.getResult(0)) == Dependence::kAffine) scale(builder, op);
+      builder.setInsertionPoint(ret);
+      ret.setOperand(0, scaled(builder, value));
+    } else {
+      builder.setInsertionPoint(ret);
+      ret.setOperand(0, times_log2e(builder, value));
+    }
+    erase_dead(block);
+  }
+
+  Dependence dependence(Value value) {
+    const auto found = dependence_.find(value);
+    return found == dependence_.end() ? Dependence::kFree : found->second;
+  }
+
+  Dependence classify(mlir::Operation& op) {
+    using enum Dependence;
+    Dependence most = kFree;
+    for (const Value operand : op.getOperands()) most = std::max(most, dependence(operand));
+    if (most == kFree || most == kNonlinear) return most;
+    if (llvm::isa<arith::AddFOp, arith::SubFOp, arith::NegFOp>(op)) return kAffine;
+    if (llvm::isa<arith::MulFOp>(op) && dependence(op.getOperand(0)) != dependence(op.getOperand(1))) return kAffine;
+    if (llvm::isa<arith::DivFOp>(op) && dependence(op.getOperand(1)) == kFree) return kAffine;
+    if (llvm::isa<arith::SelectOp>(op) && dependence(op.getOperand(0)) == kFree) return kAffine;
+    return kNonlinear;
+  }
+
+  // v * log2(e); a literal factor of v takes it in.
+  Value times_log2e(mlir::OpBuilder& builder, Value v) {
+    // A finite literal stays finite: a row whose every element is float's smallest number is not a dropped one.
+    const auto literal = [&](double x) {
+      constexpr double largest = std::numeric_limits<float>::max();
+      if (std::isfinite(x)) x = std::clamp(x, -largest, largest);
+      return arith::ConstantOp::create(builder, v.getLoc(), builder.getF32FloatAttr(static_cast<float>(x)));
+    };
+    mlir::FloatAttr constant;
+    if (mlir::matchPattern(v, mlir::m_Constant(&constant))) return literal(constant.getValueAsDouble() * kLog2E);
+    if (auto product = v.getDefiningOp<arith::MulFOp>();
+        product && mlir::matchPattern(product.getRhs(), mlir::m_Constant(&constant)))
+      return arith::MulFOp::create(builder, v.getLoc(), product.getLhs(),
+                                   literal(constant.getValueAsDouble() * kLog2E));
+    return arith::MulFOp::create(builder, v.getLoc(), v, literal(kLog2E));
+  }
+
+  // `v` in log2 units, given a score in log2 units.
+  Value scaled(mlir::OpBuilder& builder, Value v) {
+    const auto found = scaled_.find(v);
+    if (found != scaled_.end()) return found->second;
+    const Value result = times_log2e(builder, v);
+    scaled_[v] = result;
+    return result;
+  }
+
+  void scale(mlir::OpBuilder& builder, mlir::Operation& op) {
+    builder.setInsertionPointAfter(&op);
+    llvm::SmallVector<Value> operands(op.getOperands());
+    const bool product = llvm::isa<arith::MulFOp>(op);
+    for (unsigned i = 0; i < operands.size(); ++i) {
+      // Of a product only the factor with the score is scaled, of a quotient the numerator, of a select the branches.
+      const bool skip = product
+                            ? dependence(operands[i]) == Dependence::kFree
+                            : (llvm::isa<arith::DivFOp>(op) && i == 1) || (llvm::isa<arith::SelectOp>(op) && i == 0);
+      if (!skip) operands[i] = scaled_here(builder, op, operands[i]);
+    }
+    mlir::Operation* clone = builder.clone(op);
+    clone->setOperands(operands);
+    scaled_[op.getResult(0)] = clone->getResult(0);
+  }
+
+  // What is free of the score is scaled next to its definition, so that later users find it.
+  Value scaled_here(mlir::OpBuilder& builder, mlir::Operation& op, Value v) {
+    if (dependence(v) == Dependence::kFree && !scaled_.contains(v)) {
+      mlir::OpBuilder::InsertionGuard guard(builder);
+      builder.setInsertionPointAfterValue(v);
+      return scaled(builder, v);
+    }
+    return scaled(builder, v);
+  }
+
+  llvm::DenseMap<Value, Dependence> dependence_;
+  llvm::DenseMap<Value, Value> scaled_;
+};
+
+}  // namespace
+}  // namespace attnjit::compiler
