@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "dsl/functions.h"
@@ -555,9 +554,6 @@ MathPlan::MathPlan(const ForwardCall& problem, const dsl::Expr& score_mod, const
       seqlen_kv_(problem.k.shape[2]),
       head_dim_(problem.q.shape[3]),
       head_dim_v_(problem.v.shape[3]) {
-  // Nothing to compute, or nothing to compute it from.
-  if (batch_ == 0 || heads_ == 0 || seqlen_q_ == 0 || seqlen_kv_ == 0) return;
-
   // Room for packed f32 copies. f32 tensors need them only where BLAS cannot take their strides, which may differ from
   // call to call.
   std::size_t end = 0;
@@ -771,21 +767,6 @@ void MathPlan::run_output(const ForwardCall& call, void* workspace, ThreadPool& 
 }
 
 void MathPlan::run(const ForwardCall& call, void* workspace, ThreadPool& pool) const {
-  if (batch_ == 0 || heads_ == 0 || seqlen_q_ == 0) return;
-  if (seqlen_kv_ == 0) {
-    const auto size = static_cast<std::size_t>(dsl::dtype_size(call.o.dtype));
-    for (std::int64_t row = 0; row < batch_ * heads_ * seqlen_q_; ++row) {
-      const std::int64_t b = row / seqlen_q_ / heads_, h = row / seqlen_q_ % heads_, q_idx = row % seqlen_q_;
-      const std::int64_t offset = b * call.o.stride[0] + h * call.o.stride[1] + q_idx * call.o.stride[2];
-      std::memset(static_cast<char*>(call.o.data) + offset * static_cast<std::int64_t>(size), 0,
-                  static_cast<std::size_t>(head_dim_v_) * size);
-      for (const RowView* view : {&call.lse, &call.row_max}) {
-        if (view->data == nullptr) continue;
-        view->data[b * view->stride[0] + h * view->stride[1] + q_idx * view->stride[2]] = -kInfinity;
-      }
-    }
-    return;
-  }
   for (const Step& step : steps_) {
     if (step.kind == Kind::kScores) {
       run_scores(step, call, workspace, pool);

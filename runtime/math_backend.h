@@ -28,8 +28,8 @@ struct MathOptions {
 // its operands (`q_idx - kv_idx` is one (Sq, Skv) tensor of int64, `bias[h]` one of (Hq)) and lives until its last use.
 class MathPlan {
  public:
-  // Shapes and dtypes of `problem` are used, data and strides are not. `score_mod` and `mask_mod` are bound and share
-  // one table of captures; mask_mod may be null.
+  // Shapes and dtypes of `problem` are used, data and strides are not. Every extent is positive. `score_mod` and
+  // `mask_mod` are bound and share one table of captures; mask_mod may be null.
   MathPlan(const ForwardCall& problem, const dsl::Expr& score_mod, const dsl::Expr* mask_mod,
            const MathOptions& options = {});
 
