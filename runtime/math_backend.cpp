@@ -569,6 +569,15 @@ MathPlan::MathPlan(const ForwardCall& problem, const dsl::Expr& score_mod, const
   v_f32_ = reserve(heads_kv_, seqlen_kv_, head_dim_v_);
   o_f32_ = reserve(heads_, seqlen_q_, head_dim_v_);
 
+  std::size_t largest = sizeof(std::int64_t);
+  for (std::int64_t n : {batch_, heads_, seqlen_q_, seqlen_kv_}) {
+    largest = multiply_bytes(largest, static_cast<std::size_t>(n));
+  }
+  if (largest > kTooLarge / 4 || end > kTooLarge / 4) {
+    workspace_size_ = kTooLarge;
+    return;
+  }
+
   MathPlanBuilder builder(this, end);
   int keep = MathPlanBuilder::kTrue;
   int value = builder.lower(score_mod, &keep);

@@ -559,6 +559,14 @@ TEST(MathBackend, NonFiniteInputs) {
   unscaled.check_all("score");
 }
 
+TEST(MathBackend, HugeValuesAtDroppedKeys) {
+  Problem problem({});
+  for (std::int64_t h = 0; h < 2; ++h) problem.v.set(0, h, 30, 1, 3e38);
+  // What is left of a dropped element must be nothing, not the smallest number.
+  problem.check_all("where(kv_idx < 30, score, -inf)");
+  problem.check_all("where(kv_idx < 30, score, -500.0)");
+}
+
 TEST(MathBackend, NonFiniteMods) {
   Problem problem({});
   problem.capture("bias", DType::kF32, {37}, [] {
