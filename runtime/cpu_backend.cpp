@@ -110,7 +110,8 @@ struct Pass {
   float* workspace;
   const cpu::CapturedView* captured;
   cpu::Storage storage;
-  float factor;  // on q: the scale, with log2(e) where the tile expects it
+  float factor;  // on the scores: the scale, with log2(e) where the tile expects it
+  bool bf16;     // the products are computed on BF16 itself
 };
 
 // Where a panel lies. The last panel of a head that ends within it starts earlier, so that all its lanes are rows; only
@@ -173,15 +174,20 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
   float* const scratch = pass.workspace + thread * l.size;
   for (std::int64_t p = 0; p < panels; ++p) {
     const Panel panel = panel_at(first_panel + p, seqlen_q);
-    products.load_panel(at(call.q, b, h, panel.start), pass.storage, call.q.stride[2], panel.lanes, head_dim,
-                        pass.factor, scratch + l.queries + p * head_dim * kPanelLanes);
+    const void* const q = at(call.q, b, h, panel.start);
+    float* const queries = scratch + l.queries + p * head_dim * kPanelLanes;
+    if (pass.bf16) {
+      products.load_panel_bf16(static_cast<const std::uint16_t*>(q), call.q.stride[2], panel.lanes, head_dim, queries);
+    } else {
+      products.load_panel(q, pass.storage, call.q.stride[2], panel.lanes, head_dim, queries);
+    }
   }
   std::fill_n(scratch + l.out, panels * head_dim_v * kPanelLanes, 0.0f);
   std::fill_n(scratch + l.row_max, panels * kPanelLanes, -kInfinity);
   std::fill_n(scratch + l.row_sum, panels * kPanelLanes, 0.0f);
 
   const std::int64_t head_kv = h / (num_heads / call.k.shape[1]);
-  const bool widen = pass.storage != cpu::Storage::kF32;
+  const bool widen = pass.storage != cpu::Storage::kF32 && !pass.bf16;
   const bool pack_values = widen || strides_collide(call.v.stride[2]);
   for (std::int64_t kv = 0; kv < seqlen_kv; kv += kTileRows) {
     const std::int64_t rows = std::min<std::int64_t>(kTileRows, seqlen_kv - kv);
@@ -196,7 +202,11 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
       keys_stride = head_dim;
       products.widen(k, pass.storage, call.k.stride[2], rows, head_dim, scratch + l.keys, head_dim);
     }
-    if (pack_values) {
+    if (pass.bf16) {
+      values = scratch + l.values;
+      products.pair_rows_bf16(static_cast<const std::uint16_t*>(v), call.v.stride[2], rows, head_dim_v,
+                              scratch + l.values);
+    } else if (pack_values) {
       values = scratch + l.values;
       values_stride = head_dim_v;
       products.widen(v, pass.storage, call.v.stride[2], rows, head_dim_v, scratch + l.values, head_dim_v);
@@ -212,10 +222,18 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
                                    .kv_idx = kv,
                                    .rows = rows,
                                    .captured = pass.captured};
-      products.qk(keys, keys_stride, rows, head_dim, scratch + l.queries + p * head_dim * kPanelLanes, params.scores);
-      pass.tile(&params);
-      products.pv(values, values_stride, rows, head_dim_v, params.scores, params.rescale,
-                  scratch + l.out + p * head_dim_v * kPanelLanes);
+      const float* const queries = scratch + l.queries + p * head_dim * kPanelLanes;
+      float* const out = scratch + l.out + p * head_dim_v * kPanelLanes;
+      if (pass.bf16) {
+        products.qk_bf16(static_cast<const std::uint16_t*>(k), call.k.stride[2], rows, head_dim, queries, pass.factor,
+                         params.scores);
+        pass.tile(&params);
+        products.pv_bf16(values, rows, head_dim_v, params.scores, params.rescale, out);
+      } else {
+        products.qk(keys, keys_stride, rows, head_dim, queries, pass.factor, params.scores);
+        pass.tile(&params);
+        products.pv(values, values_stride, rows, head_dim_v, params.scores, params.rescale, out);
+      }
     }
   }
 
@@ -246,15 +264,19 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
     }
   }
   const double log2e = tile.scores_in_log2() ? std::numbers::log2e : 1.0;
+  const cpu::Products& products = cpu::products(static_cast<int>(isa));
+  const cpu::Storage storage = storage_of(call.q.dtype);
   const Pass pass{.call = call,
-                  .products = cpu::products(static_cast<int>(isa)),
+                  .products = products,
                   .tile = tile.function(),
                   .schedule = s,
                   .layout = layout(call, s),
                   .workspace = static_cast<float*>(workspace),
                   .captured = captured.data(),
-                  .storage = storage_of(call.q.dtype),
-                  .factor = static_cast<float>(call.scale * log2e)};
+                  .storage = storage,
+                  .factor = static_cast<float>(call.scale * log2e),
+                  // An odd head dim has no pairs.
+                  .bf16 = storage == cpu::Storage::kBF16 && products.qk_bf16 && call.q.shape[3] % 2 == 0};
   pool.parallel_for(s.tasks, [&pass](std::int64_t task, int thread) { run_task(pass, task, thread); });
 }
 

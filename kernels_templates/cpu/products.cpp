@@ -17,6 +17,8 @@ typedef float Vector __attribute__((vector_size(kWidth * 4), may_alias));
 typedef unsigned int UintVector __attribute__((vector_size(kWidth * 4), may_alias));
 typedef unsigned short HalfVector __attribute__((vector_size(kWidth * 2), may_alias));
 typedef float Quad __attribute__((vector_size(16), may_alias));
+// 32 bits of a tensor: one float or two 16-bit values.
+typedef unsigned int Word __attribute__((may_alias, aligned(2)));
 
 template <typename T>
 inline T load(const void* p) {
@@ -47,59 +49,80 @@ constexpr int kBlock = 2;
 constexpr int kGroup = kColumns * kWidth;  // lanes of one block
 static_assert(kPanelLanes % kGroup == 0);
 
-// acc[r][c] += a[r * row_stride + i * step] * lanes[i][c], i < depth.
-template <int kRows>
-inline void accumulate(const float* a, long long row_stride, long long step, const float* lanes, long long depth,
+// What one accumulator makes of a word of a tensor and a word per lane.
+struct Fp32 {
+  static void multiply_add(Vector& acc, Vector a, Vector b) { acc += a * b; }
+};
+
+#ifdef __AVX512BF16__
+struct Bf16Pairs {
+  static void multiply_add(Vector& acc, Vector a, Vector b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  }
+};
+#endif
+
+// acc[r][c] += the word at a + r * row_bytes + i * step_bytes, times lanes[i][c], for i < depth.
+template <typename Math, int kRows>
+inline void accumulate(const char* a, long long row_bytes, long long step_bytes, const float* lanes, long long depth,
                        Vector (&acc)[kRows][kColumns]) {
   for (long long i = 0; i < depth; ++i) {
     Vector broadcast[kRows];
     ATTNJIT_UNROLL
-    for (int r = 0; r < kRows; ++r) broadcast[r] = a[r * row_stride + i * step] - Vector{};
+    for (int r = 0; r < kRows; ++r) {
+      broadcast[r] = (Vector)(*(const Word*)(a + r * row_bytes + i * step_bytes) + UintVector{});
+    }
     ATTNJIT_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       const Vector lane = *(const Vector*)(lanes + i * kPanelLanes + c * kWidth);
       ATTNJIT_UNROLL
-      for (int r = 0; r < kRows; ++r) acc[r][c] += broadcast[r] * lane;
+      for (int r = 0; r < kRows; ++r) Math::multiply_add(acc[r][c], broadcast[r], lane);
     }
   }
 }
 
-template <int kRows>
-void qk_block(const float* k, long long k_stride, long long depth, const float* queries, float* scores) {
+// scores[r][lane] = factor * sum over i < depth of the word i of row r times queries[i][lane].
+template <typename Math, int kRows>
+void qk_block(const char* k, long long row_bytes, long long depth, const float* queries, float factor, float* scores) {
   Vector acc[kRows][kColumns] = {};
-  accumulate<kRows>(k, k_stride, 1, queries, depth, acc);
+  accumulate<Math, kRows>(k, row_bytes, 4, queries, depth, acc);
   ATTNJIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     ATTNJIT_UNROLL
-    for (int c = 0; c < kColumns; ++c) *(Vector*)(scores + r * kPanelLanes + c * kWidth) = acc[r][c];
+    for (int c = 0; c < kColumns; ++c) *(Vector*)(scores + r * kPanelLanes + c * kWidth) = acc[r][c] * factor;
   }
 }
 
 // The last rows, fewer than kRows + 1.
-template <int kRows>
-void qk_rest(const float* k, long long k_stride, long long rows, long long depth, const float* queries, float* scores) {
+template <typename Math, int kRows>
+void qk_rest(const char* k, long long row_bytes, long long rows, long long depth, const float* queries, float factor,
+             float* scores) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      qk_block<kRows>(k, k_stride, depth, queries, scores);
+      qk_block<Math, kRows>(k, row_bytes, depth, queries, factor, scores);
     } else {
-      qk_rest<kRows - 1>(k, k_stride, rows, depth, queries, scores);
+      qk_rest<Math, kRows - 1>(k, row_bytes, rows, depth, queries, factor, scores);
     }
   }
 }
 
-void qk(const float* k, long long k_stride, long long rows, long long depth, const float* queries, float* scores) {
+template <typename Math>
+void qk_rows(const char* k, long long row_bytes, long long rows, long long depth, const float* queries, float factor,
+             float* scores) {
   for (int lane = 0; lane < kPanelLanes; lane += kGroup) {
     long long row = 0;
     for (; row + kBlock <= rows; row += kBlock) {
-      qk_block<kBlock>(k + row * k_stride, k_stride, depth, queries + lane, scores + row * kPanelLanes + lane);
+      qk_block<Math, kBlock>(k + row * row_bytes, row_bytes, depth, queries + lane, factor,
+                             scores + row * kPanelLanes + lane);
     }
-    qk_rest<kBlock - 1>(k + row * k_stride, k_stride, rows - row, depth, queries + lane,
-                        scores + row * kPanelLanes + lane);
+    qk_rest<Math, kBlock - 1>(k + row * row_bytes, row_bytes, rows - row, depth, queries + lane, factor,
+                              scores + row * kPanelLanes + lane);
   }
 }
 
-template <int kRows>
-void pv_block(const float* v, long long v_stride, long long rows, const float* weights, const float* rescale,
+// out[r][lane] = out[r][lane] * rescale[lane] + sum over rows of the word r of the row times weights[row][lane].
+template <typename Math, int kRows>
+void pv_block(const char* v, long long row_bytes, long long rows, const float* weights, const float* rescale,
               float* out) {
   Vector acc[kRows][kColumns];
   ATTNJIT_UNROLL
@@ -109,7 +132,7 @@ void pv_block(const float* v, long long v_stride, long long rows, const float* w
       acc[r][c] = *(const Vector*)(out + r * kPanelLanes + c * kWidth) * *(const Vector*)(rescale + c * kWidth);
     }
   }
-  accumulate<kRows>(v, 1, v_stride, weights, rows, acc);
+  accumulate<Math, kRows>(v, 4, row_bytes, weights, rows, acc);
   ATTNJIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     ATTNJIT_UNROLL
@@ -117,27 +140,39 @@ void pv_block(const float* v, long long v_stride, long long rows, const float* w
   }
 }
 
-template <int kRows>
-void pv_rest(const float* v, long long v_stride, long long rows, long long width, const float* weights,
+template <typename Math, int kRows>
+void pv_rest(const char* v, long long row_bytes, long long rows, long long width, const float* weights,
              const float* rescale, float* out) {
   if constexpr (kRows > 0) {
     if (width == kRows) {
-      pv_block<kRows>(v, v_stride, rows, weights, rescale, out);
+      pv_block<Math, kRows>(v, row_bytes, rows, weights, rescale, out);
     } else {
-      pv_rest<kRows - 1>(v, v_stride, rows, width, weights, rescale, out);
+      pv_rest<Math, kRows - 1>(v, row_bytes, rows, width, weights, rescale, out);
     }
   }
 }
 
-void pv(const float* v, long long v_stride, long long rows, long long width, const float* weights, const float* rescale,
-        float* out) {
+template <typename Math>
+void pv_rows(const char* v, long long row_bytes, long long rows, long long width, const float* weights,
+             const float* rescale, float* out) {
   for (int lane = 0; lane < kPanelLanes; lane += kGroup) {
     long long i = 0;
     for (; i + kBlock <= width; i += kBlock) {
-      pv_block<kBlock>(v + i, v_stride, rows, weights + lane, rescale + lane, out + i * kPanelLanes + lane);
+      pv_block<Math, kBlock>(v + i * 4, row_bytes, rows, weights + lane, rescale + lane, out + i * kPanelLanes + lane);
     }
-    pv_rest<kBlock - 1>(v + i, v_stride, rows, width - i, weights + lane, rescale + lane, out + i * kPanelLanes + lane);
+    pv_rest<Math, kBlock - 1>(v + i * 4, row_bytes, rows, width - i, weights + lane, rescale + lane,
+                              out + i * kPanelLanes + lane);
   }
+}
+
+void qk(const float* k, long long k_stride, long long rows, long long depth, const float* queries, float factor,
+        float* scores) {
+  qk_rows<Fp32>((const char*)k, k_stride * 4, rows, depth, queries, factor, scores);
+}
+
+void pv(const float* v, long long v_stride, long long rows, long long width, const float* weights, const float* rescale,
+        float* out) {
+  pv_rows<Fp32>((const char*)v, v_stride * 4, rows, width, weights, rescale, out);
 }
 
 // ---- Conversions ----------------------------------------------------------------------------------------------------
@@ -279,8 +314,20 @@ inline void transpose(Quad (&m)[4]) {
   m[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-void load_panel(const void* in, Storage storage, long long in_stride, long long lanes, long long width, float factor,
-                float* panel) {
+// Four rows as columns: panel[i][lane + r] = rows[r][i], every bit kept.
+inline void store_columns(const float (&rows)[4][kMaxHeadDim], long long width, float* panel) {
+  long long i = 0;
+  for (; i + 4 <= width; i += 4) {
+    Quad m[4] = {*(Quad*)(rows[0] + i), *(Quad*)(rows[1] + i), *(Quad*)(rows[2] + i), *(Quad*)(rows[3] + i)};
+    transpose(m);
+    for (int r = 0; r < 4; ++r) *(Quad*)(panel + (i + r) * kPanelLanes) = m[r];
+  }
+  for (; i < width; ++i) {
+    for (int r = 0; r < 4; ++r) *(Word*)(panel + i * kPanelLanes + r) = *(const Word*)(rows[r] + i);
+  }
+}
+
+void load_panel(const void* in, Storage storage, long long in_stride, long long lanes, long long width, float* panel) {
   const long long size = storage == Storage::kF32 ? 4 : 2;
   for (int lane = 0; lane < kPanelLanes; lane += 4) {
     alignas(16) float rows[4][kMaxHeadDim];
@@ -291,15 +338,7 @@ void load_panel(const void* in, Storage storage, long long in_stride, long long 
         __builtin_memset(rows[r], 0, (unsigned long)width * 4);
       }
     }
-    long long i = 0;
-    for (; i + 4 <= width; i += 4) {
-      Quad m[4] = {*(Quad*)(rows[0] + i), *(Quad*)(rows[1] + i), *(Quad*)(rows[2] + i), *(Quad*)(rows[3] + i)};
-      transpose(m);
-      for (int r = 0; r < 4; ++r) *(Quad*)(panel + (i + r) * kPanelLanes + lane) = m[r] * factor;
-    }
-    for (; i < width; ++i) {
-      for (int r = 0; r < 4; ++r) panel[i * kPanelLanes + lane + r] = rows[r][i] * factor;
-    }
+    store_columns(rows, width, panel + lane);
   }
 }
 
@@ -336,9 +375,75 @@ void store_panel(const float* panel, const float* factor, long long first, long 
   }
 }
 
+// ---- BF16 pairs -----------------------------------------------------------------------------------------------------
+
+#ifdef __AVX512BF16__
+
+void load_panel_bf16(const unsigned short* in, long long in_stride, long long lanes, long long width, float* panel) {
+  for (int lane = 0; lane < kPanelLanes; lane += 4) {
+    alignas(16) float rows[4][kMaxHeadDim];
+    for (int r = 0; r < 4; ++r) {
+      if (lane + r < lanes) {
+        __builtin_memcpy(rows[r], in + (lane + r) * in_stride, (unsigned long)width * 2);
+      } else {
+        __builtin_memset(rows[r], 0, (unsigned long)width * 2);
+      }
+    }
+    store_columns(rows, width / 2, panel + lane);
+  }
+}
+
+void pair_rows_bf16(const unsigned short* in, long long in_stride, long long rows, long long width, float* out) {
+  for (long long row = 0; row < rows; row += 2) {
+    const unsigned short* const low = in + row * in_stride;
+    const unsigned short* const high = low + in_stride;
+    Word* const pairs = (Word*)out + row / 2 * width;
+    const bool alone = row + 1 == rows;
+    long long i = 0;
+    for (; i + kWidth <= width; i += kWidth) {
+      UintVector pair = __builtin_convertvector(load<HalfVector>(low + i), UintVector);
+      if (!alone) pair |= __builtin_convertvector(load<HalfVector>(high + i), UintVector) << 16;
+      store(pairs + i, pair);
+    }
+    for (; i < width; ++i) pairs[i] = low[i] | (alone ? 0u : (unsigned int)high[i] << 16);
+  }
+}
+
+void qk_bf16(const unsigned short* k, long long k_stride, long long rows, long long depth, const float* queries,
+             float factor, float* scores) {
+  qk_rows<Bf16Pairs>((const char*)k, k_stride * 2, rows, depth / 2, queries, factor, scores);
+}
+
+// Rounds rows 2i and 2i + 1 to the pairs of row i, in place.
+void pair_weights(float* weights, long long rows) {
+  typedef unsigned short Halves __attribute__((vector_size(64)));
+  for (long long row = 0; row < rows; row += 2) {
+    for (int c = 0; c < kPanelLanes; c += kWidth) {
+      const Vector low = *(const Vector*)(weights + row * kPanelLanes + c);
+      const Vector high = row + 1 < rows ? *(const Vector*)(weights + (row + 1) * kPanelLanes + c) : Vector{};
+      Halves both;  // low's sixteen, then high's
+      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+      const Halves pairs = __builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      *(Vector*)(weights + row / 2 * kPanelLanes + c) = (Vector)pairs;
+    }
+  }
+}
+
+void pv_bf16(const float* v_pairs, long long rows, long long width, float* weights, const float* rescale, float* out) {
+  pair_weights(weights, rows);
+  pv_rows<Bf16Pairs>((const char*)v_pairs, width * 4, (rows + 1) / 2, width, weights, rescale, out);
+}
+
+#endif
+
 }  // namespace
 
 extern const Products ATTNJIT_PRODUCTS;
-const Products ATTNJIT_PRODUCTS = {qk, pv, widen, load_panel, store_panel};
+const Products ATTNJIT_PRODUCTS = {qk,      pv,      widen,          load_panel,     store_panel,
+#ifdef __AVX512BF16__
+                                   qk_bf16, pv_bf16, pair_rows_bf16, load_panel_bf16
+#endif
+};
 
 }  // namespace attnjit::cpu

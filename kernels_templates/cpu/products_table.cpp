@@ -6,6 +6,7 @@ namespace attnjit::cpu {
 extern const Products kProductsSse2;
 extern const Products kProductsAvx2;
 extern const Products kProductsAvx512;
+extern const Products kProductsAvx512Bf16;
 
 const Products& products(int isa) {
   switch (isa) {
@@ -13,8 +14,10 @@ const Products& products(int isa) {
       return kProductsSse2;
     case 1:
       return kProductsAvx2;
-    default:  // BF16 changes no fp32 code
+    case 2:
       return kProductsAvx512;
+    default:
+      return kProductsAvx512Bf16;
   }
 }
 

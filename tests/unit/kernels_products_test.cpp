@@ -51,16 +51,16 @@ TEST_P(KernelsProducts, QkMatchesDouble) {
       const std::vector<float> k = values(static_cast<std::size_t>((rows - 1) * stride + depth));
       const PanelBuffer queries = panel(depth);
       PanelBuffer scores(rows);
-      products_.qk(k.data(), stride, rows, depth, queries.data(), scores.data());
+      products_.qk(k.data(), stride, rows, depth, queries.data(), 0.75f, scores.data());
       for (std::int64_t row = 0; row < rows; ++row) {
         for (int lane = 0; lane < kPanelLanes; ++lane) {
           double gold = 0, magnitude = 0;
           for (std::int64_t i = 0; i < depth; ++i) {
-            const double term = static_cast<double>(k[row * stride + i]) * queries[i * kPanelLanes + lane];
+            const double term = 0.75 * k[row * stride + i] * queries[i * kPanelLanes + lane];
             gold += term;
             magnitude += std::abs(term);
           }
-          ASSERT_NEAR(scores[row * kPanelLanes + lane], gold, magnitude * depth * 0x1p-24 + 1e-30)
+          ASSERT_NEAR(scores[row * kPanelLanes + lane], gold, magnitude * (depth + 1) * 0x1p-24)
               << "depth " << depth << " rows " << rows << " at " << row << ", " << lane;
         }
       }
@@ -189,16 +189,16 @@ TEST_P(KernelsProducts, NarrowsToNearestEven) {
   }
 }
 
-TEST_P(KernelsProducts, LoadPanelTransposesScalesAndPads) {
+TEST_P(KernelsProducts, LoadPanelTransposesAndPads) {
   for (const std::int64_t width : {1, 3, 4, 30, 64, 256}) {
     for (const std::int64_t lanes : {1, 6, 31, 32}) {
       const std::int64_t stride = width + 5;
       const std::vector<float> in = values(static_cast<std::size_t>((lanes - 1) * stride + width));
       PanelBuffer out(width);
-      products_.load_panel(in.data(), Storage::kF32, stride, lanes, width, 0.5f, out.data());
+      products_.load_panel(in.data(), Storage::kF32, stride, lanes, width, out.data());
       for (std::int64_t i = 0; i < width; ++i) {
         for (std::int64_t lane = 0; lane < kPanelLanes; ++lane) {
-          ASSERT_EQ(out[i * kPanelLanes + lane], lane < lanes ? in[lane * stride + i] * 0.5f : 0.0f);
+          ASSERT_EQ(out[i * kPanelLanes + lane], lane < lanes ? in[lane * stride + i] : 0.0f);
         }
       }
       EXPECT_TRUE(out.guard_intact());
@@ -218,6 +218,86 @@ TEST_P(KernelsProducts, StorePanelWritesItsLanesOnly) {
         for (std::int64_t i = 0; i < stride; ++i) {
           const bool inside = lane >= first && lane < lanes && i < width;
           ASSERT_EQ(out[lane * stride + i], inside ? in[i * kPanelLanes + lane] * factor[lane] : -7.0f);
+        }
+      }
+    }
+  }
+}
+
+// Values of BF16, and what they mean.
+struct Bf16Values {
+  std::vector<std::uint16_t> bits;
+  double operator[](std::int64_t i) const { return value_of(bits[static_cast<std::size_t>(i)], Storage::kBF16); }
+};
+
+Bf16Values bf16_values(std::mt19937& random, std::size_t count) {
+  Bf16Values out;
+  std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+  for (std::size_t i = 0; i < count; ++i) {
+    const float x = uniform(random);
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    out.bits.push_back(static_cast<std::uint16_t>(bits >> 16));
+  }
+  return out;
+}
+
+TEST_P(KernelsProducts, Bf16QkMatchesDouble) {
+  if (!products_.qk_bf16) GTEST_SKIP() << "no BF16 instructions";
+  for (const std::int64_t depth : {2, 6, 16, 64, 100, 256}) {
+    for (const std::int64_t rows : {1, 2, 7, 128}) {
+      const std::int64_t stride = depth + rows % 3;
+      const Bf16Values k = bf16_values(random_, static_cast<std::size_t>((rows - 1) * stride + depth));
+      const Bf16Values q = bf16_values(random_, static_cast<std::size_t>(30 * stride + depth));
+      PanelBuffer queries(depth / 2), scores(rows);
+      products_.load_panel_bf16(q.bits.data(), stride, 31, depth, queries.data());
+      products_.qk_bf16(k.bits.data(), stride, rows, depth, queries.data(), 0.75f, scores.data());
+      EXPECT_TRUE(queries.guard_intact());
+      EXPECT_TRUE(scores.guard_intact());
+      for (std::int64_t row = 0; row < rows; ++row) {
+        for (int lane = 0; lane < kPanelLanes; ++lane) {
+          double gold = 0, magnitude = 0;
+          for (std::int64_t i = 0; lane < 31 && i < depth; ++i) {
+            const double term = 0.75 * k[row * stride + i] * q[lane * stride + i];
+            gold += term;
+            magnitude += std::abs(term);
+          }
+          ASSERT_NEAR(scores[row * kPanelLanes + lane], gold, magnitude * (depth + 1) * 0x1p-24);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelsProducts, Bf16PvMatchesDouble) {
+  if (!products_.pv_bf16) GTEST_SKIP() << "no BF16 instructions";
+  for (const std::int64_t width : {1, 7, 16, 64, 100, 256}) {
+    for (const std::int64_t rows : {1, 2, 3, 13, 128}) {
+      const std::int64_t stride = width + rows % 3;
+      const Bf16Values v = bf16_values(random_, static_cast<std::size_t>((rows - 1) * stride + width));
+      std::vector<float> pairs(static_cast<std::size_t>((rows + 1) / 2 * width));
+      products_.pair_rows_bf16(v.bits.data(), stride, rows, width, pairs.data());
+      PanelBuffer weights = panel(rows);
+      const PanelBuffer exact = weights;
+      const PanelBuffer rescale = panel(1);
+      PanelBuffer out = panel(width);
+      const PanelBuffer before = out;
+      products_.pv_bf16(pairs.data(), rows, width, weights.data(), rescale.data(), out.data());
+      EXPECT_TRUE(weights.guard_intact());
+      EXPECT_TRUE(out.guard_intact());
+      for (std::int64_t i = 0; i < width; ++i) {
+        for (int lane = 0; lane < kPanelLanes; ++lane) {
+          const double base = static_cast<double>(before[i * kPanelLanes + lane]) * rescale[lane];
+          double gold = base, magnitude = 0;
+          for (std::int64_t row = 0; row < rows; ++row) {
+            const double term = v[row * stride + i] * exact[row * kPanelLanes + lane];
+            gold += term;
+            magnitude += std::abs(term);
+          }
+          // Weights are rounded to BF16.
+          ASSERT_NEAR(out[i * kPanelLanes + lane], gold,
+                      magnitude * 0x1p-8 + (std::abs(base) + magnitude) * (rows + 2) * 0x1p-24)
+              << "width " << width << " rows " << rows << " at " << i << ", " << lane;
         }
       }
     }
