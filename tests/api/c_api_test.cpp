@@ -464,7 +464,9 @@ TEST(CApi, ListsModsAndCaptures) {
   std::vector<std::string> names;
   for (const Json& mod : Json::parse(text)) {
     names.push_back(mod["name"]);
-    if (mod["name"] == "mine") EXPECT_EQ(mod["parameters"], Json({"x", "w"}));
+    if (mod["name"] == "mine") {
+      EXPECT_EQ(mod["parameters"], Json({"x", "w"}));
+    }
   }
   attnjit_free(text);
   EXPECT_THAT(names, testing::IsSupersetOf({"noop", "causal", "rel", "head_bias", "alibi", "softcap", "mine"}));
