@@ -27,20 +27,33 @@ inline std::vector<int> host_isas() {
 
 // What 16 bits mean, from the definition of the formats.
 inline double value_of(std::uint16_t bits, cpu::Storage storage) {
-  const int mantissa_bits = storage == cpu::Storage::kF16 ? 10 : 7;
-  const int exponent_bits = 15 - mantissa_bits;
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const int exponent = (bits & 0x7fff) >> mantissa_bits;
-  const int mantissa = bits & ((1 << mantissa_bits) - 1);
-  double value = 0.0;
-  if (exponent == (1 << exponent_bits) - 1) {
-    value = mantissa ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
-  } else if (exponent == 0) {
-    value = std::ldexp(mantissa, 1 - bias - mantissa_bits);
-  } else {
-    value = std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
+  const auto decode = [storage](int bits) {
+    const int mantissa_bits = storage == cpu::Storage::kF16 ? 10 : 7;
+    const int exponent_bits = 15 - mantissa_bits;
+    const int bias = (1 << (exponent_bits - 1)) - 1;
+    const int exponent = (bits & 0x7fff) >> mantissa_bits;
+    const int mantissa = bits & ((1 << mantissa_bits) - 1);
+    double value = 0.0;
+    if (exponent == (1 << exponent_bits) - 1) {
+      value = mantissa ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+    } else if (exponent == 0) {
+      value = std::ldexp(mantissa, 1 - bias - mantissa_bits);
+    } else {
+      value = std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
+    }
+    return bits & 0x8000 ? -value : value;
+  };
+  const auto table = [&decode] {
+    std::vector<double> values(65536);
+    for (int i = 0; i < 65536; ++i) values[static_cast<std::size_t>(i)] = decode(i);
+    return values;
+  };
+  if (storage == cpu::Storage::kF16) {
+    static const std::vector<double> values = table();
+    return values[bits];
   }
-  return bits & 0x8000 ? -value : value;
+  static const std::vector<double> values = table();
+  return values[bits];
 }
 
 // rows x kPanelLanes floats, 64-byte aligned, NaN at first, with a guard behind them.
