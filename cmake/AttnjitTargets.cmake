@@ -5,7 +5,8 @@ target_compile_options(attnjit_options INTERFACE
   -Wall -Wextra -Wno-unused-parameter
   $<$<BOOL:${ATTNJIT_WARNINGS_AS_ERRORS}>:-Werror>)
 if(ATTNJIT_SANITIZE)
-  target_compile_options(attnjit_options INTERFACE -fsanitize=${ATTNJIT_SANITIZE} -fno-omit-frame-pointer)
+  target_compile_options(attnjit_options INTERFACE -fsanitize=${ATTNJIT_SANITIZE} -fno-omit-frame-pointer
+    -fno-sanitize-recover=all)
   target_link_options(attnjit_options INTERFACE -fsanitize=${ATTNJIT_SANITIZE})
 endif()
 if(ATTNJIT_FUZZ)
