@@ -210,12 +210,8 @@ class Builder {
         return arith::DivFOp::create(b_, loc_, f32(1.0), one_plus_exp_minus(x));
       case Function::kSilu:
         return arith::DivFOp::create(b_, loc_, x, one_plus_exp_minus(x));
-      case Function::kGelu: {
-        // x/2 * erfc(-x/sqrt 2): the form with 1 + erf cancels for negative x.
-        const Value half = arith::MulFOp::create(b_, loc_, x, f32(0.5));
-        const Value argument = arith::MulFOp::create(b_, loc_, x, f32(-0.70710678118654752));
-        return arith::MulFOp::create(b_, loc_, half, math::ErfcOp::create(b_, loc_, argument));
-      }
+      case Function::kGelu:
+        return GeluOp::create(b_, loc_, b_.getF32Type(), x);
       case Function::kRelu:
         return is_float ? Value(arith::MaximumFOp::create(b_, loc_, x, f32(0.0)))
                         : Value(arith::MaxSIOp::create(b_, loc_, x, i64(0)));

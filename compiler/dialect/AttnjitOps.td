@@ -88,4 +88,11 @@ def Attnjit_ToIntOp : Attnjit_Op<"to_int"> {
   let hasFolder = 1;
 }
 
+def Attnjit_GeluOp : Attnjit_Op<"gelu"> {
+  let summary = "x/2 * erfc(-x/sqrt(2)), as one function: in parts it loses its digits for negative x";
+  let arguments = (ins F32:$value);
+  let results = (outs F32:$result);
+  let assemblyFormat = "$value attr-dict";
+}
+
 #endif

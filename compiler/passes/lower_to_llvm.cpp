@@ -112,8 +112,8 @@ class Lowering {
               .getResult(0);
       return mlir::success();
     }
-    if (llvm::isa<arith::RemFOp>(op)) {
-      replacement = call("attnjit_fmod", op.getOperands());
+    if (llvm::isa<arith::RemFOp, GeluOp>(op)) {
+      replacement = call(llvm::isa<GeluOp>(op) ? "attnjit_gelu" : "attnjit_fmod", op.getOperands());
       return mlir::success();
     }
     if (!llvm::isa<math::MathDialect>(op.getDialect()))
@@ -137,7 +137,7 @@ class Lowering {
     } else if (llvm::isa<math::RsqrtOp>(op)) {
       replacement = arith::DivFOp::create(b_, loc_, f32(1.0f), LLVM::SqrtOp::create(b_, loc_, type, x));
     } else if (llvm::isa<math::ExpOp, math::Exp2Op, math::LogOp, math::Log2Op, math::Log1pOp, math::TanhOp, math::ErfOp,
-                         math::ErfcOp, math::SinOp, math::CosOp, math::PowFOp>(op)) {
+                         math::SinOp, math::CosOp, math::PowFOp>(op)) {
       const llvm::StringRef name = op.getName().stripDialect();
       replacement = call(llvm::isa<math::PowFOp>(op) ? "attnjit_pow" : ("attnjit_" + name).str(), op.getOperands());
     } else {

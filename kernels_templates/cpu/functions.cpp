@@ -190,7 +190,8 @@ ATTNJIT_FUNCTION float attnjit_tanh(float x) {
   q = q * z + 1.18534705686654e-04f;
   q = q * z + 2.26843463243900e-03f;
   q = q * z + 4.89352518554385e-03f;
-  return c * p / q;
+  // Below that tanh is x to 5e-8, and the quotient would meet subnormals.
+  return __builtin_fabsf(x) < 4e-4f ? x : c * p / q;
 }
 
 // Two ranges; the upper one is 1 - e^(a polynomial) (after N. Juffa).
@@ -214,11 +215,12 @@ ATTNJIT_FUNCTION float attnjit_erf(float x) {
   return t > 0.927734375f ? large : small;
 }
 
-// t * e^(-z^2 + a polynomial in t), t = 1/(1 + z/2) (Numerical Recipes' erfcc), z^2 taken in two parts.
-ATTNJIT_FUNCTION float attnjit_erfc(float x) {
+// x/2 * erfc(-x/sqrt(2)): the form with 1 + erf cancels for negative x. erfc(z) is t * e^(-z^2 + a polynomial in t),
+// t = 1/(1 + z/2) (Numerical Recipes' erfcc); z^2 = x^2/2 is taken in two parts, from the unrounded x.
+ATTNJIT_FUNCTION float attnjit_gelu(float x) {
   const float magnitude = __builtin_fabsf(x);
-  const float z = magnitude > 12.0f ? 12.0f : magnitude;
-  const float t = 1.0f / (0.5f * z + 1.0f);
+  const float m = magnitude > 20.0f ? 20.0f : magnitude;
+  const float t = 1.0f / (m * 0.35355339059f + 1.0f);
   float p = 0.17087277f;
   p = p * t - 0.82215223f;
   p = p * t + 1.48851587f;
@@ -229,14 +231,13 @@ ATTNJIT_FUNCTION float attnjit_erfc(float x) {
   p = p * t + 0.37409196f;
   p = p * t + 1.00002368f;
   p = p * t - 1.26551223f;
-  const float high = float_of(bits_of(z) & ~0xfff);
-  const float tail = p - (z - high) * (z + high);
-  // Both parts of the exponent, the larger first.
-  const float square = -(high * high);
+  const float high = float_of(bits_of(m) & ~0xfff);
+  const float square = -0.5f * (high * high);
+  const float tail = p - 0.5f * ((m - high) * (m + high));
   const float sum = square + tail;
   const float lost = (square - sum) + tail;
   const float y = t * exp_of_sum(sum, lost);
-  return x < 0.0f ? 2.0f - y : y;
+  return x * 0.5f * (x < 0.0f ? y : 2.0f - y);
 }
 
 ATTNJIT_FUNCTION float attnjit_sin(float x) { return nan_unless_finite(x, sine_of(reduce(x))); }

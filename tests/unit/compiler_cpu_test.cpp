@@ -1,7 +1,10 @@
 // Compiled mods against the interpreter, point by point.
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <random>
+#include <thread>
 
 #include "tests/unit/compiler_testing.h"
 
@@ -69,6 +72,268 @@ TEST(CompilerCpu, BuiltinMods) {
     expect_equal(text, {}, {}, true);
   expect_equal("alibi", {Tensor::of<float>("alibi_slopes", DType::kF32, {4}, {0.5f, 0.25f, 0.125f, 0.0625f})}, {},
                true);
+}
+
+TEST(CompilerCpu, Arithmetic) {
+  for (const char* text : {"score + 1",
+                           "1 - score",
+                           "-score",
+                           "score * 0.5 + h",
+                           "score / 3",
+                           "score / 8",
+                           "(score + h) * (b + 1)",
+                           "score * score",
+                           "score // 2",
+                           "score % 3",
+                           "score % -2.5",
+                           "score if q_idx > kv_idx else score * 0.5",
+                           "min(score, 1)",
+                           "max(score, -1.0)",
+                           "clamp(score, -1, 1)",
+                           "abs(score)",
+                           "relu(score)",
+                           "sign(score)",
+                           "floor(score) + ceil(score) + round(score)",
+                           "float(isinf(score)) + 2 * float(isnan(score))",
+                           "score + float(score > 1) - float(not (score <= 0.5)) * 2",
+                           "where(score == 0.5, 1, score)",
+                           "where(score != score, 1, 2)",
+                           "float(bool(score)) + float(bool(q_idx))",
+                           "min(score, nan)",
+                           "max(nan, score)",
+                           "let x = score * 2; x * x + x",
+                           "score ** 2", "score ** 3",
+                           "abs(score) ** 0.25",
+                           "(b + 2) ** score"})
+    expect_equal(text, {}, {}, true);
+}
+
+TEST(CompilerCpu, Integers) {
+  const Shape wide{.batch = 3, .num_heads = 5, .seqlen_q = 1'000'000, .seqlen_kv = 3'000'000'000};
+  for (const char* text : {"score + (q_idx - kv_idx)",
+                           "score + q_idx * kv_idx",
+                           "score + q_idx * kv_idx * kv_idx * kv_idx * 7",
+                           "score + (q_idx - kv_idx) // 7",
+                           "score + (q_idx - kv_idx) % 7",
+                           "score + (kv_idx - q_idx) // (h - 2)",
+                           "score + (kv_idx - q_idx) % (h - 2)",
+                           "score + q_idx // -8 + kv_idx % -8",
+                           "score + (q_idx // 0) + (kv_idx % 0)",
+                           "score + ((q_idx & 7) | (kv_idx & 12)) + ~h",
+                           "score + abs(q_idx - kv_idx)",
+                           "score + min(q_idx, kv_idx, 100)",
+                           "score + max(h - 3, 0) + clamp(q_idx, 5, 9)",
+                           "score + (h - 2) ** 5",
+                           "score + sign(h - 2)",
+                           "score + (q_idx == kv_idx) * 3 + (q_idx < kv_idx)",
+                           "score + float(int(score * 1000) % 7)",
+                           "score + (b == 1 and h > 2 or not (q_idx >= 3))",
+                           "score + where(h < 2, q_idx, -kv_idx)",
+                           "score + (9223372036854775807 + h) % 10",
+                           "score + (-9223372036854775807 - 1) // (h - 2)",
+                           "score + ((-9223372036854775807 - 1) % (h - 2))",
+                           "score + abs(-9223372036854775807 - h)",
+                           "score + (q_idx * 4294967296) // 4294967295",
+                           "score + relu(h - 2)",
+                           "score + (true + 2 * (h > 1))"}) {
+    expect_equal(text);
+    expect_equal(text, {}, wide);
+  }
+}
+
+TEST(CompilerCpu, UndefinedElsewhereIsDefinedHere) {
+  for (const char* text :
+       {"float(int(score))", "float(int(score * 1e30) // 3)", "float(int(score / 0) % 5)", "float(int(nan) + h)",
+        "float(int(inf) - 9223372036854775807)", "float(int(-inf) + 9223372036854775807)", "score / (h - 2)",
+        "sqrt(score)", "log(score)", "score % 0", "rsqrt(score - 0.5)"})
+    expect_equal(text, {}, {}, true);
+}
+
+TEST(CompilerCpu, DroppedElements) {
+  const double nan = std::nan("");
+  const std::vector<float> poison{1.0f, static_cast<float>(nan), static_cast<float>(kInfinity), -2.0f};
+  for (const char* text : {"where(q_idx >= kv_idx, score, -inf)",
+                           "score + where(q_idx >= kv_idx, 0, -inf)",
+                           "where(q_idx >= kv_idx, score, -inf) + p[h]",
+                           "p[h] - where(q_idx >= kv_idx, 1, -inf)",
+                           "where(q_idx >= kv_idx, score, -inf) - p[h]",
+                           "2 * where(h < 2, score, -inf) + p[h]",
+                           "where(h < 2, score, -inf) * -2",
+                           "where(h < 2, score, -inf) * 0",
+                           "min(where(h < 2, score, -inf), p[h])",
+                           "max(where(h < 2, score, -inf), p[h])",
+                           "tanh(where(h < 2, score, -inf))",
+                           "where(score > 0, score, -inf)",
+                           "where(h < 2, where(q_idx < 9, score, -inf), where(kv_idx < 30, score + 1, -inf))",
+                           "-inf",
+                           "score - inf",
+                           "-(-2) * where(h < 2, score, -inf) + p[h]",
+                           "int(2.5) * where(h < 2, score, -inf) + p[h]",
+                           "where(h < 2, -inf, score) ** 2 + p[h]",
+                           "clamp(where(h < 2, score, -inf), -3, 3)",
+                           "where(h < 2, score, -1e38)",
+                           "where(h < 2, score, -inf) / 2 + p[h]",
+                           "score % where(h < 2, 2, -inf)",
+                           "sign(where(h < 2, score, -inf)) + p[h]",
+                           "where(score > 1, -inf, where(isnan(score), 0, score))"})
+    expect_equal(text, {Tensor::of("p", DType::kF32, {4}, poison)}, {}, true);
+}
+
+TEST(CompilerCpu, MaskModIsOneMoreCondition) {
+  Mod mod("score + h");
+  const auto mask = dsl::parse("kv_idx <= q_idx + 3", dsl::ModKind::kMaskMod);
+  ASSERT_TRUE(mask);
+  mod.problem.mask_mod = *dsl::bind(*mask, {}, dsl::ModKind::kMaskMod);
+  const Elementwise compiled(mod);
+  EXPECT_TRUE(compiled.compiled.facts.has_mask);
+  EXPECT_TRUE(compiled.compiled.scores_in_log2);
+  const std::vector<Point> where = points({});
+  const std::vector<float> values = compiled.log2_values(where);
+  for (std::size_t i = 0; i < where.size(); ++i) {
+    if (where[i].kv_idx <= where[i].q_idx + 3) {
+      EXPECT_NEAR(values[i] * kLn2, where[i].score + static_cast<double>(where[i].h), 1e-5);
+    } else {
+      EXPECT_EQ(values[i], -kInfinity);
+    }
+  }
+}
+
+// bf16 and f16 as bits.
+std::uint16_t bf16(float x) { return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(x) >> 16); }
+
+TEST(CompilerCpu, CapturedReads) {
+  std::vector<std::uint16_t> halves;
+  std::vector<std::uint8_t> bytes;
+  std::vector<float> floats;
+  std::vector<std::int64_t> longs;
+  for (int i = 0; i < 4 * 96; ++i) {
+    halves.push_back(static_cast<std::uint16_t>(i * 677 + 11));  // subnormals, infinities and NaN among them
+    bytes.push_back(static_cast<std::uint8_t>(i * 7));
+    floats.push_back(0.25f * static_cast<float>(i) - 40.0f);
+    longs.push_back(i % 5 == 0 ? std::numeric_limits<std::int64_t>::min() + i : i * 1'000'000'007LL);
+  }
+  std::vector<std::uint16_t> brains;
+  for (const float x : floats) brains.push_back(bf16(x));
+  const std::vector<std::int64_t> extent{4, 96};
+  for (const DType dtype : {DType::kF16, DType::kBF16, DType::kInt16})
+    for (const char* text : {"score + t[h, kv_idx]", "score + t[h, q_idx]", "score + t[h - 9, kv_idx * 2 - 50]"})
+      expect_equal(text, {Tensor::of("t", dtype, extent, dtype == DType::kBF16 ? brains : halves)});
+  for (const DType dtype : {DType::kInt8, DType::kUInt8, DType::kBool})
+    for (const char* text : {"score + t[h, kv_idx] * 2", "score + t[q_idx - kv_idx, q_idx - kv_idx]"})
+      expect_equal(text, {Tensor::of("t", dtype, extent, bytes)});
+  expect_equal("score + t[h, kv_idx] % 1000 + t[h, q_idx] // 1000000", {Tensor::of("t", DType::kInt64, extent, longs)});
+  // Indices from nowhere: the smallest integers, a captured index, a float that does not fit, NaN.
+  const Tensor table = Tensor::of("t", DType::kF32, extent, floats);
+  const Tensor index = Tensor::of("i", DType::kInt64, extent, longs);
+  for (const char* text :
+       {"score + t[i[h, kv_idx], i[h, q_idx]]", "t[int(score * 1e30), int(score)] + t[int(nan), int(-inf)]",
+        "score + t[9223372036854775807 + h, -9223372036854775807]", "score * t[1000, 1000] - t[-1, -1]"})
+    expect_equal(text, {table, index}, {}, true);
+  expect_equal("score + s", {Tensor::of<float>("s", DType::kF32, {}, {2.5f})});
+  expect_equal("where(kv_idx < n, score, -inf)", {Tensor::of<std::int32_t>("n", DType::kInt32, {}, {17})});
+}
+
+TEST(CompilerCpu, Facts) {
+  const auto facts = [](const char* text) {
+    return analyze(Mod(text, {Tensor::of<float>("t", DType::kF32, {64}, std::vector<float>(64))}).problem).value;
+  };
+  EXPECT_EQ(facts("score").score_class, ScoreClass::kIdentity);
+  EXPECT_EQ(facts("causal").score_class, ScoreClass::kIdentity);
+  EXPECT_TRUE(facts("causal").has_mask);
+  EXPECT_FALSE(facts("score + where(h > 1, 0, 1)").has_mask);
+  EXPECT_EQ(facts("score * 2 + h").score_class, ScoreClass::kAffine);
+  EXPECT_EQ(facts("score * score").score_class, ScoreClass::kNonlinear);
+  EXPECT_TRUE(facts("where(score > 0, score, -inf)").mask_reads_score);
+  EXPECT_EQ(facts("score + t[q_idx]").reads_proven, 1);
+  EXPECT_EQ(facts("score + t[kv_idx]").reads_clamped, 1);
+  EXPECT_TRUE(facts("score + q_idx * kv_idx").indices_fit_32);
+  EXPECT_FALSE(facts("score + q_idx * 1000000000").indices_fit_32);
+}
+
+TEST(CompilerCpu, SpellingsShareAHash) {
+  const auto hash = [](const std::string& text, Shape shape = {}) {
+    const ModFacts facts =
+        analyze(Mod(text, {Tensor::of<float>("t", DType::kF32, {4}, std::vector<float>(4))}, shape).problem).value;
+    return std::pair(facts.hash_low, facts.hash_high);
+  };
+  const std::vector<std::vector<const char*>> same{
+      {"causal", "where(q_idx >= kv_idx, score, -inf)", "where(kv_idx > q_idx, -inf, score)",
+       "score if not (q_idx < kv_idx) else -inf", "score + where(kv_idx <= q_idx, 0, -inf)"},
+      {"score + 2 * h", "h * 2 + score", "2 * h + 1.0 * score", "score + h * 2 + 0"},
+      {"where(kv_idx < 5, score, 0)", "where(kv_idx >= 5, 0, score)", "where(kv_idx <= 4, score, 0)",
+       "where(5 > kv_idx, score, 0)"},
+      {"score / 2", "score * 0.5"},
+      {"score - 1", "score + -1", "-1 + score"},
+      {"t[h] * score + exp(score)", "exp(score) + score * t[h]"}};
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> distinct;
+  for (const auto& group : same) {
+    for (const char* text : group) EXPECT_EQ(hash(text), hash(group.front())) << text << " and " << group.front();
+    for (const auto& other : distinct) EXPECT_NE(hash(group.front()), other) << group.front();
+    distinct.push_back(hash(group.front()));
+  }
+  EXPECT_NE(hash("where(q_idx > kv_idx, score, -inf)"), hash("causal"));
+  EXPECT_NE(hash("where(score < 1, score, 0)"), hash("where(not (score >= 1), score, 0)"));  // NaN tells them apart
+  EXPECT_EQ(hash("causal"), hash("causal", {.seqlen_q = 1024, .seqlen_kv = 2048}));
+}
+
+TEST(CompilerCpu, EqualCodeIsShared) {
+  const Mod small("score + h"), large("h + score", {}, {.seqlen_q = 4096, .seqlen_kv = 4096});
+  const auto first = compile_cpu_tile(small.problem);
+  ASSERT_FALSE(first.error);
+  const auto second = compile_cpu_tile(large.problem);
+  ASSERT_FALSE(second.error);
+  EXPECT_EQ(first.value->function(), second.value->function());
+  EXPECT_LT(second.value->phases().size(), first.value->phases().size());
+  const auto other = compile_cpu_tile(Mod("score - h").problem);
+  EXPECT_NE(first.value->function(), other.value->function());
+}
+
+TEST(CompilerCpu, DumpsEachIntermediateText) {
+  std::vector<std::string> kinds;
+  const auto tile =
+      compile_cpu_tile(Mod("softcap(30)").problem, {.dump = [&](std::string_view kind, std::string_view text) {
+                         kinds.emplace_back(kind);
+                         EXPECT_FALSE(text.empty());
+                         if (kind == "llvm")
+                           EXPECT_EQ(text.find("call float @attnjit_tanh"), std::string_view::npos) << "not inlined";
+                       }});
+  ASSERT_FALSE(tile.error);
+  EXPECT_EQ(kinds, (std::vector<std::string>{"mlir", "llvm", "asm"}));
+}
+
+TEST(CompilerCpu, RefusesWhatItCannotDo) {
+  Mod mod("score + t[h]", {Tensor::of<float>("t", DType::kF32, {4}, std::vector<float>(4))});
+  ModProblem problem = mod.problem;
+  problem.captures.clear();
+  EXPECT_NE(compile_cpu_tile(problem).error->message.find("no CaptureInfo"), std::string::npos);
+  problem = mod.problem;
+  problem.captures[0].extent = {4, 4};
+  EXPECT_NE(analyze(problem).error->message.find("number of indices"), std::string::npos);
+  problem = mod.problem;
+  problem.captures[0].extent = {0};
+  EXPECT_NE(analyze(problem).error->message.find("extents of at least 1"), std::string::npos);
+  EXPECT_NE(compile_cpu_tile(ModProblem{}).error->message.find("not bound"), std::string::npos);
+}
+
+TEST(CompilerCpu, CompilesInSeveralThreads) {
+  std::vector<std::thread> threads;
+  std::atomic<int> good = 0;
+  for (int i = 0; i < 4; ++i)
+    threads.emplace_back([&good, i] {
+      for (int n = 0; n < 4; ++n)
+        good += !compile_cpu_tile(Mod("tanh(score) * " + std::to_string(n % 2 ? i : n) + " + h").problem).error;
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(good, 16);
+}
+
+// As large as the language allows.
+TEST(CompilerCpu, LargeExpressions) {
+  std::string sum = "score", nested = "score";
+  for (int i = 0; i < 1300; ++i) sum = sum + " + h";
+  for (int i = 0; i < 120; ++i) nested = "abs(" + nested + " - 1)";
+  expect_equal(sum, {}, {}, false, 1e-3);
+  expect_equal(nested, {}, {}, false, 1e-3);
 }
 
 }  // namespace
