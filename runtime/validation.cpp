@@ -425,7 +425,7 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
     }
     call->forward.scale = *attention->scale;
   } else {
-    call->forward.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    call->forward.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
   }
   const int backend = static_cast<int>(attention->backend);
   if (backend < ATTNJIT_BACKEND_AUTO || backend > ATTNJIT_BACKEND_CPU) {
