@@ -1,7 +1,12 @@
 // The tables of expressions.
 #include "tests/numerics/expressions.h"
 
+#include <algorithm>
+#include <random>
 #include <stdexcept>
+
+#include "dsl/parser.h"
+#include "tests/support/random_expression.h"
 
 namespace attnjit::numerics {
 namespace {
@@ -113,7 +118,7 @@ constexpr Expression kOther[] = {
     {"UInt8", R"_(score_mod="score + t[kv_idx] / 64" capture=t:uint8:K:packed:index)_"},
     {"Bool", R"_(score_mod="score + t[q_idx, kv_idx] * 3" capture=t:bool:QxK:bshd:normal)_"},
     {"ScalarsOfInts",
-     R"_(score_mod="where(q_idx - kv_idx + n >= 0, score, -inf) * 1.5" capture=n:int16::packed:normal)_"},
+     R"_(score_mod="where(q_idx - kv_idx + reach >= 0, score, -inf) * 1.5" capture=reach:int16::packed:normal)_"},
     {"SixteenCaptures",
      R"_(score_mod="score + c0 + c1 + c2 + c3 + c4 + c5 + c6 + c7 + c8 + c9 + ca[h] + cb[h] + cc[kv_idx] + cd[kv_idx] + ce[q_idx] + cf[b]" )_"
      "capture=c0:float32::packed:normal capture=c1:float32::packed:normal capture=c2:int8::packed:normal "
@@ -148,6 +153,50 @@ constexpr Expression kOther[] = {
 
 std::span<const Expression> registry_expressions() { return kRegistry; }
 std::span<const Expression> other_expressions() { return kOther; }
+
+Case with_generated_expression(const Case& spec, std::uint64_t seed, int style) {
+  std::mt19937_64 generator(seed);
+  test::RandomExpressionOptions options;
+  options.size = 4 + static_cast<int>(generator() % 14);
+  options.moderate = style < 2;
+  options.jumps = style > 0;
+  const test::RandomExpression expression = test::ExpressionGenerator(generator, options).run();
+  Case result = spec;
+  Random random(seed);
+  result.captures.clear();
+  result.score_mod = expression.text;
+  result.mask_mod.clear();
+  if (seed % 5 == 0) {
+    // Names of captures would be the score_mod's, for other types: a mask has none here.
+    options.is_mask = true;
+    options.max_captures = 0;
+    result.mask_mod = test::ExpressionGenerator(generator, options).run().text;
+  }
+  std::replace(result.score_mod.begin(), result.score_mod.end(), '\n', ' ');
+  std::replace(result.mask_mod.begin(), result.mask_mod.end(), '\n', ' ');
+  const auto parsed = dsl::parse(result.score_mod);
+  if (!parsed) throw std::logic_error(dsl::format_error(parsed.error(), result.score_mod));
+  for (const test::RandomCapture& capture : expression.captures) {
+    const bool used = std::any_of(parsed->captures.begin(), parsed->captures.end(),
+                                  [&](const dsl::Capture& read) { return read.name == capture.name; });
+    if (!used) continue;
+    CaptureSpec added;
+    added.name = capture.name;
+    for (int i = 0; i <= static_cast<int>(dsl::DType::kF32); ++i) {
+      if (dsl::dtype_name(static_cast<dsl::DType>(i)) == capture.dtype) added.dtype = static_cast<dsl::DType>(i);
+    }
+    for (int i = 0; i < capture.rank; ++i) {
+      const std::int64_t extents[] = {1, 2, 4, 9, spec.seqlen_kv, spec.seqlen_q};
+      added.extent.push_back(std::max<std::int64_t>(random.pick(extents), 1));
+    }
+    const Layout layouts[] = {Layout::kPacked, Layout::kPacked, Layout::kPadded, Layout::kBshd,
+                              Layout::kBroadcastBatch};
+    added.layout = random.pick(layouts);
+    added.fill = style == 2 ? Fill::kPoison : Fill::kNormal;
+    result.captures.push_back(added);
+  }
+  return result;
+}
 
 Case with_expression(const Case& spec, const std::string& fields) {
   std::string text;

@@ -1,6 +1,7 @@
 // The expressions of the numerics suite: every registered mod, and by hand what is easy to get wrong.
 #pragma once
 
+#include <cstdint>
 #include <ostream>
 #include <span>
 #include <string>
@@ -30,6 +31,10 @@ inline void PrintTo(const Expression& expression, std::ostream* out) { *out << e
 std::span<const Expression> registry_expressions();
 // Arithmetic, functions, captures, masks, poison.
 std::span<const Expression> other_expressions();
+
+// A random typed expression with its captures; `style` 0: moderate values without jumps, which float32 decides; 1:
+// moderate values with jumps; 2: anything, poles and poison included. The same for the same seed on every platform.
+Case with_generated_expression(const Case& spec, std::uint64_t seed, int style);
 
 // `spec` with the fields of `expression`.
 Case with_expression(const Case& spec, const std::string& fields);

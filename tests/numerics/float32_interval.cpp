@@ -108,10 +108,9 @@ Interval floor_divide(const Interval& a, const Interval& b) {
 }
 
 Interval modulus(const Interval& a, const Interval& b) {
-  const double value = b.value == 0.0 || !std::isfinite(a.value)
-                           ? kNan
-                           : (std::isinf(b.value) ? ((a.value < 0) != (b.value < 0) && a.value != 0 ? b.value : a.value)
-                                                  : a.value - std::floor(a.value / b.value) * b.value);
+  // Exact; the quotient's rounding would be multiplied by the divisor.
+  double value = std::fmod(a.value, b.value);
+  if (value != 0.0 && std::signbit(value) != std::signbit(b.value)) value += b.value;
   if (is_nan(a) || is_nan(b)) return exactly(kNan);
   if (a.unsure || b.unsure) return anything(value);
   if (is_point(b) && b.value == 0.0) return exactly(kNan);

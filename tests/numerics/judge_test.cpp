@@ -105,6 +105,30 @@ INSTANTIATE_TEST_SUITE_P(Registry, NumericsJudgeExpression, testing::ValuesIn(re
 INSTANTIATE_TEST_SUITE_P(Other, NumericsJudgeExpression, testing::ValuesIn(other_expressions()),
                          [](const auto& info) { return std::string(info.param.name); });
 
+// Hundreds of generated expressions: the interpreter and the test's own evaluation agree (compute_gold throws where
+// they do not), and the right kernel is accepted.
+TEST(NumericsJudge, GeneratedExpressionsAreDecided) {
+  std::int64_t rows = 0, undecided = 0;
+  for (std::uint64_t seed = 0; seed < 300; ++seed) {
+    const int style = static_cast<int>(seed % 3);
+    const Case spec = with_generated_expression(
+        {.batch = 2, .num_heads = 2, .num_heads_kv = 1, .seqlen_q = 9, .seqlen_kv = 21, .rows = 20, .seed = seed}, seed,
+        style);
+    SCOPED_TRACE(to_line(spec));
+    Problem problem;
+    std::string error;
+    ASSERT_TRUE(make_problem(spec, &problem, &error)) << error;
+    const Verdict verdict =
+        judge(problem, compute_gold(problem, sample_rows(problem.spec)), simulate(problem, Flaw::kNone));
+    EXPECT_TRUE(verdict.accepted) << summary(verdict);
+    if (style == 0) {
+      rows += verdict.judged + verdict.undecided;
+      undecided += verdict.undecided;
+    }
+  }
+  EXPECT_LE(undecided, rows / 50) << "of " << rows;
+}
+
 // A right result of one expression is a wrong one of another: what a stale cache entry would hand out.
 TEST(NumericsJudge, ResultOfAnotherExpressionIsRejected) {
   constexpr const char* kOthers[] = {"score * 1.01", "score + 0.02 * (q_idx - kv_idx)", "softcap(20)",

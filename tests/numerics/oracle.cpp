@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -232,7 +233,7 @@ class Rows {
     row->lse = row->row_max + std::log(sum);
     row->lse_slack = share / (1.0 - share);
     const double u = unit_roundoff(dtype);
-    const double rounding = 2.0 * (u + u) + 2.0 * std::sqrt(static_cast<double>(elements_.size())) * kUnit;
+    const double rounding = 2.0 * (u + u) + 2.0 * summation_roundoffs(p, sum) * kUnit;
     for (std::size_t d = 0; d < features; ++d) {
       double o = 0.0, ideal = 0.0, eager = 0.0, magnitude = 0.0, plain = 0.0;
       bool unspecified = false;
@@ -261,6 +262,18 @@ class Rows {
       row->bound[d] = rounding * magnitude / sum + row->scatter[d] + half_subnormal(dtype) * (1.0 + plain / sum);
       if (unspecified) row->bound[d] = kInfinity;
     }
+  }
+
+  // The standard deviation of a float32 sum of `terms`, in roundings of `sum`: independent ones grow like a square
+  // root. Terms that differ by less than the sum's last place round alike, so theirs add up.
+  static double summation_roundoffs(const std::vector<double>& terms, double sum) {
+    std::map<std::int64_t, double> alike;
+    for (const double term : terms) {
+      if (term > 0.0) alike[static_cast<std::int64_t>(term / sum / (4.0 * kUnit))] += 1.0;
+    }
+    double squares = 0.0;
+    for (const auto& [bucket, count] : alike) squares += count * count;
+    return std::sqrt(squares);
   }
 
   const Problem& problem_;

@@ -70,6 +70,7 @@ class Tensor {
 
   // Every byte back to poison, gaps included.
   void poison();
+  bool guards_intact() const { return buffer_->guards_intact(); }
   // False where a guard, or a gap between elements, was written to.
   bool surroundings_intact() const;
   // A copy of all bytes, gaps included, to see whether an input was changed.

@@ -1,0 +1,23 @@
+// From a case to a verdict: build it, run it, judge it.
+#pragma once
+
+#include <string>
+
+#include "tests/numerics/execute.h"
+#include "tests/numerics/judge.h"
+
+namespace attnjit::numerics {
+
+struct Check {
+  bool accepted = false;
+  std::string message;  // the verdict's summary, or what failed before it; then the line to paste back
+  Verdict verdict;
+};
+
+// `context` null: the shared one of the case's threads. `reference`: also compares attnjit_reference with the oracle.
+Check check_case(const Case& spec, attnjit_context* context = nullptr, bool reference = false);
+
+// The same for a problem whose tensors were changed after it was made.
+Check check_problem(Problem& problem, attnjit_context* context = nullptr, bool reference = false);
+
+}  // namespace attnjit::numerics

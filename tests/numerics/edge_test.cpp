@@ -1,0 +1,163 @@
+// Shapes at the edges: nothing to do, one of everything, more than 32 bits of elements, more heads than 16 bits.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "tests/numerics/check.h"
+
+namespace attnjit::numerics {
+namespace {
+
+constexpr const char* kBackends[] = {"cpu", "math"};
+
+Case parse(const std::string& line) {
+  Case spec;
+  std::string error;
+  EXPECT_TRUE(parse_case(line, &spec, &error)) << error << "\n" << line;
+  return spec;
+}
+
+void expect_accepted(const std::string& line) {
+  const Check check = check_case(parse(line), nullptr, true);
+  EXPECT_TRUE(check.accepted) << check.message;
+  EXPECT_EQ(check.verdict.undecided, 0) << check.message;
+}
+
+TEST(NumericsEdge, NoKeysGiveZeroAndMinusInfinity) {
+  for (const char* const backend : kBackends) {
+    for (const char* const dtype : {"float32", "bfloat16"}) {
+      const Case spec = parse(std::string("b=2 hq=2 sq=33 skv=0 d=16 dv=9 dtype=") + dtype + " backend=" + backend);
+      Problem problem;
+      std::string error;
+      ASSERT_TRUE(make_problem(spec, &problem, &error)) << error;
+      const RunResult result = run(problem);
+      ASSERT_EQ(result.error, "") << to_line(spec);
+      const auto is = [](double expected) { return [expected](double value) { return value == expected; }; };
+      EXPECT_TRUE(std::all_of(result.outcome.o.begin(), result.outcome.o.end(), is(0.0))) << to_line(spec);
+      const double lowest = -std::numeric_limits<double>::infinity();
+      EXPECT_TRUE(std::all_of(result.outcome.lse.begin(), result.outcome.lse.end(), is(lowest))) << to_line(spec);
+      EXPECT_TRUE(std::all_of(result.outcome.row_max.begin(), result.outcome.row_max.end(), is(lowest)));
+      EXPECT_EQ(result.outcome.o.size(), 2u * 2u * 33u * 9u);
+    }
+  }
+}
+
+// Nothing is written where there is nothing: run() compares the guards.
+TEST(NumericsEdge, EmptyOutputsAreNoOps) {
+  for (const char* const backend : kBackends) {
+    for (const char* const sizes :
+         {"b=0 hq=2 sq=8 skv=8", "b=2 hq=0 hkv=0 sq=8 skv=8", "b=2 hq=2 sq=0 skv=8", "b=0 hq=0 hkv=0 sq=0 skv=0"}) {
+      Problem problem;
+      std::string error;
+      ASSERT_TRUE(
+          make_problem(parse(std::string(sizes) + " d=16 score_mod=\"causal\" backend=" + backend), &problem, &error))
+          << error;
+      const RunResult result = run(problem);
+      EXPECT_EQ(result.error, "") << to_line(problem.spec);
+      EXPECT_TRUE(result.outcome.o.empty());
+    }
+  }
+}
+
+TEST(NumericsEdge, OneOfEverything) {
+  for (const char* const backend : kBackends) {
+    for (const char* const dtype : {"float32", "bfloat16", "float16"}) {
+      for (const char* const sizes :
+           {"b=1 hq=1 sq=1 skv=1 d=1", "b=1 hq=1 sq=1 skv=1 d=256", "b=1 hq=1 sq=1 skv=257 d=1",
+            "b=1 hq=1 sq=257 skv=1 d=3 dv=1", "b=1 hq=2 sq=2 skv=2 d=2 dv=256"}) {
+        for (const char* const mod : {"noop", "causal", "where(kv_idx > q_idx, score, -inf)"}) {
+          expect_accepted(std::string(sizes) + " dtype=" + dtype + " backend=" + backend + " score_mod=\"" + mod +
+                          "\"");
+        }
+      }
+    }
+  }
+}
+
+// Every head dim of one to 80 and those about the powers above: none is padded wrongly.
+TEST(NumericsEdge, EveryHeadDim) {
+  for (std::int64_t head_dim = 1; head_dim <= 256; head_dim += head_dim < 80 ? 1 : 11) {
+    const std::string sizes =
+        "b=1 hq=2 hkv=1 sq=35 skv=37 rows=12 d=" + std::to_string(head_dim) + " dv=" + std::to_string(257 - head_dim);
+    expect_accepted(sizes + " dtype=" + (head_dim % 2 == 0 ? "bfloat16" : "float32") + " q=padded k=bshd v=padded");
+  }
+}
+
+TEST(NumericsEdge, MoreHeadsThanSixteenBits) {
+  for (const char* const backend : kBackends) {
+    expect_accepted(std::string("b=3 hq=22000 hkv=11000 sq=1 skv=2 d=2 dtype=bfloat16 score_mod=\"score + 0.001 * h\" "
+                                "backend=") +
+                    backend);
+    expect_accepted(std::string("b=66000 hq=1 sq=1 skv=1 d=2 score_mod=\"score + 0.0001 * b\" backend=") + backend);
+  }
+}
+
+// Batches more than 2^31 elements apart, in memory that is there only where it is touched.
+TEST(NumericsEdge, OffsetsBeyond32Bits) {
+  for (const char* const backend : kBackends) {
+    for (const char* const layout : {"q", "k", "v", "o"}) {
+      expect_accepted(std::string("b=2 hq=2 hkv=1 sq=33 skv=40 d=16 dtype=bfloat16 score_mod=\"causal\" backend=") +
+                      backend + " " + layout + "=huge");
+    }
+    // A captured tensor of rank 2 with as large a stride.
+    expect_accepted(std::string("b=2 hq=2 sq=33 skv=40 d=16 score_mod=\"score + t[b, kv_idx]\" "
+                                "capture=t:int8:2x40:huge:normal backend=") +
+                    backend);
+  }
+}
+
+// A q of 2^31 + 2^23 elements that is one row, repeated by stride 0.
+TEST(NumericsEdgeSlow, MoreElementsThan31Bits) {
+  const Case spec = parse(
+      "b=1 hq=1 sq=8421376 skv=3 d=256 dv=1 dtype=float32 q=broadcast_s rows=16 "
+      "score_mod=\"score + 0.0000001 * q_idx * kv_idx\"");
+  const Check check = check_case(spec);
+  EXPECT_TRUE(check.accepted) << check.message;
+}
+
+// What lies behind a mask never reaches the result: keys and captured values of NaN and infinity.
+TEST(NumericsEdge, PoisonBehindMasks) {
+  for (const char* const backend : kBackends) {
+    for (const char* const mod :
+         {"where(kv_idx < 40, score, -inf)", "score + where(kv_idx < 40, 0, -inf)", "causal", "sliding_window(5)",
+          "softcap(2) + where(kv_idx % 2 == 0, 0, -inf)", "min(score, where(kv_idx >= 64, 1, -inf))"}) {
+      expect_accepted(std::string("b=1 hq=2 hkv=1 sq=40 skv=100 d=24 inputs=poisoned score_mod=\"") + mod +
+                      "\" backend=" + backend);
+      expect_accepted(
+          std::string("b=1 hq=2 hkv=1 sq=40 skv=100 d=24 dtype=bfloat16 inputs=poisoned score_mod=\"score\" "
+                      "mask_mod=\"kv_idx < 33 or kv_idx == 64\" backend=") +
+          backend);
+    }
+    expect_accepted(std::string("b=1 hq=2 sq=40 skv=60 d=24 score_mod=\"where(isnan(t[kv_idx]) or isinf(t[kv_idx]), "
+                                "-inf, score + t[kv_idx])\" capture=t:float32:60:packed:poison backend=") +
+                    backend);
+    expect_accepted(std::string("b=1 hq=2 sq=40 skv=60 d=24 score_mod=\"score + t[kv_idx]\" "
+                                "mask_mod=\"not (isnan(t[kv_idx]) or isinf(t[kv_idx]))\" "
+                                "capture=t:bfloat16:60:packed:poison backend=") +
+                    backend);
+  }
+}
+
+// A NaN key that is kept reaches every row that keeps it, and no other.
+TEST(NumericsEdge, KeptNanReachesItsRows) {
+  for (const char* const backend : kBackends) {
+    for (const char* const mod : {"causal", "softcap(3)", "noop", "score + relu(score) + clamp(score, -1, 1)",
+                                  "max(score, 0)", "where(q_idx >= kv_idx, abs(score) ** 2, -inf)"}) {
+      Problem problem;
+      std::string error;
+      ASSERT_TRUE(
+          make_problem(parse(std::string("b=1 hq=2 sq=40 skv=70 d=16 score_mod=\"") + mod + "\" backend=" + backend),
+                       &problem, &error))
+          << error;
+      problem.k.set({0, 0, 20, 3}, std::numeric_limits<double>::quiet_NaN());
+      const Check check = check_problem(problem);
+      EXPECT_TRUE(check.accepted) << check.message << " (with k[0, 0, 20, 3] NaN)";
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attnjit::numerics

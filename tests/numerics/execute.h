@@ -1,0 +1,44 @@
+// Runs a problem through the library's C interface, in guarded and poisoned memory.
+#pragma once
+
+#include <attnjit/attnjit.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/numerics/judge.h"
+#include "tests/numerics/problem.h"
+
+namespace attnjit::numerics {
+
+struct ContextDeleter {
+  void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
+};
+struct PlanDeleter {
+  void operator()(attnjit_plan* plan) const { attnjit_plan_destroy(plan); }
+};
+using ContextPtr = std::unique_ptr<attnjit_context, ContextDeleter>;
+using PlanPtr = std::unique_ptr<attnjit_plan, PlanDeleter>;
+
+// One context per number of threads, kept for the whole program. `isa`: the value of ATTNJIT_CPU_ISA, "" for the host's
+// best. Null where the library refuses.
+attnjit_context* shared_context(int threads, const std::string& isa = "");
+
+// The instruction sets of this machine, by the names that ATTNJIT_CPU_ISA knows.
+std::vector<std::string> host_isas();
+
+struct RunResult {
+  Outcome outcome;
+  std::string error;  // empty when everything went well, surroundings of every buffer included
+  attnjit_status status = ATTNJIT_OK;
+};
+
+// Prepares and runs `problem`: outputs, gaps and workspace are NaN before, and guards, gaps and inputs are compared
+// afterwards. `context` null: shared_context(problem.spec.threads).
+RunResult run(Problem& problem, attnjit_context* context = nullptr);
+
+// The library's own oracle at `rows`. `o` is (rows, Dv).
+RunResult run_reference(Problem& problem, const std::vector<RowIndex>& rows);
+
+}  // namespace attnjit::numerics

@@ -1,0 +1,174 @@
+// Every expression over random shapes, types and layouts, on both backends.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "tests/numerics/check.h"
+#include "tests/numerics/expressions.h"
+
+namespace attnjit::numerics {
+namespace {
+
+constexpr std::array<std::int64_t, 16> kLengths = {1, 2, 7, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 160, 200, 257};
+constexpr std::array<std::int64_t, 26> kHeadDims = {1,  2,  3,  7,  8,  15, 16,  17,  24,  31,  32,  33,  40,
+                                                    48, 63, 64, 65, 80, 96, 112, 127, 128, 129, 192, 255, 256};
+constexpr std::array<dsl::DType, 3> kDTypes = {dsl::DType::kF32, dsl::DType::kBF16, dsl::DType::kF16};
+constexpr std::array<std::array<std::int64_t, 2>, 7> kHeads = {
+    {{1, 1}, {2, 2}, {4, 2}, {3, 1}, {6, 3}, {8, 2}, {5, 5}}};
+
+Case random_case(std::uint64_t seed) {
+  Random random(seed);
+  Case spec;
+  spec.seed = seed;
+  spec.batch = random.between(1, 3);
+  const auto heads = random.pick(kHeads);
+  spec.num_heads = heads[0];
+  spec.num_heads_kv = heads[1];
+  spec.seqlen_q = random.pick(kLengths);
+  spec.seqlen_kv = random.between(0, 2) == 0 ? spec.seqlen_q : random.pick(kLengths);
+  spec.head_dim = random.pick(kHeadDims);
+  spec.head_dim_v = random.between(0, 1) == 0 ? spec.head_dim : random.pick(kHeadDims);
+  spec.dtype = random.pick(kDTypes);
+  constexpr std::array<Layout, 8> kInputLayouts = {Layout::kPacked,         Layout::kPacked,       Layout::kBshd,
+                                                   Layout::kBshd,           Layout::kPadded,       Layout::kPadded,
+                                                   Layout::kBroadcastBatch, Layout::kBroadcastHead};
+  constexpr std::array<Layout, 3> kOutputLayouts = {Layout::kPacked, Layout::kBshd, Layout::kPadded};
+  spec.layout_q = random.pick(kInputLayouts);
+  spec.layout_k = random.pick(kInputLayouts);
+  spec.layout_v = random.between(0, 15) == 0 ? Layout::kBroadcastSeq : random.pick(kInputLayouts);
+  spec.layout_o = random.pick(kOutputLayouts);
+  constexpr std::array<Inputs, 6> kInputs = {Inputs::kNormal, Inputs::kNormal,   Inputs::kNormal,
+                                             Inputs::kLarge,  Inputs::kPositive, Inputs::kZero};
+  spec.inputs = random.pick(kInputs);
+  if (random.between(0, 3) == 0) spec.scale = static_cast<float>(random.normal());
+  spec.threads = static_cast<int>(random.between(1, 2));
+  spec.rows = 48;
+  return spec;
+}
+
+// A shape on which an expression shows what it is: some tiles, some heads, both a part of a tile at the end.
+Case shape_of(std::size_t number) {
+  Case spec = random_case(1000 + number);
+  spec.batch = 2;
+  spec.num_heads = 4;
+  spec.num_heads_kv = 2;
+  spec.seqlen_q = number % 2 == 0 ? 70 : 45;
+  spec.seqlen_kv = number % 3 == 0 ? 165 : 90;
+  spec.head_dim = 32;
+  spec.head_dim_v = 24;
+  spec.dtype = kDTypes[number % 3];
+  spec.inputs = Inputs::kNormal;
+  spec.scale.reset();
+  spec.threads = 2;
+  spec.rows = 192;
+  return spec;
+}
+
+struct Row {
+  const Expression* expression;
+  std::size_t number;
+  const char* backend;
+};
+
+std::vector<Row> every_expression() {
+  std::vector<Row> rows;
+  for (const char* const backend : {"cpu", "math"}) {
+    std::size_t number = 0;
+    for (const auto table : {registry_expressions(), other_expressions()}) {
+      for (const Expression& expression : table) rows.push_back({&expression, number++, backend});
+    }
+  }
+  return rows;
+}
+
+class NumericsExpression : public testing::TestWithParam<Row> {};
+
+TEST_P(NumericsExpression, MeetsTheRules) {
+  const auto& [expression, number, backend] = GetParam();
+  Case spec = with_expression(shape_of(number), expression->fields);
+  spec.backend = backend;
+  const Check check = check_case(spec, nullptr, true);
+  ASSERT_TRUE(check.accepted) << check.message;
+  EXPECT_TRUE(expression->allows(check.verdict.undecided, check.verdict.judged))
+      << check.message << "\n  --case '" << to_line(spec) << "'";
+}
+
+INSTANTIATE_TEST_SUITE_P(All, NumericsExpression, testing::ValuesIn(every_expression()), [](const auto& info) {
+  return std::string(info.param.expression->name) + "_" + info.param.backend;
+});
+
+class NumericsRandom : public testing::TestWithParam<int> {};
+
+TEST_P(NumericsRandom, ShapesMeetTheRules) {
+  const auto registry = registry_expressions();
+  const auto others = other_expressions();
+  for (int i = 0; i < 20; ++i) {
+    const auto seed = static_cast<std::uint64_t>(GetParam() * 20 + i);
+    Case spec = random_case(seed);
+    Random random(seed ^ 0x65787072);
+    const Expression& expression = random.between(0, 1) == 0 ? random.pick(registry) : random.pick(others);
+    spec = with_expression(spec, expression.fields);
+    spec.backend = random.between(0, 3) == 0 ? "math" : "cpu";
+    const Check check = check_case(spec);
+    EXPECT_TRUE(check.accepted) << check.message;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, NumericsRandom, testing::Range(0, 12));
+INSTANTIATE_TEST_SUITE_P(Slow, NumericsRandom, testing::Range(100, 200));
+
+class NumericsGenerated : public testing::TestWithParam<int> {};
+
+TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
+  for (int i = 0; i < 20; ++i) {
+    const auto seed = static_cast<std::uint64_t>(GetParam() * 20 + i);
+    Case spec = random_case(seed ^ 0x67656e);
+    spec.head_dim = std::min<std::int64_t>(spec.head_dim, 64);
+    spec.head_dim_v = std::min<std::int64_t>(spec.head_dim_v, 64);
+    spec.rows = 32;
+    spec = with_generated_expression(spec, seed, static_cast<int>(seed % 3));
+    spec.backend = seed % 4 == 0 ? "math" : "cpu";
+    const Check check = check_case(spec);
+    EXPECT_TRUE(check.accepted) << check.message;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, NumericsGenerated, testing::Range(0, 20));
+INSTANTIATE_TEST_SUITE_P(Slow, NumericsGenerated, testing::Range(100, 300));
+
+// Every instruction set the machine has gives a result within the rules, on the shapes that fill and do not fill tiles.
+TEST(NumericsIsa, EveryInstructionSetMeetsTheRules) {
+  for (const std::string& isa : host_isas()) {
+    attnjit_context* const context = shared_context(2, isa);
+    ASSERT_NE(context, nullptr) << isa << ": " << attnjit_last_error();
+    for (
+        const char* const fields :
+        {R"_(score_mod="noop")_", R"_(score_mod="causal")_", R"_(score_mod="softcap(3)")_",
+         R"_(score_mod="score + gelu(score) - log(abs(score) + 1) + sin(score)")_",
+         R"_(score_mod="where(kv_idx // 5 % 2 == 0, score + bias[h, q_idx - kv_idx], -inf)" capture=bias:float16:Hx65:packed:normal)_",
+         R"_(score_mod="score * t[kv_idx, q_idx] % 2.5" capture=t:int8:KxQ:padded:poison)_"}) {
+      for (const dsl::DType dtype : kDTypes) {
+        for (const std::int64_t length : {33, 128}) {
+          Case spec = with_expression({.batch = 2,
+                                       .num_heads = 4,
+                                       .num_heads_kv = 2,
+                                       .seqlen_q = length,
+                                       .seqlen_kv = 96 + length,
+                                       .head_dim = length == 33 ? 72 : 64,
+                                       .head_dim_v = length == 33 ? 40 : 64,
+                                       .dtype = dtype,
+                                       .rows = 32,
+                                       .seed = 5},
+                                      fields);
+          const Check check = check_case(spec, context);
+          EXPECT_TRUE(check.accepted) << "ATTNJIT_CPU_ISA=" << isa << ": " << check.message;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attnjit::numerics

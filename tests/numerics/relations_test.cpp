@@ -1,0 +1,297 @@
+// Relations between results that need no oracle, and so find what an oracle misses.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "tests/numerics/execute.h"
+
+namespace attnjit::numerics {
+namespace {
+
+constexpr const char* kBackends[] = {"cpu", "math"};
+
+Problem make(const std::string& line) {
+  Case spec;
+  Problem problem;
+  std::string error;
+  EXPECT_TRUE(parse_case(line, &spec, &error)) << error << "\n" << line;
+  EXPECT_TRUE(make_problem(spec, &problem, &error)) << error << "\n" << line;
+  return problem;
+}
+
+Outcome run_or_fail(Problem& problem, attnjit_context* context = nullptr) {
+  RunResult result = run(problem, context);
+  EXPECT_EQ(result.error, "") << to_line(problem.spec);
+  return std::move(result.outcome);
+}
+
+// The same bits, NaN included.
+bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+}
+
+void expect_same_bits(const Outcome& a, const Outcome& b, const std::string& what) {
+  EXPECT_TRUE(same_bits(a.o, b.o)) << what << ": o";
+  EXPECT_TRUE(same_bits(a.lse, b.lse)) << what << ": lse";
+  EXPECT_TRUE(same_bits(a.row_max, b.row_max)) << what << ": row_max";
+}
+
+void expect_close(const std::vector<double>& a, const std::vector<double>& b, double tolerance,
+                  const std::string& what) {
+  ASSERT_EQ(a.size(), b.size()) << what;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const bool same = a[i] == b[i] || (std::isnan(a[i]) && std::isnan(b[i])) || std::fabs(a[i] - b[i]) <= tolerance;
+    ASSERT_TRUE(same) << what << ": element " << i << ": " << a[i] << " and " << b[i];
+  }
+}
+
+std::string with_backend(const char* backend, const std::string& line) { return line + " backend=" + backend; }
+
+constexpr const char* kShapes[] = {
+    "b=2 hq=4 hkv=2 sq=65 skv=130 d=64 dtype=float32 seed=3",
+    "b=2 hq=2 hkv=1 sq=33 skv=70 d=40 dv=24 dtype=bfloat16 seed=4",
+    "b=1 hq=3 hkv=3 sq=128 skv=128 d=128 dtype=float16 seed=5",
+};
+
+// Two spellings of the same scores.
+TEST(NumericsRelation, SpellingsAgreeToTheBit) {
+  const std::pair<const char*, const char*> kPairs[] = {
+      {"noop", "score + 0"},
+      {"noop", "score * 1"},
+      {"where(q_idx >= kv_idx, score, -inf)", "where(kv_idx > q_idx, -inf, score)"},
+      {"score + q_idx * 2 + h", "h + (2 * q_idx + score)"},
+      {"causal", "where(kv_idx <= q_idx, score, -inf)"},
+  };
+  for (const char* const backend : kBackends) {
+    for (const char* const shape : kShapes) {
+      for (const auto& [one, other] : kPairs) {
+        Problem a = make(with_backend(backend, std::string(shape) + " score_mod=\"" + one + "\""));
+        Problem b = make(with_backend(backend, std::string(shape) + " score_mod=\"" + other + "\""));
+        const Outcome first = run_or_fail(a), second = run_or_fail(b);
+        const std::string what = std::string(one) + " and " + other + " on " + to_line(a.spec);
+        if (std::string(backend) == "cpu") {
+          expect_same_bits(first, second, what);
+        } else {
+          // Eager runs the operations as they are written.
+          expect_close(first.o, second.o, a.spec.dtype == dsl::DType::kF32 ? 1e-4 : 2e-2, what);
+        }
+      }
+    }
+  }
+}
+
+// A causal score_mod, the mask_mod, and a loop over the rows' own prefixes.
+TEST(NumericsRelation, CausalThreeWays) {
+  for (const char* const backend : kBackends) {
+    const std::string line = with_backend(backend, "b=2 hq=2 hkv=1 sq=37 skv=40 d=32 dtype=float32");
+    Problem by_mod = make(line + " score_mod=\"causal\"");
+    Problem by_mask = make(line + " mask_mod=\"causal\"");
+    const Outcome a = run_or_fail(by_mod), b = run_or_fail(by_mask);
+    expect_same_bits(a, b, std::string("score_mod and mask_mod, ") + backend);
+
+    Problem whole = make(line);
+    const std::int64_t features = whole.spec.head_dim_v;
+    for (std::int64_t i = 0; i < whole.spec.seqlen_q; ++i) {
+      // Row i alone, against keys 0 to i.
+      Problem prefix = whole;
+      prefix.spec.seqlen_q = 1;
+      prefix.spec.seqlen_kv = i + 1;
+      const auto cut = [](const Tensor& tensor, std::int64_t first, std::int64_t length) {
+        std::vector<std::int64_t> shape = tensor.shape();
+        shape[2] = length;
+        return tensor.view(shape, tensor.stride(), first * tensor.stride()[2]);
+      };
+      prefix.q = cut(whole.q, i, 1);
+      prefix.k = cut(whole.k, 0, i + 1);
+      prefix.v = cut(whole.v, 0, i + 1);
+      const Outcome row = run_or_fail(prefix);
+      for (std::int64_t bh = 0; bh < whole.spec.batch * whole.spec.num_heads; ++bh) {
+        for (std::int64_t d = 0; d < features; ++d) {
+          const double expected = row.o[static_cast<std::size_t>(bh * features + d)];
+          const double got = a.o[static_cast<std::size_t>((bh * whole.spec.seqlen_q + i) * features + d)];
+          ASSERT_NEAR(got, expected, 2e-6) << backend << " row " << i;
+        }
+        ASSERT_NEAR(a.lse[static_cast<std::size_t>(bh * whole.spec.seqlen_q + i)],
+                    row.lse[static_cast<std::size_t>(bh)], 1e-5);
+      }
+    }
+  }
+}
+
+// One kv head for a group of query heads is the same as that head repeated, which strides can do as well as copies.
+TEST(NumericsRelation, GroupedHeadsAreRepeatedHeads) {
+  for (const char* const backend : kBackends) {
+    for (const char* const dtype : {"float32", "bfloat16"}) {
+      const std::string line = with_backend(
+          backend, std::string("b=2 hq=6 sq=33 skv=66 d=48 dv=16 score_mod=\"score + 0.3 * h\" seed=8 dtype=") + dtype);
+      Problem grouped = make(line + " hkv=2");
+      Problem repeated = make(line + " hkv=6");
+      const auto repeat = [&](const Tensor& from, Tensor* to) {
+        for_each_index(to->shape(),
+                       [&](auto index) { to->set(index, from.at({index[0], index[1] / 3, index[2], index[3]})); });
+      };
+      repeat(grouped.k, &repeated.k);
+      repeat(grouped.v, &repeated.v);
+      repeated.q = grouped.q;
+      expect_same_bits(run_or_fail(grouped), run_or_fail(repeated), to_line(grouped.spec));
+    }
+  }
+}
+
+TEST(NumericsRelation, PermutedBatchPermutesTheOutput) {
+  for (const char* const backend : kBackends) {
+    const std::string line =
+        with_backend(backend,
+                     "b=3 hq=2 hkv=1 sq=40 skv=50 d=32 dtype=bfloat16 score_mod=\"score + t[kv_idx]\" "
+                     "capture=t:float32:50:packed:normal");
+    Problem problem = make(line);
+    Problem permuted = make(line);
+    const std::int64_t order[] = {2, 0, 1};
+    for (const auto& [from, to] :
+         {std::pair(&problem.q, &permuted.q), std::pair(&problem.k, &permuted.k), std::pair(&problem.v, &permuted.v)}) {
+      for_each_index(to->shape(),
+                     [&](auto index) { to->set(index, from->at({order[index[0]], index[1], index[2], index[3]})); });
+    }
+    const Outcome a = run_or_fail(problem), b = run_or_fail(permuted);
+    const std::size_t block = a.o.size() / 3, rows = a.lse.size() / 3;
+    for (std::size_t i = 0; i < 3; ++i) {
+      const auto from = static_cast<std::size_t>(order[i]);
+      EXPECT_TRUE(std::equal(b.o.begin() + static_cast<std::ptrdiff_t>(i * block),
+                             b.o.begin() + static_cast<std::ptrdiff_t>((i + 1) * block),
+                             a.o.begin() + static_cast<std::ptrdiff_t>(from * block)))
+          << backend;
+      EXPECT_TRUE(std::equal(b.lse.begin() + static_cast<std::ptrdiff_t>(i * rows),
+                             b.lse.begin() + static_cast<std::ptrdiff_t>((i + 1) * rows),
+                             a.lse.begin() + static_cast<std::ptrdiff_t>(from * rows)))
+          << backend;
+    }
+  }
+}
+
+TEST(NumericsRelation, StridedIsPacked) {
+  for (const char* const backend : kBackends) {
+    for (const char* const dtype : {"float32", "float16"}) {
+      const std::string line = with_backend(
+          backend, std::string("b=2 hq=4 hkv=2 sq=45 skv=77 d=33 dv=17 score_mod=\"score + bias[h, q_idx, kv_idx]\" "
+                               "capture=bias:float32:4x45x77:packed:normal seed=6 dtype=") +
+                       dtype);
+      Problem packed = make(line);
+      const Outcome expected = run_or_fail(packed);
+      for (const Layout layout : {Layout::kBshd, Layout::kPadded}) {
+        Problem strided = packed;
+        strided.spec.layout_q = strided.spec.layout_k = strided.spec.layout_v = strided.spec.layout_o = layout;
+        for (Tensor* const tensor : {&strided.q, &strided.k, &strided.v, &strided.captures[0].tensor}) {
+          Tensor other(tensor->dtype(), tensor->shape(), layout, 1);
+          for_each_index(tensor->shape(), [&](auto index) { other.set(index, tensor->at(index)); });
+          *tensor = other;
+        }
+        expect_same_bits(expected, run_or_fail(strided), to_line(strided.spec));
+      }
+    }
+  }
+}
+
+// Documents side by side in one sequence, under a document mask, are the documents apart.
+TEST(NumericsRelation, DocumentsApart) {
+  for (const char* const backend : kBackends) {
+    Problem together = make(with_backend(backend,
+                                         "b=1 hq=2 hkv=1 sq=100 skv=100 d=32 score_mod=\"document(ids) and causal()\" "
+                                         "capture=ids:int32:100:packed:normal"));
+    const std::int64_t starts[] = {0, 1, 34, 66, 100};
+    for (std::int64_t document = 0; document < 4; ++document) {
+      for (std::int64_t i = starts[document]; i < starts[document + 1]; ++i) {
+        together.captures[0].tensor.set_int(std::array{i}, document);
+      }
+    }
+    const Outcome whole = run_or_fail(together);
+    for (std::int64_t document = 0; document < 4; ++document) {
+      const std::int64_t first = starts[document], length = starts[document + 1] - first;
+      Problem apart = make(with_backend(backend, "b=1 hq=2 hkv=1 sq=" + std::to_string(length) +
+                                                     " skv=" + std::to_string(length) + " d=32 score_mod=\"causal\""));
+      for (const auto& [from, to] :
+           {std::pair(&together.q, &apart.q), std::pair(&together.k, &apart.k), std::pair(&together.v, &apart.v)}) {
+        for_each_index(to->shape(),
+                       [&](auto index) { to->set(index, from->at({index[0], index[1], index[2] + first, index[3]})); });
+      }
+      const Outcome part = run_or_fail(apart);
+      for (std::int64_t h = 0; h < 2; ++h) {
+        for (std::int64_t i = 0; i < length; ++i) {
+          ASSERT_NEAR(whole.lse[static_cast<std::size_t>(h * 100 + first + i)],
+                      part.lse[static_cast<std::size_t>(h * length + i)], 1e-5);
+          for (std::int64_t d = 0; d < 32; ++d) {
+            ASSERT_NEAR(whole.o[static_cast<std::size_t>((h * 100 + first + i) * 32 + d)],
+                        part.o[static_cast<std::size_t>((h * length + i) * 32 + d)], 2e-6)
+                << backend << " document " << document << " row " << i;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The halves of K and V, merged by their LSE, are the whole.
+TEST(NumericsRelation, LseMergesHalves) {
+  for (const char* const backend : kBackends) {
+    const std::string line =
+        with_backend(backend,
+                     "b=1 hq=2 hkv=2 sq=50 d=32 score_mod=\"where(q_idx >= kv_idx + first, score * 1.5, -inf)\" "
+                     "capture=first:int32::packed:normal");
+    Problem whole = make(line + " skv=48");
+    whole.captures[0].tensor.set_int({}, 0);
+    const Outcome all = run_or_fail(whole);
+    Outcome halves[2];
+    for (std::int64_t half = 0; half < 2; ++half) {
+      Problem part = make(line + " skv=24");
+      part.captures[0].tensor.set_int({}, 24 * half);
+      part.q = whole.q;
+      for (const auto& [from, to] : {std::pair(&whole.k, &part.k), std::pair(&whole.v, &part.v)}) {
+        for_each_index(to->shape(), [&](auto index) {
+          to->set(index, from->at({index[0], index[1], index[2] + 24 * half, index[3]}));
+        });
+      }
+      halves[half] = run_or_fail(part);
+    }
+    for (std::size_t row = 0; row < all.lse.size(); ++row) {
+      const double largest = std::max(halves[0].lse[row], halves[1].lse[row]);
+      const double w0 = std::exp(halves[0].lse[row] - largest), w1 = std::exp(halves[1].lse[row] - largest);
+      ASSERT_NEAR(all.lse[row], largest + std::log(w0 + w1), 1e-5) << backend << " row " << row;
+      for (std::size_t d = 0; d < 32; ++d) {
+        const double merged = (w0 * halves[0].o[row * 32 + d] + w1 * halves[1].o[row * 32 + d]) / (w0 + w1);
+        ASSERT_NEAR(all.o[row * 32 + d], merged, 2e-6) << backend << " row " << row;
+      }
+    }
+  }
+}
+
+TEST(NumericsRelation, RunsAndThreadCountsAreBitIdentical) {
+  for (const char* const backend : kBackends) {
+    for (const char* const shape : kShapes) {
+      for (const char* const mod : {"causal", "softcap(5)", "score + 0.1 * (q_idx - kv_idx)"}) {
+        Problem problem = make(with_backend(backend, std::string(shape) + " score_mod=\"" + mod + "\""));
+        const Outcome first = run_or_fail(problem, shared_context(1));
+        expect_same_bits(first, run_or_fail(problem, shared_context(1)), "again: " + to_line(problem.spec));
+        // A BLAS divides its work by the number of threads; the fused kernel's panels are the same for any.
+        if (std::string(backend) == "math") continue;
+        expect_same_bits(first, run_or_fail(problem, shared_context(2)), "two threads: " + to_line(problem.spec));
+        expect_same_bits(first, run_or_fail(problem, shared_context(3)), "three threads: " + to_line(problem.spec));
+      }
+    }
+  }
+}
+
+// A scale given outright is the default one when it has its value, and multiplies the score before the mod.
+TEST(NumericsRelation, ScaleIsAppliedBeforeTheMod) {
+  for (const char* const backend : kBackends) {
+    const std::string line = with_backend(backend, "b=1 hq=2 sq=20 skv=40 d=64 score_mod=\"tanh(score)\"");
+    Problem by_default = make(line), given = make(line + " scale=0.125"), doubled = make(line + " scale=0.25");
+    expect_same_bits(run_or_fail(by_default), run_or_fail(given), backend);
+    Problem in_mod = make(with_backend(backend, "b=1 hq=2 sq=20 skv=40 d=64 score_mod=\"tanh(2 * score)\""));
+    expect_close(run_or_fail(doubled).o, run_or_fail(in_mod).o, 2e-6, backend);
+  }
+}
+
+}  // namespace
+}  // namespace attnjit::numerics
