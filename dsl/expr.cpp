@@ -187,11 +187,21 @@ std::string format_error(const Error& error, std::string_view text) {
   const std::size_t end = std::min(text.find('\n', begin), text.size());
   std::string shown(text.substr(begin, end - begin));
   for (char& c : shown) {
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x20 || byte == 0x7f) c = ' ';
+    if (byte > 0x7f) c = '?';
   }
-  const std::size_t column = error.location.column > 0 ? static_cast<std::size_t>(error.location.column) - 1 : 0;
+  std::size_t column = error.location.column > 0 ? static_cast<std::size_t>(error.location.column) - 1 : 0;
+  column = std::min(column, shown.size());
+  // Of a long line, what stands around the place.
+  constexpr std::size_t kReach = 60;
+  if (shown.size() > column + kReach + 3) shown = shown.substr(0, column + kReach) + "...";
+  if (column > kReach + 3) {
+    shown = "..." + shown.substr(column - kReach);
+    column = kReach + 3;
+  }
   return "line " + std::to_string(error.location.line) + ", column " + std::to_string(error.location.column) + ": " +
-         error.message + "\n  " + shown + "\n  " + std::string(std::min(column, shown.size()), ' ') + "^";
+         error.message + "\n  " + shown + "\n  " + std::string(column, ' ') + "^";
 }
 
 }  // namespace attnjit::dsl

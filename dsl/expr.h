@@ -143,7 +143,7 @@ struct Error {
 };
 
 // `message` with line and column, the line of `text` it happened in and a caret below it. Tabs and control characters
-// of the text are shown as spaces.
+// of the text are shown as spaces, bytes beyond ASCII as `?`, and a long line is cut around the place.
 std::string format_error(const Error& error, std::string_view text);
 
 // A value or an Error.

@@ -186,6 +186,15 @@ TEST(DslParser, ReportsWhere) {
   EXPECT_EQ(unknown.error().location.column, 3);
   EXPECT_THAT(unknown.error().message, HasSubstr("did you mean 'tanh'?"));
   EXPECT_EQ(format_error(unknown.error(), "score +\n\ttahn(score)").substr(0, 17), "line 2, column 3:");
+  EXPECT_EQ(format_error({.message = "wrong", .location = {.line = 2, .column = 4}},
+                         "a\n\tb\xc3\xa9"
+                         "c\nd"),
+            "line 2, column 4: wrong\n   b??c\n     ^");
+  const std::string long_line(1000, 'x');
+  EXPECT_EQ(format_error({.message = "wrong", .location = {.line = 1, .column = 500}}, long_line),
+            "line 1, column 500: wrong\n  ..." + std::string(120, 'x') + "...\n  " + std::string(63, ' ') + "^");
+  EXPECT_EQ(format_error({.message = "wrong", .location = {.line = 9, .column = 9}}, "ab"),
+            "line 9, column 9: wrong\n  ab\n    ^");
   // A fault inside a registered mod is shown at its use.
   const auto nested = parse("ids[0, 1] + where(document(ids), score, 0)");
   ASSERT_FALSE(nested);
