@@ -52,6 +52,12 @@ void Verdict::merge(const Verdict& other) {
   lse_of_bound = std::max(lse_of_bound, other.lse_of_bound);
 }
 
+double error_bound(const RowTruth& truth, std::size_t d, ElementType type) {
+  if (truth.lse == -kInfinity) return 0.0;
+  const double unit = unit_roundoff(type);
+  return 2 * (unit + unit) * truth.value_mass[d] + 8 * 0x1p-24 * truth.score_mass[d] + smallest(type);
+}
+
 Verdict judge_row(std::span<const double> o, double lse, const RowTruth& truth, ElementType type,
                   const std::string& where) {
   Verdict verdict;
@@ -59,11 +65,8 @@ Verdict judge_row(std::span<const double> o, double lse, const RowTruth& truth, 
     if (verdict.ok) verdict.why = fmt::format("{}: {}", where, why);
     verdict.ok = false;
   };
-  const bool masked = truth.lse == -kInfinity;
-  const double unit = unit_roundoff(type);
   for (std::size_t i = 0; i < o.size(); ++i) {
-    const double bound =
-        masked ? 0.0 : 2 * (unit + unit) * truth.value_mass[i] + 8 * 0x1p-24 * truth.score_mass[i] + smallest(type);
+    const double bound = error_bound(truth, i, type);
     const double part = of_bound(o[i], truth.o[i], bound, largest(type));
     if (std::isfinite(o[i]) && std::isfinite(truth.o[i])) {
       verdict.max_error = std::max(verdict.max_error, std::fabs(o[i] - truth.o[i]));

@@ -311,7 +311,7 @@ std::optional<std::vector<std::int64_t>> infer_extents(std::string_view expanded
 
 Captures make_captures(attnjit_context* context, const char* score_mod, const char* mask_mod,
                        std::span<const CaptureSpec> specs, std::span<const RegisteredMod> mods, const Shape& shape,
-                       std::uint64_t seed, bool strict) {
+                       std::optional<std::uint64_t> seed, bool strict) {
   const std::vector<CapturedName> names = captured_names(context, score_mod, mask_mod);
   std::string expanded = expand_mods(score_mod != nullptr ? score_mod : "", mods);
   expanded += ' ';
@@ -357,13 +357,16 @@ Captures make_captures(attnjit_context* context, const char* score_mod, const ch
       }
     }
     Tensor tensor(spec.type, extents);
-    fill_capture(tensor, spec, mix(seed, 1000 + captures.tensors.size()));
+    if (seed) fill_capture(tensor, spec, mix(*seed, 1000 + captures.tensors.size()));
     if (!captures.description.empty()) captures.description += ", ";
     captures.description += fmt::format("{} {} ({})", name.name, info(spec.type).name, fmt::join(extents, ", "));
     captures.names.push_back(name.name);
     captures.tensors.push_back(std::move(tensor));
   }
-  for (const Tensor& tensor : captures.tensors) captures.dl.push_back(tensor.dl());
+  for (const Tensor& tensor : captures.tensors) {
+    captures.dl.push_back(tensor.dl());
+    if (!seed) captures.dl.back().data = nullptr;
+  }
   for (std::size_t i = 0; i < captures.names.size(); ++i) {
     captures.lent.push_back({captures.names[i].c_str(), &captures.dl[i]});
   }

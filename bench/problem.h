@@ -30,7 +30,7 @@ struct CaptureSpec {
   std::string name;
   ElementType type = ElementType::kFloat32;
   std::vector<std::string> dims{};  // a number, or B, Hq, Hkv, Sq, Skv, D of the shape
-  std::optional<double> value;    // of every element
+  std::optional<double> value{};    // of every element
 };
 CaptureSpec parse_capture(const std::string& text);
 
@@ -60,10 +60,11 @@ struct Captures {
 };
 // One for each captured name: by its spec, else float32 (standard normal) with inferred extents. Integers rise along
 // the last dimension from 0 to 7, so that they divide it into runs, as document numbers do; bools alternate at random.
-// A spec for a name that `score_mod` and `mask_mod` do not read is an error when `strict`.
+// Without a seed nothing is filled and the lent tensors have no data. A spec for a name that neither text reads is an
+// error when `strict`.
 Captures make_captures(attnjit_context* context, const char* score_mod, const char* mask_mod,
                        std::span<const CaptureSpec> specs, std::span<const RegisteredMod> mods, const Shape& shape,
-                       std::uint64_t seed, bool strict);
+                       std::optional<std::uint64_t> seed, bool strict);
 
 // Standard normal values, rounded to the tensor's type; the same for the same seed.
 void fill_normal(Tensor& tensor, std::uint64_t seed);

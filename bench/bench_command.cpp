@@ -1,0 +1,543 @@
+// attnjit bench score-mod: a sweep of shapes and mods, eager against compiled, each cell checked against the oracle.
+// The sweep and its options are those of PyTorch's benchmarks/transformer/score_mod.py.
+#include <attnjit/attnjit.h>
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <ctime>
+#include <limits>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bench/api.h"
+#include "bench/commands.h"
+#include "bench/judge.h"
+#include "bench/machine.h"
+#include "bench/problem.h"
+#include "bench/report.h"
+#include "bench/safetensors.h"
+#include "bench/statistics.h"
+#include "bench/tensor.h"
+
+namespace attnjit::tool {
+
+namespace {
+
+// PyTorch's sweep (2 8 16 / 16,16 / 512 1024 4096 / 64 128) is one for a GPU. On a CPU it would take an hour and 16 GiB
+// of eager scores; this one takes about a minute on two cores and 256 MiB.
+const std::vector<std::int64_t> kCpuBatches{1}, kCpuSeqlens{512, 1024, 2048}, kHeadDims{64, 128};
+const std::vector<std::string> kHeads{"16,16"}, kMods{"noop", "causal", "rel", "head_bias"};
+
+// Beyond the sampled rows, every element is compared with the eager result. Both may be off by their bound; the rows
+// that were not sampled may have larger bounds than those that were.
+constexpr double kScreenFactor = 8.0;
+
+struct BenchOptions {
+  std::vector<std::int64_t> batches, seqlens, head_dims;
+  std::vector<std::string> heads, mods, captures;
+  std::string dtype = "bfloat16", device = "auto", baseline = "math", backend = "auto", format = "github", output;
+  bool dynamic = false;
+  int repetitions = 5, threads = 0;
+  std::size_t rows = 16;
+  std::uint64_t seed = 1;
+};
+
+// The command line that gives the same sweep on any machine, defaults spelled out.
+std::string command_line(const BenchOptions& o) {
+  const auto words = [](const auto& values) {
+    std::string text;
+    for (const auto& value : values) text += " " + shell_quoted(fmt::format("{}", value));
+    return text;
+  };
+  std::string text = fmt::format(
+      "attnjit bench score-mod -b{} -nh{} -s{} -d{} -mods{} -dtype {} --device {} --baseline {} --backend {} --reps {} "
+      "--threads {} --rows {} --seed {}",
+      words(o.batches), words(o.heads), words(o.seqlens), words(o.head_dims), words(o.mods), o.dtype, o.device,
+      o.baseline, o.backend, o.repetitions, o.threads, o.rows, o.seed);
+  for (const std::string& capture : o.captures) text += " --captures " + shell_quoted(capture);
+  if (o.dynamic) text += " --dynamic";
+  return text + " --format " + o.format;
+}
+
+// On a terminal only: one line that is rewritten, and erased at the end.
+class Progress {
+ public:
+  explicit Progress(std::size_t total) : total_(total), visible_(::isatty(STDERR_FILENO) == 1) {}
+  ~Progress() {
+    if (visible_) fmt::print(stderr, "\r\x1b[K");
+  }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  void begin(const std::string& what) {
+    if (visible_) {
+      const std::size_t filled = done_ * kWidth / std::max<std::size_t>(total_, 1);
+      fmt::print(stderr, "\r\x1b[K[{}{}] {}/{} {}", std::string(filled, '#'), std::string(kWidth - filled, '.'), done_,
+                 total_, what.substr(0, 60));
+      std::fflush(stderr);
+    }
+    ++done_;
+  }
+
+ private:
+  static constexpr std::size_t kWidth = 24;
+  std::size_t total_, done_ = 0;
+  bool visible_;
+};
+
+std::vector<Shape> make_shapes(const BenchOptions& options) {
+  std::vector<Shape> shapes;
+  for (std::int64_t batch : options.batches) {
+    for (const std::string& text : options.heads) {
+      const auto [heads_q, heads_kv] = parse_heads(text);
+      for (std::int64_t seqlen : options.seqlens) {
+        for (std::int64_t head_dim : options.head_dims) {
+          shapes.push_back({batch, heads_q, seqlen, heads_kv, seqlen, head_dim});
+        }
+      }
+    }
+  }
+  return shapes;
+}
+
+std::uint64_t tensor_bytes(const Shape& s, ElementType type) {
+  const double elements = static_cast<double>(s.batch) * static_cast<double>(s.head_dim) *
+                          (3.0 * static_cast<double>(s.heads_q) * static_cast<double>(s.seqlen_q) +  // q and two o
+                           2.0 * static_cast<double>(s.heads_kv) * static_cast<double>(s.seqlen_kv));
+  return static_cast<std::uint64_t>(std::min(elements * info(type).bits / 8, 1e18));
+}
+
+// A call with its inputs, outputs and plan. Stays where it is made: the structs point into each other.
+class Call {
+ public:
+  Call(attnjit_context* context, const Tensor& q, const Tensor& k, const Tensor& v, const Captures* captures,
+       const char* score_mod, attnjit_backend backend)
+      : context_(context), q_dl_(q.dl()), k_dl_(k.dl()), v_dl_(v.dl()) {
+    attention_.score_mod = score_mod;
+    attention_.q = &q_dl_;
+    attention_.k = &k_dl_;
+    attention_.v = &v_dl_;
+    if (captures != nullptr) {
+      attention_.captures = captures->lent.data();
+      attention_.num_captures = captures->lent.size();
+    }
+    attention_.backend = backend;
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  void bind_outputs(const Tensor& o, const Tensor& lse) {
+    o_dl_ = o.dl();
+    lse_dl_ = lse.dl();
+    attention_.o = &o_dl_;
+    attention_.lse = &lse_dl_;
+  }
+
+  // Milliseconds.
+  double prepare() {
+    plan_.reset();
+    const auto begin = std::chrono::steady_clock::now();
+    plan_ = tool::prepare(context_, attention_);
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
+  }
+  nlohmann::ordered_json description() const {
+    return nlohmann::ordered_json::parse(attnjit_plan_description(plan_.get()));
+  }
+  std::size_t workspace_size() const { return attnjit_plan_workspace_size(plan_.get()); }
+  void allocate_workspace() { workspace_ = Tensor(ElementType::kUInt8, {static_cast<std::int64_t>(workspace_size())}); }
+  void free_workspace() { workspace_ = Tensor(); }
+  void run() { check(attnjit_run(plan_.get(), &attention_, workspace_.data(), workspace_size(), nullptr)); }
+  const attnjit_attention& attention() const { return attention_; }
+
+ private:
+  attnjit_context* context_;
+  attnjit_attention attention_ = ATTNJIT_ATTENTION_INIT;
+  DLTensor q_dl_, k_dl_, v_dl_, o_dl_{}, lse_dl_{};
+  PlanPtr plan_;
+  Tensor workspace_;
+};
+
+void fill_nan(Tensor& tensor) {
+  const std::int64_t size = tensor.size();
+  for (std::int64_t i = 0; i < size; ++i) tensor.set(i, std::numeric_limits<double>::quiet_NaN());
+}
+
+std::int64_t offset_of(const Tensor& tensor, const attnjit_row& row) {
+  return row.b * tensor.strides()[0] + row.h * tensor.strides()[1] + row.q_idx * tensor.strides()[2];
+}
+
+// The sampled rows against the oracle. `allowed` is set to the largest difference that any of their elements may have.
+Verdict judge_sampled_rows(attnjit_context* context, const attnjit_attention& attention, const Tensor& o,
+                           const Tensor& lse, const std::vector<attnjit_row>& rows, double& allowed) {
+  const auto dim = static_cast<std::size_t>(o.shape()[3]);
+  std::vector<double> gold(rows.size() * dim), value_mass(gold.size()), score_mass(gold.size()), gold_lse(rows.size());
+  check(attnjit_reference(context, &attention, rows.data(), rows.size(), gold.data(), gold_lse.data(), nullptr));
+  check(attnjit_reference_error_terms(context, &attention, rows.data(), rows.size(), value_mass.data(),
+                                      score_mass.data()));
+  Verdict verdict;
+  allowed = 0.0;
+  std::vector<double> result(dim);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    for (std::size_t d = 0; d < dim; ++d) result[d] = o.get(offset_of(o, rows[i]) + static_cast<std::int64_t>(d));
+    const auto part = [&](const std::vector<double>& all) { return std::span(all).subspan(i * dim, dim); };
+    const RowTruth truth{part(gold), part(value_mass), part(score_mass), gold_lse[i]};
+    verdict.merge(judge_row(result, lse.get(offset_of(lse, rows[i])), truth, o.type(),
+                            fmt::format("row b={} h={} q_idx={}", rows[i].b, rows[i].h, rows[i].q_idx)));
+    for (std::size_t d = 0; d < dim; ++d) {
+      allowed = std::max(allowed, error_bound(truth, d, o.type()));
+    }
+  }
+  return verdict;
+}
+
+// Every element against the eager result, loosely: finds a tile that no sampled row met.
+void screen(const Tensor& o, const Tensor& eager, double allowed, Verdict& verdict) {
+  const std::int64_t size = o.size();
+  std::int64_t worst_at = -1;
+  double worst = allowed;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double a = o.get(i), b = eager.get(i);
+    const double difference = a == b || (std::isnan(a) && std::isnan(b)) ? 0.0 : std::fabs(a - b);
+    if (difference > worst || std::isnan(difference)) {
+      worst = std::isnan(difference) ? std::numeric_limits<double>::infinity() : difference;
+      worst_at = i;
+    }
+  }
+  if (worst_at < 0) return;
+  // Memory order is (B, S, H, D).
+  const std::int64_t dim = o.shape()[3], heads = o.shape()[1], seqlen = o.shape()[2];
+  const std::int64_t d = worst_at % dim, h = worst_at / dim % heads, q = worst_at / dim / heads % seqlen;
+  Verdict wrong;
+  wrong.ok = false;
+  wrong.why = fmt::format("b={} h={} q_idx={}: o[{}] is {:.9g}, eager has {:.9g}, allowed difference {:.3g}",
+                          worst_at / dim / heads / seqlen, h, q, d, o.get(worst_at), eager.get(worst_at), allowed);
+  verdict.merge(wrong);
+}
+
+struct PrepareTimes {
+  std::vector<double> new_shape, cached;
+};
+
+// Whether preparing this plan made native code, or shared that of an earlier shape.
+bool made_code(const nlohmann::ordered_json& description) {
+  return description.value("compiled", false) && description.value("native_code_made", true);
+}
+
+class Bench {
+ public:
+  explicit Bench(const BenchOptions& options)
+      : options_(options), type_(parse_dtype(options.dtype)), backend_(parse_backend(options.backend)) {
+    for (const std::string& text : options.captures) specs_.push_back(parse_capture(text));
+    shapes_ = make_shapes(options);
+    context_ = make_context(options.threads);
+    mods_ = registered_mods(context_.get());
+    check_expressions();
+    check_memory();
+  }
+
+  Report run() {
+    Report report;
+    first_compile();
+    for (const std::string& mod : options_.mods) report.compiles.push_back({.mod = mod});
+    times_.resize(options_.mods.size());
+    {
+      Progress progress(shapes_.size() * options_.mods.size());
+      for (std::size_t i = 0; i < shapes_.size(); ++i) run_shape(i, progress, report);
+    }
+    for (std::size_t i = 0; i < times_.size(); ++i) {
+      if (!times_[i].new_shape.empty()) report.compiles[i].new_shape = median(times_[i].new_shape);
+      report.compiles[i].cached = median(times_[i].cached);
+    }
+    fill_header(report);
+    return report;
+  }
+
+ private:
+  // Texts and captured names are checked before minutes are spent on those in front of a bad one.
+  void check_expressions() {
+    std::vector<std::string> read;
+    for (const std::string& mod : options_.mods) {
+      for (const CapturedName& name : captured_names(context_.get(), mod.c_str(), nullptr)) read.push_back(name.name);
+      for (const Shape& shape : shapes_) {
+        make_captures(context_.get(), mod.c_str(), nullptr, specs_, mods_, shape, std::nullopt, false);
+      }
+    }
+    for (const CaptureSpec& spec : specs_) {
+      if (std::ranges::find(read, spec.name) != read.end()) continue;
+      throw user_error(fmt::format("--captures: none of the mods reads {}; they read {}", in_quotes(spec.name),
+                                   read.empty() ? "nothing captured" : fmt::format("{}", fmt::join(read, ", "))));
+    }
+  }
+
+  // Eager attention holds all scores: say so before the first cell, not when the last one runs out of memory. In a
+  // context of its own, so that the compiles below stay cold.
+  void check_memory() {
+    const ContextPtr context = make_context(options_.threads);
+    const std::uint64_t available = available_memory_bytes();
+    for (const Shape& s : shapes_) {
+      std::uint64_t needed = tensor_bytes(s, type_);
+      if (needed < available) {
+        std::int64_t q_shape[] = {s.batch, s.heads_q, s.seqlen_q, s.head_dim};
+        std::int64_t kv_shape[] = {s.batch, s.heads_kv, s.seqlen_kv, s.head_dim};
+        DLTensor q{};
+        q.device = {kDLCPU, 0};
+        q.ndim = 4;
+        q.dtype = {info(type_).code, info(type_).bits, 1};
+        q.shape = q_shape;
+        DLTensor kv = q, o = q;
+        kv.shape = kv_shape;
+        attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+        attention.q = &q;
+        attention.k = attention.v = &kv;
+        attention.o = &o;
+        attention.backend = ATTNJIT_BACKEND_MATH;
+        needed += attnjit_plan_workspace_size(prepare(context.get(), attention).get());
+      }
+      if (needed > available) {
+        constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
+        throw environment_error(
+            fmt::format("shape {} needs {:.1f} GiB with the eager baseline's scores, but {:.1f} GiB of memory are "
+                        "available; choose smaller -b, -nh or -s",
+                        s.text(), static_cast<double>(needed) / kGiB, static_cast<double>(available) / kGiB));
+      }
+    }
+  }
+
+  // The compiler sets itself up in the first compile of a process; the cold times of the mods leave that out.
+  void first_compile() {
+    const Shape shape{1, 1, 64, 1, 64, 64};
+    Inputs inputs(shape, type_, options_.seed);
+    Call call(context_.get(), inputs.q, inputs.k, inputs.v, nullptr, "score * 0.9990234375 + 0.0009765625 * kv_idx",
+              backend_);
+    call.bind_outputs(inputs.o, inputs.lse);
+    first_compile_ = call.prepare();
+    const nlohmann::ordered_json description = call.description();
+    if (description.contains("host")) host_ = description["host"];
+  }
+
+  struct Inputs {
+    Inputs(const Shape& s, ElementType type, std::uint64_t seed)
+        : q(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim)),
+          k(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim)),
+          v(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim)),
+          o(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim)),
+          eager_o(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim)),
+          lse(ElementType::kFloat32, {s.batch, s.heads_q, s.seqlen_q}),
+          eager_lse(ElementType::kFloat32, {s.batch, s.heads_q, s.seqlen_q}) {
+      fill_normal(q, seed * 3 + 0);
+      fill_normal(k, seed * 3 + 1);
+      fill_normal(v, seed * 3 + 2);
+    }
+    Tensor q, k, v, o, eager_o, lse, eager_lse;
+  };
+
+  void run_shape(std::size_t shape_index, Progress& progress, Report& report) {
+    const Shape& shape = shapes_[shape_index];
+    Inputs inputs(shape, type_, options_.seed + shape_index);
+    for (std::size_t i = 0; i < options_.mods.size(); ++i) {
+      const std::string& mod = options_.mods[i];
+      progress.begin(fmt::format("{} {}", mod, shape.text()));
+      const Captures captures =
+          make_captures(context_.get(), mod.c_str(), nullptr, specs_, mods_, shape, options_.seed, false);
+
+      Call compiled(context_.get(), inputs.q, inputs.k, inputs.v, &captures, mod.c_str(), backend_);
+      compiled.bind_outputs(inputs.o, inputs.lse);
+      const double milliseconds = compiled.prepare();
+      CompileRow& row = report.compiles[i];
+      const nlohmann::ordered_json description = compiled.description();
+      row.compiles += made_code(description);
+      if (row.prepared++ == 0) {
+        row.cold = milliseconds;
+      } else {
+        times_[i].new_shape.push_back(milliseconds);
+      }
+      times_[i].cached.push_back(compiled.prepare());
+
+      // The eager side with the mod is also what the compiled result is compared with.
+      Call math(context_.get(), inputs.q, inputs.k, inputs.v, &captures, mod.c_str(), ATTNJIT_BACKEND_MATH);
+      Call plain(context_.get(), inputs.q, inputs.k, inputs.v, nullptr, nullptr, ATTNJIT_BACKEND_MATH);
+      Call& eager = options_.baseline == "plain" ? plain : math;
+      for (Call* call : {&math, &eager}) {
+        call->bind_outputs(inputs.eager_o, inputs.eager_lse);
+        call->prepare();
+      }
+      compiled.allocate_workspace();
+      eager.allocate_workspace();
+
+      const std::function<void()> candidates[] = {[&] { eager.run(); }, [&] { compiled.run(); }};
+      const std::vector<Timing> timings = time_interleaved(candidates, options_.repetitions);
+
+      // Judged is a run into poisoned outputs: an element that is not written shows.
+      for (Tensor* tensor : {&inputs.o, &inputs.lse, &inputs.eager_o, &inputs.eager_lse}) fill_nan(*tensor);
+      compiled.run();
+      if (&eager != &math) {
+        eager.free_workspace();  // there need not be room for both
+        math.allocate_workspace();
+      }
+      math.run();
+      double allowed = 0.0;
+      Cell cell{.mod = mod,
+                .dtype = std::string(info(type_).name),
+                .backend = description.value("backend", ""),
+                .shape = shape,
+                .eager = timings[0],
+                .compiled = timings[1],
+                .verdict = judge_sampled_rows(context_.get(), compiled.attention(), inputs.o, inputs.lse,
+                                              sample_rows(shape, options_.rows, options_.seed), allowed)};
+      screen(inputs.o, inputs.eager_o, kScreenFactor * allowed, cell.verdict);
+      report.cells.push_back(std::move(cell));
+    }
+  }
+
+  void fill_header(Report& report) const {
+    const auto add = [&](const char* name, std::string value) { report.header.emplace_back(name, std::move(value)); };
+    add("attnjit", attnjit_version());
+    add("date", fmt::format("{:%Y-%m-%d %H:%M} UTC", fmt::gmtime(std::time(nullptr))));
+    add("machine",
+        fmt::format("{}, {} processors, {}, {} threads", cpu_model(), available_processors(),
+                    host_.value("isa", "unknown instruction set"), host_.value("threads", options_.threads)));
+    add("device", "cpu");
+    add("sweep",
+        options_.batches == kCpuBatches && options_.seqlens == kCpuSeqlens
+            ? "smaller than PyTorch's, for a CPU; PyTorch's own: -b 2 8 16 -nh 16,16 -s 512 1024 4096 -d 64 128"
+            : "as asked for");
+    add("inputs",
+        fmt::format("standard normal, seed {}, memory order (batch, sequence, heads, head_dim)", options_.seed));
+    add("eager", options_.baseline == "plain"
+                     ? "plain: unfused attention without the mod, scores materialised, products by BLAS"
+                     : "math: unfused attention with the mod, scores materialised, one pass per operation, products by "
+                       "BLAS");
+    add("times",
+        fmt::format("median [min..max] of {} interleaved repetitions, one untimed before", options_.repetitions));
+    add("TFLOP/s", "of the compiled call, 4 B Hq M N D operations: what a mask skips is counted");
+    add("check",
+        fmt::format("{} rows a cell against the double-precision oracle, all elements against eager", options_.rows));
+    add("first compile in the process", fmt::format("{:.1f} ms", first_compile_));
+    if (options_.dynamic) add("dynamic", dynamic_text(report));
+    add("command", command_line(options_));
+  }
+
+  // Upstream's --dynamic compiles once for all shapes. Here that is what the compile cache does by itself, as far as
+  // the facts about a mod are the same for the shapes; the report says for how many it was.
+  static std::string dynamic_text(const Report& report) {
+    int prepared = 0, compiles = 0;
+    for (const CompileRow& row : report.compiles) {
+      prepared += row.prepared;
+      compiles += row.compiles;
+    }
+    return fmt::format("{} problems were served by {} compiles of {} mods", prepared, compiles, report.compiles.size());
+  }
+
+  const BenchOptions& options_;
+  ElementType type_;
+  attnjit_backend backend_;
+  std::vector<CaptureSpec> specs_;
+  std::vector<Shape> shapes_;
+  ContextPtr context_;
+  std::vector<RegisteredMod> mods_;
+  std::vector<PrepareTimes> times_;
+  double first_compile_ = 0.0;
+  nlohmann::ordered_json host_ = nlohmann::ordered_json::object();
+};
+
+// The report's file, opened before the sweep so that a wrong path does not cost the sweep.
+class Output {
+ public:
+  explicit Output(const std::string& path) : path_(path) {
+    if (path.empty()) return;
+    file_ = std::fopen(path.c_str(), "w");
+    if (file_ == nullptr) {
+      throw environment_error(fmt::format("--output: cannot write {}: {}", in_quotes(path), std::strerror(errno)));
+    }
+  }
+  ~Output() {
+    if (file_ != nullptr) std::fclose(file_);
+  }
+  Output(const Output&) = delete;
+  Output& operator=(const Output&) = delete;
+
+  void write(const std::string& text) {
+    std::FILE* to = file_ != nullptr ? file_ : stdout;
+    if (std::fwrite(text.data(), 1, text.size(), to) != text.size() || std::fflush(to) != 0) {
+      throw environment_error(
+          fmt::format("cannot write {}: {}", file_ != nullptr ? in_quotes(path_) : "the report", std::strerror(errno)));
+    }
+  }
+
+ private:
+  std::string path_;
+  std::FILE* file_ = nullptr;
+};
+
+int bench_score_mod(const BenchOptions& options) {
+  check_device(options.device);
+  if (options.baseline != "math" && options.baseline != "plain") {
+    throw user_error(fmt::format("--baseline {}: allowed are math (eager with the mod) and plain (without it)",
+                                 in_quotes(options.baseline)));
+  }
+  const std::optional<ReportFormat> format = report_format_named(options.format);
+  if (!format) {
+    throw user_error(fmt::format("--format {}: allowed are github, csv and json", in_quotes(options.format)));
+  }
+  Bench bench(options);
+  Output output(options.output);
+  const Report report = bench.run();
+  output.write(format_report(report, *format));
+  return report.ok() ? 0 : 1;
+}
+
+}  // namespace
+
+void add_bench_command(CLI::App& app, Action& action) {
+  auto options = std::make_shared<BenchOptions>();
+  options->batches = kCpuBatches;
+  options->heads = kHeads;
+  options->seqlens = kCpuSeqlens;
+  options->head_dims = kHeadDims;
+  options->mods = kMods;
+
+  CLI::App* bench = app.add_subcommand("bench", "Measurements");
+  bench->require_subcommand(1);
+  CLI::App* command = bench->add_subcommand(
+      "score-mod", "Speed of compiled score_mods against eager attention, each result checked against the oracle");
+  const auto positive = CLI::Range(std::int64_t{1}, std::int64_t{1} << 40);
+  command->add_option("-b", options->batches, "batch sizes (default: 1)")->check(positive);
+  command->add_option("--nh", options->heads, "-nh: query heads,key/value heads, or one number (default: 16,16)");
+  command->add_option("-s", options->seqlens, "sequence lengths (default: 512 1024 2048)")->check(positive);
+  command->add_option("-d", options->head_dims, "head dimensions (default: 64 128)")->check(positive);
+  command->add_option("--mods", options->mods,
+                      "-mods: registered names or expressions (default: noop causal rel head_bias)");
+  command->add_option("--dtype", options->dtype, "-dtype: bfloat16, float16 or float32 (default: bfloat16)");
+  command
+      ->add_option("--captures", options->captures,
+                   "NAME:DTYPE:DIMS[=VALUE] of a captured tensor, as slopes:float32:Hq or ids:int32:B,Sq; repeatable")
+      ->allow_extra_args(false);
+  command->add_flag("--dynamic", options->dynamic,
+                    "report how many compiles served all shapes (CPU code is shared between shapes by itself)");
+  command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
+  command->add_option("--baseline", options->baseline,
+                      "math: eager with the mod; plain: unfused attention without it (default: math)");
+  command->add_option("--backend", options->backend, "of the compiled side: auto, math or cpu (default: auto)");
+  command->add_option("--reps", options->repetitions, "timed repetitions of each cell (default: 5)")
+      ->check(CLI::Range(1, 1'000'000));
+  command->add_option("--threads", options->threads, "CPU threads (default: one per processor)")
+      ->check(CLI::Range(0, 1024));
+  command->add_option("--rows", options->rows, "rows of each cell checked against the oracle (default: 16)")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20));
+  command->add_option("--seed", options->seed, "of the inputs (default: 1)");
+  command->add_option("--format", options->format, "github, csv or json (default: github)");
+  command->add_option("--output", options->output, "file for the report (default: standard output)");
+  command->callback([options, &action] { action = [options] { return bench_score_mod(*options); }; });
+}
+
+}  // namespace attnjit::tool

@@ -1,0 +1,78 @@
+// Micro-benchmarks of what the host adds to a call: prepared calls, plan lookups, compiles.
+#include <attnjit/attnjit.h>
+#include <benchmark/benchmark.h>
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "bench/api.h"
+#include "bench/tensor.h"
+
+namespace attnjit::tool {
+namespace {
+
+// One query row against one key: nothing to compute.
+struct Tiny {
+  explicit Tiny(int threads) : context(make_context(threads)) {
+    for (Tensor* tensor : {&q, &k, &v}) {
+      for (std::int64_t i = 0; i < tensor->size(); ++i) tensor->set(i, 1.0);
+    }
+    for (std::int64_t i = 0; i < slopes.size(); ++i) slopes.set(i, 0.5);
+    attention.q = &q_dl;
+    attention.k = &k_dl;
+    attention.v = &v_dl;
+    attention.o = &o_dl;
+  }
+  Tiny(const Tiny&) = delete;
+  Tiny& operator=(const Tiny&) = delete;
+
+  ContextPtr context;
+  Tensor q{ElementType::kFloat32, {1, 1, 1, 16}}, k{ElementType::kFloat32, {1, 1, 1, 16}},
+      v{ElementType::kFloat32, {1, 1, 1, 16}}, o{ElementType::kFloat32, {1, 1, 1, 16}},
+      slopes{ElementType::kFloat32, {1}};
+  DLTensor q_dl = q.dl(), k_dl = k.dl(), v_dl = v.dl(), o_dl = o.dl(), slopes_dl = slopes.dl();
+  attnjit_capture capture{"slopes", &slopes_dl};
+  attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+};
+
+void prepared_call(benchmark::State& state) {
+  Tiny tiny(static_cast<int>(state.range(0)));
+  tiny.attention.score_mod = "noop";
+  if (state.range(1) != 0) {
+    tiny.attention.score_mod = "score + slopes[h]";
+    tiny.attention.captures = &tiny.capture;
+    tiny.attention.num_captures = 1;
+  }
+  const PlanPtr plan = prepare(tiny.context.get(), tiny.attention);
+  const std::size_t size = attnjit_plan_workspace_size(plan.get());
+  Tensor workspace(ElementType::kUInt8, {static_cast<std::int64_t>(size)});
+  for (auto _ : state) check(attnjit_run(plan.get(), &tiny.attention, workspace.data(), size, nullptr));
+}
+BENCHMARK(prepared_call)->ArgNames({"threads", "captures"})->ArgsProduct({{1, 2}, {0, 1}})->UseRealTime();
+
+void prepare_cached(benchmark::State& state) {
+  Tiny tiny(1);
+  tiny.attention.score_mod = "noop";
+  const PlanPtr kept = prepare(tiny.context.get(), tiny.attention);
+  for (auto _ : state) prepare(tiny.context.get(), tiny.attention);
+}
+BENCHMARK(prepare_cached);
+
+// A literal that no earlier text had: nothing is found in a cache.
+void prepare_cold(benchmark::State& state, const char* form) {
+  Tiny tiny(1);
+  static int serial = 0;
+  for (auto _ : state) {
+    const std::string text = fmt::format(fmt::runtime(form), ++serial);
+    tiny.attention.score_mod = text.c_str();
+    prepare(tiny.context.get(), tiny.attention);
+  }
+}
+BENCHMARK_CAPTURE(prepare_cold, affine, "score + {} * (q_idx - kv_idx)")->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(prepare_cold, causal, "where(q_idx + {} >= kv_idx, score, -inf)")->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(prepare_cold, softcap, "{0} * tanh(score / {0})")->Unit(benchmark::kMillisecond);
+
+}  // namespace
+}  // namespace attnjit::tool
+
+BENCHMARK_MAIN();

@@ -1,0 +1,155 @@
+// attnjit explain: what the compiler makes of an expression.
+#include <attnjit/attnjit.h>
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bench/api.h"
+#include "bench/commands.h"
+#include "bench/problem.h"
+
+namespace attnjit::tool {
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr const char* kDumpKinds[] = {"mlir", "llvm", "asm"};
+
+struct ExplainOptions {
+  std::string score_mod, mask_mod, shape = "1,16,1024,16,1024,64", dtype = "float32", backend = "auto", format = "text";
+  std::vector<std::string> captures, dumps;
+};
+
+// A JSON value as a person reads it: strings bare, objects and arrays on one line.
+std::string value_text(const Json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  if (value.is_boolean()) return value.get<bool>() ? "yes" : "no";
+  if (value.is_number_float()) return fmt::format("{:.3f}", value.get<double>());
+  return value.dump();
+}
+
+std::string label(std::string key) {
+  std::ranges::replace(key, '_', ' ');
+  return key;
+}
+
+void append_object(std::string& text, const Json& object, const std::string& indent) {
+  std::size_t width = 0;
+  for (const auto& [key, value] : object.items()) width = std::max(width, key.size());
+  for (const auto& [key, value] : object.items()) {
+    text += fmt::format("{}{:<{}}  {}\n", indent, label(key), width, value_text(value));
+  }
+}
+
+std::string explain_text(const Json& json) {
+  std::string text;
+  for (const char* mod : {"score_mod", "mask_mod"}) {
+    if (!json.contains(mod) || json[mod].is_null()) continue;
+    text += fmt::format("{}\n", mod);
+    if (json[mod].is_object()) {
+      append_object(text, json[mod], "  ");
+    } else {
+      text += fmt::format("  {}\n", value_text(json[mod]));
+    }
+  }
+  if (json.contains("captures") && !json["captures"].empty()) {
+    text += "captures\n";
+    for (const Json& capture : json["captures"]) {
+      text += fmt::format("  {}: {} {}, read as {}\n", value_text(capture["name"]), value_text(capture["dtype"]),
+                          value_text(capture["shape"]), value_text(capture["type"]));
+    }
+  }
+  double total = 0.0;
+  for (const auto& [key, value] : json.items()) {
+    const bool done = key == "score_mod" || key == "mask_mod" || key == "captures";
+    const bool dump = std::ranges::find(kDumpKinds, key) != std::end(kDumpKinds);
+    if (done || dump) continue;
+    if (key == "phases_ms") {
+      for (const auto& [phase, milliseconds] : value.items()) total += milliseconds.get<double>();
+      text += fmt::format("compile: {:.3f} ms\n", total);
+      append_object(text, value, "  ");
+    } else if (value.is_object()) {
+      text += fmt::format("{}\n", label(key));
+      append_object(text, value, "  ");
+    } else {
+      text += fmt::format("{}: {}\n", label(key), value_text(value));
+    }
+  }
+  for (const char* kind : kDumpKinds) {
+    if (json.contains(kind)) text += fmt::format("\n---- {} ----\n{}\n", kind, value_text(json[kind]));
+  }
+  return text;
+}
+
+int explain_expression(const ExplainOptions& options) {
+  const Shape shape = parse_shape(options.shape);
+  const ElementType type = parse_dtype(options.dtype);
+  std::vector<CaptureSpec> specs;
+  for (const std::string& text : options.captures) specs.push_back(parse_capture(text));
+
+  const ContextPtr context = make_context(0);
+  const char* mask_mod = options.mask_mod.empty() ? nullptr : options.mask_mod.c_str();
+  const Captures captures = make_captures(context.get(), options.score_mod.c_str(), mask_mod, specs,
+                                          registered_mods(context.get()), shape, std::nullopt, true);
+
+  // Nothing is run: shapes without memory.
+  std::vector<std::int64_t> q{shape.batch, shape.heads_q, shape.seqlen_q, shape.head_dim};
+  std::vector<std::int64_t> kv{shape.batch, shape.heads_kv, shape.seqlen_kv, shape.head_dim};
+  DLTensor q_dl{};
+  q_dl.device = {kDLCPU, 0};
+  q_dl.ndim = 4;
+  q_dl.dtype = {info(type).code, info(type).bits, 1};
+  q_dl.shape = q.data();
+  DLTensor kv_dl = q_dl, o_dl = q_dl;
+  kv_dl.shape = kv.data();
+
+  attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+  attention.score_mod = options.score_mod.c_str();
+  attention.mask_mod = mask_mod;
+  attention.q = &q_dl;
+  attention.k = &kv_dl;
+  attention.v = &kv_dl;
+  attention.o = &o_dl;
+  attention.captures = captures.lent.data();
+  attention.num_captures = captures.lent.size();
+  attention.backend = parse_backend(options.backend);
+  Json json = explain(context.get(), attention, !options.dumps.empty());
+  for (const char* kind : kDumpKinds) {
+    if (std::ranges::find(options.dumps, kind) == options.dumps.end()) json.erase(kind);
+  }
+  fmt::print("{}", options.format == "json" ? json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"
+                                            : explain_text(json));
+  return 0;
+}
+
+}  // namespace
+
+void add_explain_command(CLI::App& app, Action& action) {
+  auto options = std::make_shared<ExplainOptions>();
+  CLI::App* command = app.add_subcommand(
+      "explain", "Canonical form, hash, types, facts, intermediate code and compile times of an expression");
+  command->add_option("EXPR", options->score_mod, "expression of the score, or a registered name")->required();
+  command->add_option("--mask-mod", options->mask_mod, "condition to keep an element, applied after EXPR");
+  command->add_option("--shape", options->shape, "B,Hq,Sq,Hkv,Skv,D (default: 1,16,1024,16,1024,64)");
+  command->add_option("--dtype", options->dtype, "float32, float16 or bfloat16 of q, k, v (default: float32)");
+  command
+      ->add_option("--captures", options->captures,
+                   "NAME:DTYPE:DIMS[=VALUE] of a captured tensor, as slopes:float32:Hq or ids:int32:B,Sq; DIMS are "
+                   "numbers or B, Hq, Hkv, Sq, Skv, D (default: float32, extents that fit the indices); repeatable")
+      ->allow_extra_args(false);
+  command->add_option("--dump", options->dumps, "mlir, llvm or asm, separated by commas; repeatable")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(CLI::IsMember({"mlir", "llvm", "asm"}));
+  command->add_option("--backend", options->backend, "auto, math or cpu (default: auto)");
+  command->add_option("--format", options->format, "text or json (default: text)")
+      ->check(CLI::IsMember({"text", "json"}));
+  command->callback([options, &action] { action = [options] { return explain_expression(*options); }; });
+}
+
+}  // namespace attnjit::tool

@@ -1,0 +1,361 @@
+"""Runs the attnjit tool from outside: results against attention in plain Python, exit codes, messages, hostile files."""
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+
+TOOL = sys.argv.pop(1)
+FORMATS = {"F32": "f", "I32": "i", "I64": "q", "U8": "B", "BOOL": "B", "F64": "d", "F16": "e"}
+
+
+def pack(dtype, values):
+    if dtype == "BF16":
+        # Truncation is exact for the values that the tests use.
+        return b"".join(struct.pack("<f", v)[2:] for v in values)
+    return struct.pack("<%d%s" % (len(values), FORMATS[dtype]), *values)
+
+
+def unpack(dtype, data):
+    if dtype == "BF16":
+        return [struct.unpack("<f", b"\0\0" + data[i:i + 2])[0] for i in range(0, len(data), 2)]
+    return list(struct.unpack("<%d%s" % (len(data) // struct.calcsize(FORMATS[dtype]), FORMATS[dtype]), data))
+
+
+def write_safetensors(path, tensors):
+    """tensors: name -> (dtype, shape, flat values)."""
+    header, data = {}, b""
+    for name, (dtype, shape, values) in tensors.items():
+        raw = pack(dtype, values)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def read_safetensors(path):
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8:8 + size])
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = (entry["dtype"], entry["shape"], unpack(entry["dtype"], raw[8 + size + begin:8 + size + end]))
+    return tensors, metadata
+
+
+def attention(q, k, v, mod, scale=None):
+    """q, k, v as (dtype, shape, values); mod(score, b, h, i, j) gives the modified score, -inf where dropped."""
+    (batch, heads, rows, dim), (_, heads_kv, cols, _) = q[1], k[1]
+    dim_v = v[1][3]
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    o, lse = [], []
+    for b in range(batch):
+        for h in range(heads):
+            kv = b * heads_kv + h // (heads // heads_kv)
+            for i in range(rows):
+                row = q[2][((b * heads + h) * rows + i) * dim:][:dim]
+                scores = [mod(scale * sum(x * y for x, y in zip(row, k[2][(kv * cols + j) * dim:][:dim])), b, h, i, j)
+                          for j in range(cols)]
+                top = max(scores)
+                if top == -math.inf:
+                    o += [0.0] * dim_v
+                    lse.append(-math.inf)
+                    continue
+                p = [math.exp(s - top) for s in scores]
+                total = sum(p)
+                lse.append(top + math.log(total))
+                for d in range(dim_v):
+                    o.append(sum(p[j] * v[2][(kv * cols + j) * dim_v + d] for j in range(cols)) / total)
+    return o, lse
+
+
+class Tool(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = pathlib.Path(self.folder.name)
+        self.random = random.Random(1)
+
+    def tearDown(self):
+        self.folder.cleanup()
+
+    def tool(self, *arguments, code=0, env=None):
+        done = subprocess.run([TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                              env={**os.environ, **(env or {})})
+        self.assertEqual(done.returncode, code, f"{arguments}\n{done.stdout}\n{done.stderr}")
+        if code != 0 and not done.stdout:
+            self.assertTrue(done.stderr.startswith("attnjit: error: "), done.stderr)
+        return done.stdout if code == 0 else done.stderr
+
+    def values(self, *shape):
+        # Exact in every type.
+        return [self.random.randrange(-16, 17) / 8 for _ in range(math.prod(shape))]
+
+    def problem(self, dtype="F32", batch=2, heads=4, heads_kv=2, rows=5, cols=7, dim=8, dim_v=6):
+        return {"q": (dtype, [batch, heads, rows, dim], self.values(batch, heads, rows, dim)),
+                "k": (dtype, [batch, heads_kv, cols, dim], self.values(batch, heads_kv, cols, dim)),
+                "v": (dtype, [batch, heads_kv, cols, dim_v], self.values(batch, heads_kv, cols, dim_v))}
+
+    def run_file(self, tensors, *arguments, code=0):
+        write_safetensors(self.path / "in", tensors)
+        text = self.tool("run", "--input", self.path / "in", "--output", self.path / "out", *arguments, code=code)
+        return text if code else read_safetensors(self.path / "out")
+
+    def assert_attention(self, tensors, result, mod, tolerance, scale=None):
+        o, lse = attention(tensors["q"], tensors["k"], tensors["v"], mod, scale)
+        self.assertEqual(result["o"][0], tensors["q"][0])
+        self.assertEqual(result["o"][1], tensors["q"][1][:3] + [tensors["v"][1][3]])
+        self.assertEqual(result["lse"][:2], ("F32", tensors["q"][1][:3]))
+        for name, gold in (("o", o), ("lse", lse)):
+            self.assertEqual(len(result[name][2]), len(gold))
+            for i, (value, expected) in enumerate(zip(result[name][2], gold)):
+                if math.isinf(expected):
+                    self.assertEqual(value, expected, f"{name}[{i}]")
+                else:
+                    self.assertLessEqual(abs(value - expected), tolerance * max(1, abs(expected)), f"{name}[{i}]")
+
+
+class Run(Tool):
+    def test_mods_types_and_backends(self):
+        causal = lambda s, b, h, i, j: s if i >= j else -math.inf
+        for backend in ("auto", "cpu", "math"):
+            for dtype, tolerance in (("F32", 1e-5), ("F16", 4e-3), ("BF16", 3e-2)):
+                with self.subTest(backend=backend, dtype=dtype):
+                    tensors = self.problem(dtype)
+                    result, metadata = self.run_file(tensors, "--score-mod", "causal", "--backend", backend)
+                    self.assert_attention(tensors, result, causal, tolerance)
+                    self.assertEqual(metadata["score_mod"], "causal")
+                    self.assertIn(metadata["backend"], ("cpu", "math"))
+                    if backend != "auto":
+                        self.assertEqual(metadata["backend"], backend)
+
+    def test_captured_tensors_mask_and_scale(self):
+        tensors = self.problem()
+        tensors["slopes"] = ("F32", [4], [0.5, 0.25, 0.125, 1.0])
+        tensors["keep"] = ("BOOL", [2, 7], [self.random.randrange(2) for _ in range(14)])
+        tensors["shift"] = ("I64", [], [3])
+        tensors["unused"] = ("F64", [2], [1.0, 2.0])
+        slopes, keep = tensors["slopes"][2], tensors["keep"][2]
+
+        def mod(s, b, h, i, j):
+            return s + slopes[h] * (j - i + 3) if keep[b * 7 + j] else -math.inf
+
+        result, metadata = self.run_file(tensors, "--score-mod", "score + slopes[h] * (kv_idx - q_idx + shift)",
+                                         "--mask-mod", "keep[b, kv_idx]", "--scale", "0.5")
+        self.assert_attention(tensors, result, mod, 1e-5, scale=0.5)
+        self.assertEqual(metadata["mask_mod"], "keep[b, kv_idx]")
+        self.assertEqual(float(metadata["scale"]), 0.5)
+
+    def test_fully_masked_rows(self):
+        tensors = self.problem()
+        result, _ = self.run_file(tensors, "--mask-mod", "q_idx > 2")
+        self.assert_attention(tensors, result, lambda s, b, h, i, j: s if i > 2 else -math.inf, 1e-5)
+
+    def test_score_mod_file(self):
+        tensors = self.problem()
+        mod = self.path / "my.mod"
+        mod.write_text("let distance = q_idx - kv_idx;\nscore - 0.5 * abs(distance)\n")
+        result, _ = self.run_file(tensors, "--score-mod-file", mod)
+        self.assert_attention(tensors, result, lambda s, b, h, i, j: s - 0.5 * abs(i - j), 1e-5)
+
+    def test_the_users_faults(self):
+        tensors = self.problem()
+        float64 = {**tensors, "q": ("F64",) + tensors["q"][1:]}
+        bias64 = {**tensors, "bias": ("F64", [4], [1.0] * 4)}
+        no_k = {name: tensors[name] for name in "qv"}
+        flat = {**tensors, "q": ("F32", [2, 4, 40], tensors["q"][2])}
+        mixed = {**tensors, "k": ("F16",) + tensors["k"][1:]}
+        heads = {**tensors, **{n: ("F32", [2, 3, 7, d], self.values(2, 3, 7, d)) for n, d in (("k", 8), ("v", 6))}}
+        cases = [
+            (float64, [], ["'q'", "float64", "float32"]),
+            (bias64, ["--score-mod", "score + bias[h]"], ["'bias'", "float64", "float32"]),
+            (no_k, [], ["no tensor 'k'", "'q', 'v'"]),
+            (tensors, ["--score-mod", "score + bias[h]"], ["no tensor 'bias'", "captured"]),
+            (flat, [], ["q has shape (2, 4, 40)", "4 dimensions"]),
+            (mixed, [], ["k", "float16", "float32"]),
+            (heads, [], ["3", "4"]),
+            (tensors, ["--score-mod", "scor + 1"], ["scor"]),
+            (tensors, ["--score-mod", "score + "], ["score + ", "^"]),
+            (tensors, ["--mask-mod", "score > 0"], ["score"]),
+            (tensors, ["--backend", "gpu"], ["'gpu'", "auto, math and cpu"]),
+            (tensors, ["--device", "tpu"], ["'tpu'", "auto, cpu and cuda"]),
+            (tensors, ["--scale", "abc"], ["--scale", "abc"]),
+            (tensors, ["--scale", "nan"], ["scale"]),
+            (tensors, ["--nonsense"], ["--nonsense"]),
+            (tensors, ["--score-mod-file", self.path / "none"], ["no file", "none"]),
+            (tensors, ["--score-mod", "noop", "--score-mod-file", self.path / "in"], ["--score-mod"]),
+        ]
+        for given, arguments, expected in cases:
+            with self.subTest(arguments=arguments, expected=expected):
+                message = self.run_file(given, *arguments, code=1)
+                for part in expected:
+                    self.assertIn(part, message)
+                self.assertFalse((self.path / "out").exists())
+
+    def test_no_cuda_in_this_build(self):
+        self.assertIn("no CUDA backend", self.run_file(self.problem(), "--device", "cuda", code=2))
+
+    def test_paths(self):
+        write_safetensors(self.path / "in", self.problem())
+        arguments = ["run", "--input", self.path / "in", "--output"]
+        self.assertIn("is the input", self.tool(*arguments, self.path / "in", code=1))
+        self.assertIn("not a regular file", self.tool(*arguments, "/dev/null", code=1))
+        self.assertIn("cannot create", self.tool(*arguments, self.path / "no" / "out", code=2))
+        self.assertIn("No such file", self.tool("run", "--input", self.path / "x", "--output", self.path / "y", code=1))
+        # A failed call leaves what was there.
+        (self.path / "out").write_text("old")
+        self.tool(*arguments, self.path / "out", "--score-mod", "1 +", code=1)
+        self.assertEqual((self.path / "out").read_text(), "old")
+        self.assertEqual(sorted(p.name for p in self.path.iterdir()), ["in", "out"])
+
+    def test_hostile_files_are_refused(self):
+        write_safetensors(self.path / "good", self.problem())
+        good = (self.path / "good").read_bytes()
+        (size,) = struct.unpack("<Q", good[:8])
+        huge = json.dumps({n: {"dtype": "F32", "shape": [2 ** 30, 2 ** 20, 2 ** 10, 0], "data_offsets": [0, 0]}
+                           for n in "qkv"}).encode()
+        cases = [b"", good[:4], good[:8], good[:size], good[:-1], good + b"\0", b"\xff" * 64,
+                 struct.pack("<Q", 2 ** 63) + good[8:], struct.pack("<Q", size - 1) + good[8:],
+                 struct.pack("<Q", 200_000) + b"[" * 200_000, good.replace(b"F32", b"F99"),
+                 good.replace(b'"v"', b'"k"'), struct.pack("<Q", len(huge)) + huge]
+        for i, data in enumerate(cases):
+            with self.subTest(case=i):
+                (self.path / "in").write_bytes(data)
+                message = self.tool("run", "--input", self.path / "in", "--output", self.path / "out", code=1)
+                self.assertLess(len(message), 1000)
+
+
+class Explain(Tool):
+    def test_text(self):
+        text = self.tool("explain", "softcap(30)")
+        for part in ("score_mod", "tanh(score / 30)", "hash", "nonlinear", "compile"):
+            self.assertIn(part, text)
+
+    def test_json_and_hash(self):
+        first, second, other = (json.loads(self.tool("explain", e, "--format", "json"))
+                                for e in ("score + 2 * h", "h * 2 + score", "score + 3 * h"))
+        self.assertEqual(first["hash"], second["hash"])
+        self.assertNotEqual(first["hash"], other["hash"])
+        self.assertNotIn("mlir", first)
+
+    def test_dump(self):
+        text = self.tool("explain", "score * 2", "--dump", "mlir,llvm", "--dump", "asm")
+        for part in ("---- mlir ----", "---- llvm ----", "---- asm ----", "define "):
+            self.assertIn(part, text)
+        only = self.tool("explain", "score * 2", "--dump", "mlir")
+        self.assertNotIn("---- llvm", only)
+        self.assertIn("---- mlir", only)
+
+    def test_captured_tensors(self):
+        shape = ["--shape", "2,8,100,8,200,64"]
+        inferred = json.loads(self.tool("explain", "alibi", *shape, "--format", "json"))
+        self.assertEqual([(c["dtype"], c["shape"]) for c in inferred["captures"]], [("float32", [8])])
+        given = json.loads(self.tool("explain", "document(ids)", *shape, "--captures", "ids:int32:Skv", "--format", "json"))
+        self.assertEqual([(c["name"], c["dtype"], c["shape"]) for c in given["captures"]], [("ids", "int32", [200])])
+        scalar = json.loads(self.tool("explain", "score * t", "--captures", "t:float16:=3", "--format", "json"))
+        self.assertEqual(scalar["captures"][0]["shape"], [])
+
+    def test_errors(self):
+        for arguments, expected in [
+                (["score +"], "^"),
+                (["score + x[h]", "--captures", "y:float32:4"], "'y'"),
+                (["score + x[h]", "--captures", "x:float64:4"], "float64"),
+                (["score + x[h]", "--captures", "x:float32:4,4"], "2 dimensions"),
+                (["score", "--shape", "1,2"], "B,Hq,Sq,Hkv,Skv,D"),
+                (["score", "--shape", "1,3,4,2,4,8"], "3"),
+                (["score", "--dump", "ptx"], "ptx"),
+                (["score", "--format", "xml"], "xml"),
+                ([], "EXPR")]:
+            with self.subTest(arguments=arguments):
+                self.assertIn(expected, self.tool("explain", *arguments, code=1))
+
+
+class Bench(Tool):
+    SMALL = ["-b", "1", "-nh", "4,2", "-s", "64", "96", "-d", "16", "--reps", "2", "--threads", "1", "--rows", "6"]
+
+    def test_json(self):
+        report = json.loads(self.tool("bench", "score-mod", *self.SMALL, "-dtype", "float32", "-mods", "noop", "causal",
+                                      "score + alibi_slopes[h] * kv_idx", "--format", "json", "--dynamic"))
+        self.assertEqual(len(report["cells"]), 6)
+        self.assertEqual(report["wrong"], 0)
+        for cell in report["cells"]:
+            self.assertTrue(cell["pass"], cell)
+            self.assertEqual(cell["shape"]["heads_kv"], 2)
+            self.assertGreater(cell["speedup"], 0)
+            self.assertLessEqual(cell["o_of_bound"], 1)
+            self.assertGreaterEqual(cell["eager_ms"]["max"], cell["eager_ms"]["median"])
+            self.assertGreaterEqual(cell["eager_ms"]["median"], cell["eager_ms"]["min"])
+        self.assertEqual([row["shapes"] for row in report["compile"]], [2, 2, 2])
+        self.assertLessEqual(report["summary"]["min"]["speedup"], report["summary"]["max"]["speedup"])
+        # The command reproduces the sweep.
+        command = report["header"]["command"]
+        self.assertIn("'score + alibi_slopes[h] * kv_idx'", command)
+        again = subprocess.run(command.replace("attnjit", TOOL, 1), shell=True, capture_output=True, text=True)
+        self.assertEqual(again.returncode, 0, again.stderr)
+        cells = json.loads(again.stdout)["cells"]
+        self.assertEqual([c["max_error"] for c in cells], [c["max_error"] for c in report["cells"]])
+
+    def test_github_default_mods(self):
+        text = self.tool("bench", "score-mod", *self.SMALL)
+        for part in ("noop", "causal", "rel", "head_bias", "(1, 4, 64, 2, 64, 16)", "bfloat16", "Average (geometric)",
+                     "Max", "Min", "All 8 cells pass"):
+            self.assertIn(part, text)
+        self.assertNotIn("WRONG", text)
+
+    def test_csv_plain_to_a_file(self):
+        out = self.path / "report.csv"
+        self.assertEqual(self.tool("bench", "score-mod", *self.SMALL, "-mods=softcap(20)", "--baseline", "plain",
+                                   "--format", "csv", "--output", out), "")
+        lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
+        rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
+        self.assertEqual([row["score_mod"] for row in rows], ["softcap(20)"] * 2)
+        self.assertEqual({row["pass"] for row in rows}, {"true"})
+
+    def test_every_registered_kind(self):
+        text = self.tool("bench", "score-mod", *self.SMALL, "-mods", "alibi", "sliding_window(16)", "prefix_lm(8)",
+                         "document(ids)", "--captures", "ids:int32:Skv")
+        self.assertIn("All 8 cells pass", text)
+
+    def test_errors(self):
+        for arguments, code, expected in [
+                (["-b", "0"], 1, "0"),
+                (["-nh", "16,3"], 1, "no multiple"),
+                (["-mods", "noop", "scor"], 1, "scor"),
+                (["-dtype", "int8"], 1, "bfloat16"),
+                (["--baseline", "torch"], 1, "math"),
+                (["--format", "html"], 1, "github, csv and json"),
+                (["--captures", "x:float32:4"], 1, "'x'"),
+                (["-mods", "score + x[b, h, q_idx, kv_idx]", "-s", "65536"], 1, "--captures x"),
+                (["-b", "1000000", "-s", "65536"], 2, "GiB"),
+                (["--device", "cuda"], 2, "no CUDA backend"),
+                (["--output", self.path / "no" / "file"], 2, "--output")]:
+            with self.subTest(arguments=arguments):
+                self.assertIn(expected, self.tool("bench", "score-mod", *arguments, code=code))
+
+
+class CommandLine(Tool):
+    def test_help_and_version(self):
+        self.assertIn("score-mod", self.tool("bench", "--help"))
+        self.assertIn("explain", self.tool("--help"))
+        self.assertRegex(self.tool("--version"), r"^attnjit \d+\.\d+\.\d+\n$")
+
+    def test_no_or_wrong_command(self):
+        self.tool(code=1)
+        self.assertIn("bogus", self.tool("bogus", code=1))
+        self.tool("bench", code=1)
+
+    def test_a_bad_environment_is_the_environments_fault(self):
+        self.assertIn("ATTNJIT_CPU_ISA", self.tool("explain", "score", code=2, env={"ATTNJIT_CPU_ISA": "z80"}))
+
+
+if __name__ == "__main__":
+    unittest.main()
