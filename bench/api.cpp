@@ -47,6 +47,10 @@ PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention) {
   return PlanPtr(plan);
 }
 
+nlohmann::ordered_json description_of(const PlanPtr& plan) {
+  return nlohmann::ordered_json::parse(attnjit_plan_description(plan.get()));
+}
+
 nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump) {
   char* text = nullptr;
   check(attnjit_explain(context, &attention, dump ? 1 : 0, &text));

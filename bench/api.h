@@ -29,6 +29,7 @@ struct PlanDelete {
 using PlanPtr = std::unique_ptr<attnjit_plan, PlanDelete>;
 PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention);
 
+nlohmann::ordered_json description_of(const PlanPtr& plan);
 nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump);
 nlohmann::ordered_json list_mods(attnjit_context* context);
 

@@ -82,9 +82,7 @@ class Call {
   Call& operator=(const Call&) = delete;
 
   double prepare_ms() const { return prepare_ms_; }
-  std::string isa() const {
-    return nlohmann::json::parse(attnjit_plan_description(plan_.get())).at("host").at("isa").get<std::string>();
-  }
+  std::string isa() const { return description_of(plan_).at("host").at("isa").get<std::string>(); }
   void run() { check(attnjit_run(plan_.get(), &attention_, workspace_.data(), workspace_.bytes(), nullptr)); }
 
  private:

@@ -33,7 +33,6 @@ int fail(Fault fault, const std::string& message) {
 int run_tool(int argc, const char* const* argv) {
   CLI::App app("Compiles attention score_mod expressions: runs, explains and measures them.", "attnjit");
   app.set_version_flag("--version", fmt::format("attnjit {}", attnjit_version()));
-  app.require_subcommand(1);
   Action action;
   add_run_command(app, action);
   add_explain_command(app, action);
@@ -50,6 +49,8 @@ int run_tool(int argc, const char* const* argv) {
     return fail(Fault::kUser,
                 fmt::format("{}\nattnjit --help and attnjit COMMAND --help show what is allowed.", error.what()));
   }
+  // Not left to CLI11, which would not name an unknown command.
+  if (!action) return fail(Fault::kUser, "a command is required: run, explain or bench score-mod");
   return action();
 }
 

@@ -339,7 +339,10 @@ Captures make_captures(attnjit_context* context, const char* score_mod, const ch
         throw user_error(fmt::format("--captures: {} is read with {} indices, but {} dimensions are given",
                                      in_quotes(name.name), name.rank, extents.size()));
       }
-    } else if (name.rank > 0) {
+    } else if (name.rank == 0) {
+      // A bare name nobody declared is most likely a slip: left out, the library words it with the nearest known name.
+      continue;
+    } else {
       const auto inferred = infer_extents(expanded, name.name, name.rank, shape);
       if (!inferred) {
         throw user_error(fmt::format("no extents can be guessed for {}: give --captures {}:float32:EXTENT,...",

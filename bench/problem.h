@@ -58,10 +58,11 @@ struct Captures {
   std::vector<attnjit_capture> lent;
   std::string description;  // "slopes float32 (16)"; empty without captures
 };
-// One for each captured name: by its spec, else float32 (standard normal) with inferred extents. Integers rise along
-// the last dimension from 0 to 7, so that they divide it into runs, as document numbers do; bools alternate at random.
-// Without a seed nothing is filled and the lent tensors have no data. A spec for a name that neither text reads is an
-// error when `strict`.
+// One for each captured name: by its spec, else float32 (standard normal) with inferred extents; a scalar without a
+// spec is left out, and the library will refuse the call with the names that it knows. Integers rise along the last
+// dimension from 0 to 7, so that they divide it into runs, as document numbers do; bools alternate at random. Without a
+// seed nothing is filled and the lent tensors have no data. A spec for a name that neither text reads is an error when
+// `strict`.
 Captures make_captures(attnjit_context* context, const char* score_mod, const char* mask_mod,
                        std::span<const CaptureSpec> specs, std::span<const RegisteredMod> mods, const Shape& shape,
                        std::optional<std::uint64_t> seed, bool strict);

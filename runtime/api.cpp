@@ -76,6 +76,33 @@ Check give_text(const std::string& text, char** out) {
   return {};
 }
 
+// Checks the arguments that the oracle's functions share and hands `work` the call and its bound mods.
+template <typename Work>
+Check with_reference_call(attnjit_context* context, const attnjit_attention* attention, const attnjit_row* rows,
+                          size_t num_rows, Work&& work) {
+  namespace rt = attnjit::runtime;
+  if (!context) return null_argument("context");
+  if (num_rows > 0 && !rows) return null_argument("rows");
+  CheckedCall call;
+  if (Check failure = rt::check_call(attention, rt::Purpose::kReference, &call)) return failure;
+  for (size_t i = 0; i < num_rows; ++i) {
+    const rt::Signature& s = call.signature;
+    const auto inside = [](int64_t index, int64_t extent) { return index >= 0 && index < extent; };
+    if (!inside(rows[i].b, s.batch) || !inside(rows[i].h, s.num_heads) || !inside(rows[i].q_idx, s.seqlen_q)) {
+      return Failure{ATTNJIT_INVALID_ARGUMENT,
+                     fmt::format("rows[{}] is ({}, {}, {}); allowed (b, h, q_idx): below ({}, {}, {})", i, rows[i].b,
+                                 rows[i].h, rows[i].q_idx, s.batch, s.num_heads, s.seqlen_q)};
+    }
+  }
+  const rt::RegistrySnapshot snapshot = context->state->registry();
+  auto parsed = rt::parse_mods(attention->score_mod, attention->mask_mod, *snapshot.registry);
+  if (!parsed) return parsed.failure();
+  auto bound = rt::bind_mods(*parsed, attention->score_mod, attention->mask_mod, *snapshot.registry, call);
+  if (!bound) return bound.failure();
+  work(call.forward, *bound);
+  return {};
+}
+
 }  // namespace
 
 extern "C" {
@@ -184,28 +211,21 @@ attnjit_status attnjit_run(attnjit_plan* plan, const attnjit_attention* attentio
 
 attnjit_status attnjit_reference(attnjit_context* context, const attnjit_attention* attention, const attnjit_row* rows,
                                  size_t num_rows, double* o, double* lse, double* row_max) {
-  return guarded([&]() -> Check {
-    namespace rt = attnjit::runtime;
-    if (!context) return null_argument("context");
-    if (num_rows > 0 && !rows) return null_argument("rows");
-    CheckedCall call;
-    if (Check failure = rt::check_call(attention, rt::Purpose::kReference, &call)) return failure;
-    for (size_t i = 0; i < num_rows; ++i) {
-      const rt::Signature& s = call.signature;
-      const auto inside = [](int64_t index, int64_t extent) { return index >= 0 && index < extent; };
-      if (!inside(rows[i].b, s.batch) || !inside(rows[i].h, s.num_heads) || !inside(rows[i].q_idx, s.seqlen_q)) {
-        return Failure{ATTNJIT_INVALID_ARGUMENT,
-                       fmt::format("rows[{}] is ({}, {}, {}); allowed (b, h, q_idx): below ({}, {}, {})", i, rows[i].b,
-                                   rows[i].h, rows[i].q_idx, s.batch, s.num_heads, s.seqlen_q)};
-      }
-    }
-    const rt::RegistrySnapshot snapshot = context->state->registry();
-    auto parsed = rt::parse_mods(attention->score_mod, attention->mask_mod, *snapshot.registry);
-    if (!parsed) return parsed.failure();
-    auto bound = rt::bind_mods(*parsed, attention->score_mod, attention->mask_mod, *snapshot.registry, call);
-    if (!bound) return bound.failure();
-    rt::reference_rows(call.forward, *bound, std::span(rows, num_rows), context->state->pool(), o, lse, row_max);
-    return {};
+  return guarded([&] {
+    return with_reference_call(context, attention, rows, num_rows, [&](const auto& call, const auto& mods) {
+      attnjit::runtime::reference_rows(call, mods, std::span(rows, num_rows), context->state->pool(), o, lse, row_max);
+    });
+  });
+}
+
+attnjit_status attnjit_reference_error_terms(attnjit_context* context, const attnjit_attention* attention,
+                                             const attnjit_row* rows, size_t num_rows, double* value_mass,
+                                             double* score_mass) {
+  return guarded([&] {
+    return with_reference_call(context, attention, rows, num_rows, [&](const auto& call, const auto& mods) {
+      attnjit::runtime::reference_error_terms(call, mods, std::span(rows, num_rows), context->state->pool(), value_mass,
+                                              score_mass);
+    });
   });
 }
 

@@ -40,6 +40,7 @@ class Worker {
         k_(static_cast<std::size_t>(call.k.shape[3])),
         v_(static_cast<std::size_t>(call.v.shape[3])),
         v_sum_(v_.size()),
+        o_(v_.size()),
         element_(static_cast<std::size_t>(call.k.shape[2])) {
     if (mods.mask_mod) mask_mod_.emplace(*mods.mask_mod, std::span(call.captures, call.num_captures));
   }
@@ -88,26 +89,87 @@ class Worker {
     if (row_max) *row_max = maximum;
   }
 
+  // The sums of attnjit_reference_error_terms.
+  void error_terms(const attnjit_row& at, double* value_mass, double* score_mass) {
+    const std::int64_t heads_kv = call_.k.shape[1];
+    const std::int64_t h_kv = heads_kv > 0 ? at.h / (call_.q.shape[1] / heads_kv) : 0;
+    double lse = 0.0;
+    row(at, o_.data(), &lse, nullptr);
+    if (value_mass) std::fill_n(value_mass, v_.size(), 0.0);
+    if (score_mass) std::fill_n(score_mass, v_.size(), 0.0);
+    if (lse == -kInfinity) return;
+    for (std::size_t j = 0; j < element_.size(); ++j) {
+      const auto kv_idx = static_cast<std::int64_t>(j);
+      const double p = element_[j].keep ? std::exp(element_[j].value - lse) : 0.0;
+      if (p == 0.0) continue;
+      widen(call_.k, at.b, h_kv, kv_idx, &k_);
+      widen(call_.v, at.b, h_kv, kv_idx, &v_);
+      double product = 0.0, magnitude = 0.0;
+      for (std::size_t d = 0; d < q_.size(); ++d) {
+        product += q_[d] * k_[d];
+        magnitude += std::fabs(q_[d] * k_[d]);
+      }
+      const auto scale = static_cast<double>(call_.scale);
+      const dsl::Point point{.score = product * scale, .b = at.b, .h = at.h, .q_idx = at.q_idx, .kv_idx = kv_idx};
+      const double weight = 1.0 + std::fabs(element_[j].value) + slope(point) * std::fabs(scale) * magnitude;
+      for (std::size_t d = 0; d < v_.size(); ++d) {
+        if (value_mass) value_mass[d] += p * std::fabs(v_[d]);
+        // The weight may be infinite; what stands at the mean cannot move it all the same.
+        if (score_mass && v_[d] != o_[d]) score_mass[d] += p * std::fabs(v_[d] - o_[d]) * weight;
+      }
+    }
+  }
+
  private:
+  // |dm/ds| by central differences. Infinite where the expression starts to drop elements within the step: there, the
+  // float32 error of a score decides.
+  double slope(dsl::Point point) {
+    const double score = point.score;
+    const double step = 0x1p-20 * std::max(1.0, std::fabs(score));
+    point.score = score + step;
+    const dsl::Element above = score_mod_.score_mod(point);
+    point.score = score - step;
+    const dsl::Element below = score_mod_.score_mod(point);
+    if (!above.keep || !below.keep) return kInfinity;
+    return std::fabs(above.value - below.value) / (2.0 * step);
+  }
+
   const ForwardCall& call_;
   dsl::Interpreter score_mod_;
   std::optional<dsl::Interpreter> mask_mod_;
-  std::vector<double> q_, k_, v_, v_sum_;
+  std::vector<double> q_, k_, v_, v_sum_, o_;
   std::vector<dsl::Element> element_;
 };
+
+// Hands each row's number to `work` with a worker of the thread that it runs on.
+template <typename Work>
+void for_each_row(const ForwardCall& call, const Mods& mods, std::size_t num_rows, ThreadPool& pool, Work&& work) {
+  // Made before the threads start: a task may not throw.
+  std::vector<std::unique_ptr<Worker>> workers;
+  for (int i = 0; i < pool.size(); ++i) workers.push_back(std::make_unique<Worker>(call, mods));
+  pool.parallel_for(static_cast<std::int64_t>(num_rows), [&](std::int64_t task, int thread) {
+    work(*workers[static_cast<std::size_t>(thread)], static_cast<std::size_t>(task));
+  });
+}
+
+// Row `i` of an array of rows, or null where there is no array.
+double* at(double* array, std::size_t i, std::size_t length) { return array ? array + i * length : nullptr; }
 
 }  // namespace
 
 void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
                     double* o, double* lse, double* row_max) {
-  const auto head_dim_v = static_cast<std::size_t>(call.v.shape[3]);
-  // Made before the threads start: a task may not throw.
-  std::vector<std::unique_ptr<Worker>> workers;
-  for (int i = 0; i < pool.size(); ++i) workers.push_back(std::make_unique<Worker>(call, mods));
-  pool.parallel_for(static_cast<std::int64_t>(rows.size()), [&](std::int64_t task, int thread) {
-    const auto i = static_cast<std::size_t>(task);
-    workers[static_cast<std::size_t>(thread)]->row(rows[i], o ? o + i * head_dim_v : nullptr, lse ? lse + i : nullptr,
-                                                   row_max ? row_max + i : nullptr);
+  const auto dim = static_cast<std::size_t>(call.v.shape[3]);
+  for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
+    worker.row(rows[i], at(o, i, dim), at(lse, i, 1), at(row_max, i, 1));
+  });
+}
+
+void reference_error_terms(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows,
+                           ThreadPool& pool, double* value_mass, double* score_mass) {
+  const auto dim = static_cast<std::size_t>(call.v.shape[3]);
+  for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
+    worker.error_terms(rows[i], at(value_mass, i, dim), at(score_mass, i, dim));
   });
 }
 

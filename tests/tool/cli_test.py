@@ -267,6 +267,7 @@ class Explain(Tool):
     def test_errors(self):
         for arguments, expected in [
                 (["score +"], "^"),
+                (["score + scor"], "did you mean 'score'"),
                 (["score + x[h]", "--captures", "y:float32:4"], "'y'"),
                 (["score + x[h]", "--captures", "x:float64:4"], "float64"),
                 (["score + x[h]", "--captures", "x:float32:4,4"], "2 dimensions"),
@@ -295,6 +296,7 @@ class Bench(Tool):
             self.assertGreaterEqual(cell["eager_ms"]["max"], cell["eager_ms"]["median"])
             self.assertGreaterEqual(cell["eager_ms"]["median"], cell["eager_ms"]["min"])
         self.assertEqual([row["shapes"] for row in report["compile"]], [2, 2, 2])
+        self.assertEqual([row["compiles"] for row in report["compile"]], [1, 1, 1])
         self.assertLessEqual(report["summary"]["min"]["speedup"], report["summary"]["max"]["speedup"])
         # The command reproduces the sweep.
         command = report["header"]["command"]
@@ -334,7 +336,7 @@ class Bench(Tool):
                 (["--baseline", "torch"], 1, "math"),
                 (["--format", "html"], 1, "github, csv and json"),
                 (["--captures", "x:float32:4"], 1, "'x'"),
-                (["-mods", "score + x[b, h, q_idx, kv_idx]", "-s", "65536"], 1, "--captures x"),
+                (["-mods", "score + x[b, h, q_idx, kv_idx]", "-s", "4096", "-nh", "64"], 1, "--captures x"),
                 (["-b", "1000000", "-s", "65536"], 2, "GiB"),
                 (["--device", "cuda"], 2, "no CUDA backend"),
                 (["--output", self.path / "no" / "file"], 2, "--output")]:

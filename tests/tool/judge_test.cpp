@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "bench/api.h"
+
 namespace attnjit::tool {
 namespace {
 
@@ -184,6 +186,45 @@ TEST(Judge, MergeKeepsTheFirstReasonAndTheWorstNumbers) {
   EXPECT_EQ(all.max_error, 0.25);
   EXPECT_EQ(all.o_of_bound, 3.0);
   EXPECT_EQ(all.lse_of_bound, 2.0);
+}
+
+// The oracle of the library gives the sums that the bound is made of; here they are computed once more.
+TEST(Judge, ErrorTermsOfTheLibraryAreTheRulesSums) {
+  const Inputs in(ElementType::kFloat32);
+  Tensor q(in.type, {1, 1, 1, kDim}), k(in.type, {1, 1, kKeys, kDim}), v(in.type, {1, 1, kKeys, kDim});
+  for (int i = 0; i < kDim; ++i) q.set(i, in.q[i]);
+  for (int i = 0; i < kKeys * kDim; ++i) k.set(i, in.k[i]), v.set(i, in.v[i]);
+  const DLTensor q_dl = q.dl(), k_dl = k.dl(), v_dl = v.dl();
+  const float scale = 0.25f;
+  attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+  attention.score_mod = "where(kv_idx < 150, 3 * score - 0.01 * kv_idx, -inf)";
+  attention.q = &q_dl;
+  attention.k = &k_dl;
+  attention.v = &v_dl;
+  attention.scale = &scale;
+  const Row gold = attend(in, scale, [](double s, int j) { return 3 * s - 0.01 * j; }, 150, 3.0);
+
+  const ContextPtr context = make_context(1);
+  const attnjit_row row{0, 0, 0};
+  std::vector<double> o(kDim), value_mass(kDim), score_mass(kDim);
+  check(attnjit_reference(context.get(), &attention, &row, 1, o.data(), nullptr, nullptr));
+  check(attnjit_reference_error_terms(context.get(), &attention, &row, 1, value_mass.data(), score_mass.data()));
+  for (int d = 0; d < kDim; ++d) {
+    EXPECT_NEAR(o[d], gold.o[d], 1e-12);
+    EXPECT_NEAR(value_mass[d], gold.value_mass[d], 1e-12);
+    EXPECT_NEAR(score_mass[d], gold.score_mass[d], 1e-7);  // the slope is a finite difference
+  }
+
+  // A fully masked row has none.
+  attention.mask_mod = "kv_idx < 0";
+  check(attnjit_reference_error_terms(context.get(), &attention, &row, 1, value_mass.data(), score_mass.data()));
+  EXPECT_EQ(value_mass, std::vector<double>(kDim, 0.0));
+  EXPECT_EQ(score_mass, std::vector<double>(kDim, 0.0));
+
+  const attnjit_row outside{0, 0, 1};
+  EXPECT_EQ(attnjit_reference_error_terms(context.get(), &attention, &outside, 1, value_mass.data(), nullptr),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("rows[0]"));
 }
 
 }  // namespace
