@@ -13,6 +13,7 @@ def Attnjit_Dialect : Dialect {
   let name = "attnjit";
   let summary = "One attention score as a function of its place and of captured tensors";
   let cppNamespace = "::attnjit::compiler";
+  let useDefaultAttributePrinterParser = 1;
 }
 
 class Attnjit_Op<string mnemonic, list<Trait> traits = []> : Op<Attnjit_Dialect, mnemonic, traits # [Pure]>;
