@@ -334,8 +334,38 @@ const Interval& Float32Interval::arg(const dsl::Node& node, int number) const {
 Interval Float32Interval::evaluate(const dsl::Point& point, double score_error) {
   point_ = point;
   score_error_ = score_error;
-  for (std::size_t i = 0; i < expr_.nodes.size(); ++i) values_[i] = node(expr_.nodes[i]);
-  return values_[static_cast<std::size_t>(expr_.root)];
+  for (std::size_t i = 0; i < expr_.nodes.size(); ++i) {
+    values_[i] = node(expr_.nodes[i]);
+    if (expr_.nodes[i].type == dsl::Type::kFloat) values_[i].slack = slack(expr_.nodes[i], values_[i]);
+  }
+  Interval result = values_[static_cast<std::size_t>(expr_.root)];
+  if (std::isfinite(result.slack)) {
+    result.lo -= result.slack;
+    result.hi += result.slack;
+  }
+  return result;
+}
+
+// A kernel may multiply the modified score by log2(e) at its end or, where it is a sum of multiples, in every term:
+// then what is exact in natural units is rounded in every term and every partial sum.
+double Float32Interval::slack(const dsl::Node& node, const Interval& result) const {
+  const double own = std::isfinite(result.value) ? kUnit * std::fabs(result.value) : 0.0;
+  switch (node.op) {
+    case dsl::Op::kAdd:
+    case dsl::Op::kSub:
+      return own + arg(node, 0).slack + arg(node, 1).slack;
+    case dsl::Op::kNeg:
+      return arg(node, 0).slack;
+    case dsl::Op::kSelect:
+      return arg(node, arg(node, 0).integer != 0 ? 1 : 2).slack;
+    case dsl::Op::kMul:
+      return own + arg(node, 0).slack * std::fabs(arg(node, 1).value) +
+             arg(node, 1).slack * std::fabs(arg(node, 0).value);
+    case dsl::Op::kDiv:
+      return own + arg(node, 0).slack / std::fabs(arg(node, 1).value);
+    default:
+      return own;
+  }
 }
 
 Interval Float32Interval::node(const dsl::Node& node) const {

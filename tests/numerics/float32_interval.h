@@ -20,6 +20,7 @@ struct Interval {
   double lo = 0.0, hi = 0.0;  // floats: every float32 evaluation lies between; all NaN: every one is NaN
   std::int64_t integer = 0;   // ints and bools: the exact result
   bool unsure = false;        // a float32 evaluation may give anything of the type
+  double slack = 0.0;  // floats: what evaluating sums and products in log2 units, term by term, may add to the error
 };
 
 // Evaluates one bound expression; not safe for concurrent use of one object.
@@ -31,6 +32,7 @@ class Float32Interval {
 
  private:
   Interval node(const dsl::Node& node) const;
+  double slack(const dsl::Node& node, const Interval& result) const;
   const Interval& arg(const dsl::Node& node, int number) const;
 
   const dsl::Expr& expr_;
