@@ -56,58 +56,60 @@ inline Vector exp2_nonpositive(Vector x) {
 
 #endif
 
+// One vector of lanes over all rows. `scores` aliases nothing: what the mod reads may be hoisted over its stores.
+inline void softmax_lanes(float* __restrict scores, const TileParams& params, int first) {
+  const long long rows = params.rows;
+  const long long b = params.b;
+  const long long h = params.h;
+  const long long q_idx = params.q_idx + first;
+  const long long kv_idx = params.kv_idx;
+  const CapturedView* const captured = params.captured;
+  const Vector old_max = *(const Vector*)(params.row_max + first);
+  // Two chains each for maximum and sum, taking turns: one alone is bound by the latency of its operation.
+  Vector max = old_max;
+  Vector other_max = old_max;
+#pragma clang loop unroll(disable)
+  for (long long row = 0; row < rows; ++row) {
+    // A local array of one vector's width and a loop of that width: after inlining the mod, the vectoriser makes one
+    // vector iteration of it, and the array disappears.
+    alignas(Vector) float lane[kWidth];
+    *(Vector*)lane = *(const Vector*)(scores + row * kPanelLanes);
+#pragma clang loop vectorize(assume_safety) vectorize_width(ATTNJIT_VECTOR_WIDTH) interleave_count(1) unroll(disable)
+    for (int i = 0; i < kWidth; ++i) lane[i] = attnjit_mod(lane[i], b, h, q_idx + i, kv_idx + row, captured);
+    const Vector score = *(const Vector*)lane;
+    *(Vector*)(scores + row * kPanelLanes) = score;
+    // A NaN score loses here and shows in its exponential.
+    const Vector next = score > max ? score : max;
+    max = other_max;
+    other_max = next;
+  }
+  max = other_max > max ? other_max : max;
+  // Every element so far dropped: any finite reference makes their exponentials 0.
+  const Vector reference = max == -__builtin_inff() ? Vector{} : max;
+  const Vector rescale = exp2_nonpositive(old_max - reference);
+  Vector sum = {};
+  Vector other_sum = {};
+#pragma clang loop unroll(disable)
+  for (long long row = 0; row < rows; ++row) {
+    Vector* const element = (Vector*)(scores + row * kPanelLanes);
+    const Vector p = exp2_nonpositive(*element - reference);
+    *element = p;
+    const Vector next = sum + p;
+    sum = other_sum;
+    other_sum = next;
+  }
+  Vector* const row_sum = (Vector*)(params.row_sum + first);
+  *row_sum = *row_sum * rescale + (sum + other_sum);
+  *(Vector*)(params.row_max + first) = max;
+  *(Vector*)(params.rescale + first) = rescale;
+}
+
 }  // namespace
 }  // namespace attnjit::cpu
 
 extern "C" void attnjit_tile(const attnjit::cpu::TileParams* params) {
   using namespace attnjit::cpu;
-  const long long rows = params->rows;
-  const long long b = params->b;
-  const long long h = params->h;
-  const long long kv_idx = params->kv_idx;
-  const CapturedView* const captured = params->captured;
   // Lanes outside, rows inside: what depends on the lane alone stays in registers over all rows.
 #pragma clang loop unroll(disable)
-  for (int first = 0; first < kPanelLanes; first += kWidth) {
-    float* const scores = params->scores + first;
-    const long long q_idx = params->q_idx + first;
-    const Vector old_max = *(const Vector*)(params->row_max + first);
-    // Two chains each for maximum and sum, taking turns: one alone is bound by the latency of its operation.
-    Vector max = old_max;
-    Vector other_max = old_max;
-#pragma clang loop unroll(disable)
-    for (long long row = 0; row < rows; ++row) {
-      // A local array of one vector's width and a loop of that width: after inlining the mod, the vectoriser makes one
-      // vector iteration of it, and the array disappears.
-      alignas(Vector) float lane[kWidth];
-      *(Vector*)lane = *(const Vector*)(scores + row * kPanelLanes);
-#pragma clang loop vectorize(assume_safety) vectorize_width(ATTNJIT_VECTOR_WIDTH) interleave_count(1) unroll(disable)
-      for (int i = 0; i < kWidth; ++i) lane[i] = attnjit_mod(lane[i], b, h, q_idx + i, kv_idx + row, captured);
-      const Vector score = *(const Vector*)lane;
-      *(Vector*)(scores + row * kPanelLanes) = score;
-      // A NaN score loses here and shows in its exponential.
-      const Vector next = score > max ? score : max;
-      max = other_max;
-      other_max = next;
-    }
-    max = other_max > max ? other_max : max;
-    // Every element so far dropped: any finite reference makes their exponentials 0.
-    const Vector reference = max == -__builtin_inff() ? Vector{} : max;
-    const Vector rescale = exp2_nonpositive(old_max - reference);
-    Vector sum = {};
-    Vector other_sum = {};
-#pragma clang loop unroll(disable)
-    for (long long row = 0; row < rows; ++row) {
-      Vector* const element = (Vector*)(scores + row * kPanelLanes);
-      const Vector p = exp2_nonpositive(*element - reference);
-      *element = p;
-      const Vector next = sum + p;
-      sum = other_sum;
-      other_sum = next;
-    }
-    Vector* const row_sum = (Vector*)(params->row_sum + first);
-    *row_sum = *row_sum * rescale + (sum + other_sum);
-    *(Vector*)(params->row_max + first) = max;
-    *(Vector*)(params->rescale + first) = rescale;
-  }
+  for (int first = 0; first < kPanelLanes; first += kWidth) softmax_lanes(params->scores + first, *params, first);
 }
