@@ -95,6 +95,18 @@ TEST(NumericsEdge, MoreHeadsThanSixteenBits) {
   }
 }
 
+// Far from the diagonal: many tiles to skip or not, and positions that a sloppy float32 would confuse.
+TEST(NumericsEdge, LongSequences) {
+  for (const char* const mod :
+       {"noop", "causal", "sliding_window(100)", "prefix_lm(1500)", "alibi_exp2(2)", "score + 0.001 * (q_idx - kv_idx)",
+        "where(kv_idx >= q_idx, score, -inf)", "where((q_idx - kv_idx) % 512 == 0, score, -inf)",
+        "where(q_idx // 700 == kv_idx // 700, 5 * tanh(score / 5), -inf)"}) {
+    const std::string fields = mod;
+    expect_accepted("b=1 hq=2 hkv=1 sq=2049 skv=2100 d=64 rows=24 dtype=bfloat16 score_mod=\"" + fields + "\"");
+    expect_accepted("b=1 hq=1 sq=130 skv=4097 d=32 rows=12 dtype=float32 score_mod=\"" + fields + "\"");
+  }
+}
+
 // Batches more than 2^31 elements apart, in memory that is there only where it is touched.
 TEST(NumericsEdge, OffsetsBeyond32Bits) {
   for (const char* const backend : kBackends) {

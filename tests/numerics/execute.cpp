@@ -85,42 +85,82 @@ std::vector<std::string> host_isas() {
   return isas;
 }
 
-RunResult run(Problem& problem, attnjit_context* context) {
-  const Case& spec = problem.spec;
-  if (context == nullptr) context = shared_context(spec.threads);
-  if (context == nullptr) return failed("attnjit_context_create", ATTNJIT_INTERNAL);
-  Tensor o(spec.dtype, {spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v}, spec.layout_o,
-           spec.layout_o == Layout::kPadded ? 1 : 0);
-  const std::vector<std::int64_t> rows = {spec.batch, spec.num_heads, spec.seqlen_q};
-  Tensor lse(dsl::DType::kF32, rows, Layout::kPacked), row_max(dsl::DType::kF32, rows, Layout::kPacked);
+namespace {
 
+// The outputs of one call, NaN and guarded.
+struct OutputTensors {
+  explicit OutputTensors(const Case& spec)
+      : o(spec.dtype, {spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v}, spec.layout_o,
+          spec.layout_o == Layout::kPadded ? 1 : 0),
+        lse(dsl::DType::kF32, {spec.batch, spec.num_heads, spec.seqlen_q}, Layout::kPacked),
+        row_max(lse.dtype(), lse.shape(), Layout::kPacked) {}
+
+  void give_to(attnjit_attention* call, Outputs outputs) {
+    call->o = o.dl();
+    if (outputs == Outputs::kOnlyO) return;
+    call->lse = lse.dl();
+    call->row_max = row_max.dl();
+  }
+
+  Tensor o, lse, row_max;
+};
+
+RunResult run_plan(attnjit_plan* plan, Problem& problem, Outputs outputs) {
   Call call(problem);
-  call.get()->o = o.dl();
-  call.get()->lse = lse.dl();
-  call.get()->row_max = row_max.dl();
-  attnjit_plan* made = nullptr;
-  attnjit_status status = attnjit_prepare(context, call.get(), &made);
-  if (status != ATTNJIT_OK) return failed("attnjit_prepare", status);
-  const PlanPtr plan(made);
-
+  OutputTensors out(problem.spec);
+  out.give_to(call.get(), outputs);
   std::vector<std::pair<Tensor*, std::vector<std::byte>>> inputs;
   for (Tensor* tensor : {&problem.q, &problem.k, &problem.v}) inputs.emplace_back(tensor, tensor->snapshot());
   for (NamedTensor& capture : problem.captures) inputs.emplace_back(&capture.tensor, capture.tensor.snapshot());
-  Buffer workspace(attnjit_plan_workspace_size(plan.get()));
-  status = attnjit_run(plan.get(), call.get(), workspace.data(), workspace.size(), nullptr);
+  Buffer workspace(attnjit_plan_workspace_size(plan));
+  const attnjit_status status = attnjit_run(plan, call.get(), workspace.data(), workspace.size(), nullptr);
   if (status != ATTNJIT_OK) return failed("attnjit_run", status);
 
   RunResult result;
   if (!workspace.guards_intact()) result.error = "rule 3: wrote outside the workspace";
-  if (!o.surroundings_intact()) result.error = "rule 3: wrote outside o, or in a gap of it";
-  if (!lse.surroundings_intact()) result.error = "rule 3: wrote outside lse";
-  if (!row_max.surroundings_intact()) result.error = "rule 3: wrote outside row_max";
+  if (!out.o.surroundings_intact()) result.error = "rule 3: wrote outside o, or in a gap of it";
+  if (!out.lse.surroundings_intact()) result.error = "rule 3: wrote outside lse";
+  if (!out.row_max.surroundings_intact()) result.error = "rule 3: wrote outside row_max";
   for (const auto& [tensor, before] : inputs) {
     const bool intact = tensor->snapshot() == before && tensor->guards_intact();
     if (!intact) result.error = "rule 3: an input was written to";
   }
-  result.outcome = {widen(o), widen(lse), widen(row_max)};
+  result.outcome.o = widen(out.o);
+  if (outputs == Outputs::kAll) {
+    result.outcome.lse = widen(out.lse);
+    result.outcome.row_max = widen(out.row_max);
+  }
   return result;
+}
+
+}  // namespace
+
+RunResult run(Problem& problem, attnjit_context* context, Outputs outputs) {
+  if (context == nullptr) context = shared_context(problem.spec.threads);
+  if (context == nullptr) return failed("attnjit_context_create", ATTNJIT_INTERNAL);
+  Call call(problem);
+  OutputTensors out(problem.spec);
+  out.give_to(call.get(), outputs);
+  attnjit_plan* made = nullptr;
+  const attnjit_status status = attnjit_prepare(context, call.get(), &made);
+  if (status != ATTNJIT_OK) return failed("attnjit_prepare", status);
+  const PlanPtr plan(made);
+  return run_plan(plan.get(), problem, outputs);
+}
+
+std::vector<RunResult> run_with_one_plan(std::vector<Problem*> problems) {
+  attnjit_context* const context = shared_context(problems.front()->spec.threads);
+  if (context == nullptr) return {failed("attnjit_context_create", ATTNJIT_INTERNAL)};
+  Call call(*problems.front());
+  OutputTensors out(problems.front()->spec);
+  out.give_to(call.get(), Outputs::kAll);
+  attnjit_plan* made = nullptr;
+  const attnjit_status status = attnjit_prepare(context, call.get(), &made);
+  if (status != ATTNJIT_OK) return {failed("attnjit_prepare", status)};
+  const PlanPtr plan(made);
+  std::vector<RunResult> results;
+  for (Problem* const problem : problems) results.push_back(run_plan(plan.get(), *problem, Outputs::kAll));
+  return results;
 }
 
 RunResult run_reference(Problem& problem, const std::vector<RowIndex>& rows) {

@@ -34,9 +34,15 @@ struct RunResult {
   attnjit_status status = ATTNJIT_OK;
 };
 
+// Which of the optional outputs are asked for.
+enum class Outputs { kAll, kOnlyO };
+
 // Prepares and runs `problem`: outputs, gaps and workspace are NaN before, and guards, gaps and inputs are compared
 // afterwards. `context` null: shared_context(problem.spec.threads).
-RunResult run(Problem& problem, attnjit_context* context = nullptr);
+RunResult run(Problem& problem, attnjit_context* context = nullptr, Outputs outputs = Outputs::kAll);
+
+// Runs `problems` with the plan of the first: they may differ in values, not in shapes, types or texts.
+std::vector<RunResult> run_with_one_plan(std::vector<Problem*> problems);
 
 // The library's own oracle at `rows`. `o` is (rows, Dv).
 RunResult run_reference(Problem& problem, const std::vector<RowIndex>& rows);

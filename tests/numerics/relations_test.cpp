@@ -2,9 +2,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "tests/numerics/execute.h"
 
@@ -278,6 +280,71 @@ TEST(NumericsRelation, RunsAndThreadCountsAreBitIdentical) {
         expect_same_bits(first, run_or_fail(problem, shared_context(2)), "two threads: " + to_line(problem.spec));
         expect_same_bits(first, run_or_fail(problem, shared_context(3)), "three threads: " + to_line(problem.spec));
       }
+    }
+  }
+}
+
+// Callers at once, each with its own problem and all through one context, get what they get alone.
+TEST(NumericsRelation, ConcurrentCallsAreBitIdentical) {
+  for (const char* const backend : kBackends) {
+    constexpr int kCallers = 4;
+    // A pool's workers go to one call at a time, and eager's products are divided by how many there are.
+    attnjit_context* const context = shared_context(std::string(backend) == "math" ? 1 : 2);
+    std::vector<Problem> problems;
+    std::vector<Outcome> alone;
+    for (int i = 0; i < kCallers; ++i) {
+      problems.push_back(make(with_backend(backend, "b=2 hq=2 sq=65 skv=100 d=32 score_mod=\"softcap(" +
+                                                        std::to_string(2 + i / 2) + ")\" seed=" + std::to_string(i))));
+      alone.push_back(run_or_fail(problems.back(), context));
+    }
+    std::vector<std::thread> callers;
+    std::vector<std::string> faults(kCallers);
+    for (int i = 0; i < kCallers; ++i) {
+      callers.emplace_back([&, i] {
+        const auto number = static_cast<std::size_t>(i);
+        for (int repeat = 0; repeat < 10; ++repeat) {
+          const RunResult result = run(problems[number], context);
+          if (!result.error.empty()) faults[number] = result.error;
+          if (!same_bits(result.outcome.o, alone[number].o)) faults[number] = "o differs";
+          if (!same_bits(result.outcome.lse, alone[number].lse)) faults[number] = "lse differs";
+        }
+      });
+    }
+    for (std::thread& caller : callers) caller.join();
+    for (const std::string& fault : faults) EXPECT_EQ(fault, "") << backend;
+  }
+}
+
+// One plan serves any values: nothing of the first call's data, captured values or scale stays in it.
+TEST(NumericsRelation, OnePlanServesNewValues) {
+  for (const char* const backend : kBackends) {
+    const std::string line =
+        with_backend(backend,
+                     "b=1 hq=2 hkv=1 sq=40 skv=70 d=32 score_mod=\"score * t + bias[h, kv_idx]\" "
+                     "mask_mod=\"kv_idx < lengths[b] + 20\" capture=t:float32::packed:normal "
+                     "capture=bias:bfloat16:2x70:packed:normal capture=lengths:int32:1:packed:normal");
+    Problem first = make(line + " seed=1 scale=0.2"), second = make(line + " seed=2 scale=0.3");
+    first.captures[2].tensor.set_int(std::array<std::int64_t, 1>{0}, 3);
+    second.captures[2].tensor.set_int(std::array<std::int64_t, 1>{0}, 30);
+    const Outcome expected_first = run_or_fail(first), expected_second = run_or_fail(second);
+    EXPECT_FALSE(same_bits(expected_first.o, expected_second.o));
+    const auto results = run_with_one_plan({&first, &second, &first});
+    ASSERT_EQ(results.size(), 3u) << results.front().error;
+    for (const RunResult& result : results) ASSERT_EQ(result.error, "");
+    expect_same_bits(results[0].outcome, expected_first, backend);
+    expect_same_bits(results[1].outcome, expected_second, backend);
+    expect_same_bits(results[2].outcome, expected_first, backend);
+  }
+}
+
+TEST(NumericsRelation, OutputsNotAskedForChangeNothing) {
+  for (const char* const backend : kBackends) {
+    for (const char* const shape : kShapes) {
+      Problem problem = make(with_backend(backend, std::string(shape) + " score_mod=\"causal\""));
+      const Outcome all = run_or_fail(problem);
+      const RunResult only = run(problem, nullptr, Outputs::kOnlyO);
+      EXPECT_EQ(only.error, "");
+      EXPECT_TRUE(same_bits(all.o, only.outcome.o)) << to_line(problem.spec);
     }
   }
 }
