@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
 #include <limits>
 #include <map>
@@ -422,11 +423,14 @@ class Bench {
             : "as asked for");
     add("inputs",
         fmt::format("standard normal, seed {}, memory order (batch, sequence, heads, head_dim)", options_.seed));
-    add("eager", fmt::format("{}, scores materialised, products by {}",
+    // It may hold the baseline to slower kernels than OpenBLAS would take by itself.
+    const char* forced_kernels = std::getenv("OPENBLAS_CORETYPE");
+    add("eager", fmt::format("{}, scores materialised, products by {}{}",
                              options_.baseline == "plain"
                                  ? "plain: unfused attention without the mod"
                                  : "math: unfused attention, each operation of the mod one pass over the scores",
-                             math_products_.empty() ? "plain code" : math_products_));
+                             math_products_.empty() ? "plain code" : math_products_,
+                             forced_kernels ? fmt::format(" (OPENBLAS_CORETYPE={} is set)", forced_kernels) : ""));
     add("times",
         fmt::format("median [min..max] of {} interleaved repetitions, one untimed before", options_.repetitions));
     add("TFLOP/s", "of the compiled call, 4 B Hq M N D operations: what a mask skips is counted");
