@@ -18,12 +18,16 @@
 #define ATTNJIT_API
 #endif
 
+/* In C++, any int is a value of these enums: what a C caller passes can be refused instead of being undefined. */
 #ifdef __cplusplus
+#define ATTNJIT_ENUM : int
 extern "C" {
+#else
+#define ATTNJIT_ENUM
 #endif
 
 /* What went wrong, and whose fault it was. */
-typedef enum attnjit_status {
+typedef enum attnjit_status ATTNJIT_ENUM {
   ATTNJIT_OK = 0,
   ATTNJIT_INVALID_ARGUMENT = 1,   /* the caller's: a tensor, an option */
   ATTNJIT_INVALID_EXPRESSION = 2, /* the caller's: the message holds line, column and a caret */
@@ -62,7 +66,7 @@ ATTNJIT_API attnjit_status attnjit_register_mod(attnjit_context* context, const 
 
 /* ---- One attention call ----------------------------------------------------------------------------------------- */
 
-typedef enum attnjit_backend {
+typedef enum attnjit_backend ATTNJIT_ENUM {
   ATTNJIT_BACKEND_AUTO = 0, /* the fastest that serves the problem */
   ATTNJIT_BACKEND_MATH = 1, /* eager: materialised scores, one pass per operation of the expression */
   ATTNJIT_BACKEND_CPU = 2   /* fused, compiled for the host's processor */
