@@ -209,8 +209,11 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
   if (compiled.code) return result;
   CodegenResult object = compile_object(std::move(mod), around, options, compiled.phases);
   if (!object.object) return fail(object.error);
-  const PhaseTimer timer(compiled.phases, "load");
-  LoadResult loaded = load_object(std::move(object.object), std::string_view(around.entry));
+  LoadResult loaded;
+  {
+    const PhaseTimer timer(compiled.phases, "load");
+    loaded = load_object(std::move(object.object), std::string_view(around.entry));
+  }
   if (!loaded.code) return fail("the code does not load: " + loaded.error);
   compiled.code = CodeCache::shared().insert(key, std::move(loaded.code));
   return result;

@@ -112,15 +112,17 @@ void optimise(llvm::Module& module, llvm::TargetMachine& machine, llvm::StringRe
   passes.addPass(llvm::AlwaysInlinerPass(/*InsertLifetimeIntrinsics=*/false));
   passes.addPass(llvm::GlobalDCEPass());
   llvm::FunctionPassManager function;
-  const auto clean = [&function] {
+  const auto clean_and_hoist = [&function] {
     function.addPass(llvm::SROAPass(llvm::SROAOptions::ModifyCFG));
     function.addPass(llvm::EarlyCSEPass(/*UseMemorySSA=*/true));
     function.addPass(llvm::InstCombinePass());
+    function.addPass(llvm::createFunctionToLoopPassAdaptor(llvm::LICMPass(llvm::LICMOptions()), /*UseMemorySSA=*/true));
   };
-  clean();
+  // Before vectorising, too: a captured tensor's pointer and strides must be out of the loop for the vectoriser to see
+  // that neighbouring lanes read neighbouring elements.
+  clean_and_hoist();
   function.addPass(llvm::LoopVectorizePass());
-  clean();
-  function.addPass(llvm::createFunctionToLoopPassAdaptor(llvm::LICMPass(llvm::LICMOptions()), /*UseMemorySSA=*/true));
+  clean_and_hoist();
   passes.addPass(llvm::createModuleToFunctionPassAdaptor(std::move(function)));
   passes.run(module, modules);
 }

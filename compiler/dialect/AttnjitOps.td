@@ -4,7 +4,6 @@
 
 include "mlir/IR/OpBase.td"
 include "mlir/IR/EnumAttr.td"
-include "mlir/IR/BuiltinAttributes.td"
 include "mlir/Interfaces/SideEffectInterfaces.td"
 include "mlir/Interfaces/InferIntRangeInterface.td"
 include "mlir/Interfaces/InferTypeOpInterface.td"
@@ -13,7 +12,8 @@ def Attnjit_Dialect : Dialect {
   let name = "attnjit";
   let summary = "One attention score as a function of its place and of captured tensors";
   let cppNamespace = "::attnjit::compiler";
-  let useDefaultAttributePrinterParser = 1;
+  let dependentDialects = ["::mlir::arith::ArithDialect"];
+  let hasConstantMaterializer = 1;
 }
 
 class Attnjit_Op<string mnemonic, list<Trait> traits = []> : Op<Attnjit_Dialect, mnemonic, traits # [Pure]>;
@@ -22,10 +22,6 @@ def Attnjit_Role : I32EnumAttr<"Role", "which coordinate of an element", [
     I32EnumAttrCase<"B", 0, "b">, I32EnumAttrCase<"H", 1, "h">,
     I32EnumAttrCase<"Q", 2, "q_idx">, I32EnumAttrCase<"Kv", 3, "kv_idx">]> {
   let cppNamespace = "::attnjit::compiler";
-  let genSpecializedAttr = 0;
-}
-def Attnjit_RoleAttr : EnumAttr<Attnjit_Dialect, Attnjit_Role, "role"> {
-  let assemblyFormat = "$value";
 }
 
 def Attnjit_IndexOp : Attnjit_Op<"index",
@@ -38,7 +34,7 @@ def Attnjit_IndexOp : Attnjit_Op<"index",
     %q = attnjit.index q_idx below 4096
     ```
   }];
-  let arguments = (ins Attnjit_RoleAttr:$role, OptionalAttr<I64Attr>:$extent);
+  let arguments = (ins Attnjit_Role:$role, OptionalAttr<I64Attr>:$extent);
   let results = (outs I64:$result);
   let assemblyFormat = "$role (`below` $extent^)? attr-dict";
   let hasVerifier = 1;

@@ -7,14 +7,13 @@
 
 #include "dsl/expr.h"
 #include "llvm/ADT/TypeSwitch.h"
+#include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/IR/DialectImplementation.h"
 
 // Generated; the order matters.
 // clang-format off
 #include "AttnjitDialect.cpp.inc"
 #include "AttnjitEnums.cpp.inc"
-#define GET_ATTRDEF_CLASSES
-#include "AttnjitAttributes.cpp.inc"
 #define GET_OP_CLASSES
 #include "AttnjitOps.cpp.inc"
 // clang-format on
@@ -25,14 +24,15 @@ using llvm::APInt;
 using mlir::ConstantIntRanges;
 
 void AttnjitDialect::initialize() {
-  addAttributes<
-#define GET_ATTRDEF_LIST
-#include "AttnjitAttributes.cpp.inc"
-      >();
   addOperations<
 #define GET_OP_LIST
 #include "AttnjitOps.cpp.inc"
       >();
+}
+
+mlir::Operation* AttnjitDialect::materializeConstant(mlir::OpBuilder& builder, mlir::Attribute value, mlir::Type type,
+                                                     mlir::Location loc) {
+  return mlir::arith::ConstantOp::materialize(builder, value, type, loc);
 }
 
 // ---- index

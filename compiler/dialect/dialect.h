@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mlir/Bytecode/BytecodeOpInterface.h"
+#include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/IR/Builders.h"
 #include "mlir/IR/BuiltinTypes.h"
 #include "mlir/IR/Dialect.h"
@@ -15,8 +16,6 @@
 // clang-format off
 #include "AttnjitDialect.h.inc"
 #include "AttnjitEnums.h.inc"
-#define GET_ATTRDEF_CLASSES
-#include "AttnjitAttributes.h.inc"
 #define GET_OP_CLASSES
 #include "AttnjitOps.h.inc"
 // clang-format on

@@ -13,6 +13,7 @@
 #include "dsl/parser.h"
 #include "llvm/Support/raw_ostream.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/Dialect/Arith/Transforms/Passes.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "mlir/Dialect/LLVMIR/LLVMDialect.h"
 #include "mlir/Dialect/Math/IR/Math.h"
@@ -123,6 +124,7 @@ int main(int argc, char** argv) {
   compiler::registerAttnjitPasses();
   mlir::registerCanonicalizerPass();
   mlir::registerCSEPass();
+  mlir::arith::registerArithIntRangeOptsPass();
   mlir::PassPipelineRegistration<>("attnjit-canonical", "To the canonical form", compiler::build_canonical_pipeline);
   mlir::PassPipelineRegistration<>("attnjit-facts", "From the canonical form to facts", compiler::build_fact_pipeline);
   return mlir::asMainReturnCode(mlir::MlirOptMain(argc, argv, "attnjit pass driver\n", registry));

@@ -4,7 +4,7 @@
 // The joined module must define attnjit_mod with the attribute alwaysinline. What the loops below rely on to end as
 // straight vector code is this pipeline, in this order (SLP and unrolling off):
 //   internalize(attnjit_tile), always-inline, globaldce, function(sroa<modify-cfg>, early-cse<memssa>, instcombine,
-//   loop-vectorize, sroa<modify-cfg>, early-cse<memssa>, instcombine, loop-mssa(licm))
+//   loop-mssa(licm), loop-vectorize, sroa<modify-cfg>, early-cse<memssa>, instcombine, loop-mssa(licm))
 // on functions whose target-cpu, target-features and prefer-vector-width have been overwritten for the machine.
 #include "kernels_templates/cpu/tile_abi.h"
 

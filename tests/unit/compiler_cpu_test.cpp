@@ -102,7 +102,8 @@ TEST(CompilerCpu, Arithmetic) {
                            "min(score, nan)",
                            "max(nan, score)",
                            "let x = score * 2; x * x + x",
-                           "score ** 2", "score ** 3",
+                           "score ** 2",
+                           "score ** 3",
                            "abs(score) ** 0.25",
                            "(b + 2) ** score"})
     expect_equal(text, {}, {}, true);

@@ -1,0 +1,100 @@
+// RUN: attnjit-opt -split-input-file -attnjit-lower-to-llvm %s | FileCheck %s
+
+// CHECK-LABEL: llvm.func @attnjit_mod(%arg0: f32, %arg1: i64, %arg2: i64, %arg3: i64, %arg4: i64, %arg5: !llvm.ptr
+// CHECK-SAME: llvm.dereferenceable = 0
+// CHECK-SAME: alwaysinline
+// A dropped element is -inf, whatever its value.
+// CHECK: %[[KEEP:.*]] = llvm.icmp "sge" %arg3, %arg4
+// CHECK: %[[SUM:.*]] = llvm.fadd %arg0, %arg0 {fastmathFlags = #llvm.fastmath<contract>}
+// CHECK: %[[NINF:.*]] = llvm.mlir.constant(0xFF800000 : f32)
+// CHECK: %[[R:.*]] = llvm.select %[[KEEP]], %[[SUM]], %[[NINF]]
+// CHECK: llvm.return %[[R]] : f32
+func.func @score_mod(%s: f32) -> (f32, i1) {
+  %q = attnjit.index q_idx
+  %kv = attnjit.index kv_idx
+  %keep = arith.cmpi sge, %q, %kv : i64
+  %sum = arith.addf %s, %s : f32
+  return %sum, %keep : f32, i1
+}
+
+// -----
+
+// Views are 88 bytes: data, strides from 8, extents from 48. The first index is proven, the second clamped.
+// CHECK-LABEL: llvm.func @attnjit_mod
+// CHECK-SAME: llvm.dereferenceable = 176
+// CHECK: %[[SP:.*]] = llvm.getelementptr inbounds %arg5[96]
+// CHECK: %[[STRIDE:.*]] = llvm.load %[[SP]] invariant
+// CHECK: %[[ROW:.*]] = llvm.mul %arg2, %[[STRIDE]]
+// CHECK: %[[EP:.*]] = llvm.getelementptr inbounds %arg5[144]
+// CHECK: llvm.load %[[EP]] invariant
+// CHECK: llvm.intr.smin
+// CHECK: llvm.intr.smax
+// CHECK: %[[DP:.*]] = llvm.getelementptr inbounds %arg5[88]
+// CHECK: %[[DATA:.*]] = llvm.load %[[DP]] invariant
+// CHECK: %[[P:.*]] = llvm.getelementptr inbounds %[[DATA]]
+// CHECK: %[[BITS:.*]] = llvm.load %[[P]] invariant {alignment = 2 : i64} : !llvm.ptr -> i16
+// CHECK: llvm.zext %[[BITS]] : i16 to i32
+// CHECK: llvm.shl
+// CHECK: llvm.bitcast
+// CHECK-NOT: llvm.br
+func.func @score_mod(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %h = attnjit.index h
+  %q = attnjit.index q_idx
+  %r = attnjit.read 1[%h, %q] extents [8, 64] strides [-1, 1] in_bounds [true, false] : bf16 -> f32
+  return %r, %true : f32, i1
+}
+
+// -----
+
+// Broadcast dimensions and dimensions of one element need no address.
+// CHECK-LABEL: llvm.func @attnjit_mod
+// CHECK-NOT: llvm.mul
+// CHECK: %[[DP:.*]] = llvm.getelementptr inbounds %arg5[0]
+// CHECK: %[[DATA:.*]] = llvm.load %[[DP]]
+// CHECK: %[[X:.*]] = llvm.load %[[DATA]] invariant {alignment = 1 : i64} : !llvm.ptr -> i8
+// CHECK: %[[ZERO:.*]] = llvm.mlir.constant(0 : i8)
+// CHECK: llvm.icmp "ne" %[[X]], %[[ZERO]]
+func.func @score_mod(%s: f32) -> (f32, i1) {
+  %q = attnjit.index q_idx
+  %r = attnjit.read 0[%q, %q] extents [8, 1] strides [0, 1] : i1 -> i1
+  return %s, %r : f32, i1
+}
+
+// -----
+
+// A divisor that would trap is replaced before the division.
+// CHECK-LABEL: llvm.func @attnjit_mod
+// CHECK: %[[ISZERO:.*]] = llvm.icmp "eq" %arg4
+// CHECK: %[[SAFE:.*]] = llvm.select %{{.*}}, %{{.*}}, %arg4
+// CHECK: llvm.sdiv %arg3, %[[SAFE]]
+// CHECK: llvm.select %[[ISZERO]]
+// CHECK: llvm.call_intrinsic "llvm.fptosi.sat.i64.f32"(%arg0)
+func.func @score_mod(%s: f32) -> (f32, i1) {
+  %q = attnjit.index q_idx
+  %kv = attnjit.index kv_idx
+  %d = attnjit.floordiv %q, %kv : i64
+  %i = attnjit.to_int %s
+  %c = arith.cmpi eq, %d, %i : i64
+  return %s, %c : f32, i1
+}
+
+// -----
+
+// Functions are calls, rounding and roots instructions; a minimum propagates NaN.
+// CHECK: llvm.func @attnjit_mod
+// CHECK: llvm.call @attnjit_tanh(%arg0)
+// CHECK: llvm.intr.floor
+// CHECK: llvm.intr.roundeven
+// CHECK: llvm.intr.sqrt
+// CHECK: llvm.intr.minimum({{.*}}) {fastmathFlags = #llvm.fastmath<nsz>}
+// CHECK: llvm.func @attnjit_tanh(f32) -> f32
+func.func @score_mod(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %t = math.tanh %s : f32
+  %f = math.floor %t : f32
+  %r = math.roundeven %f : f32
+  %q = math.sqrt %r : f32
+  %m = arith.minimumf %q, %s : f32
+  return %m, %true : f32, i1
+}

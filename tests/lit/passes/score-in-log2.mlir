@@ -1,0 +1,92 @@
+// RUN: attnjit-opt -attnjit-score-in-log2 %s | FileCheck %s
+
+// CHECK-LABEL: func.func @identity
+// CHECK-SAME: attributes {attnjit.score_class = "identity", attnjit.scores_in_log2}
+// CHECK: return %arg0
+func.func @identity(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  return %s, %true : f32, i1
+}
+
+// a * score + c: a stays, c is multiplied.
+// CHECK-LABEL: func.func @affine
+// CHECK-SAME: attnjit.score_class = "affine", attnjit.scores_in_log2
+// CHECK: %[[H:.*]] = arith.sitofp
+// CHECK: %[[LOG2E:.*]] = arith.constant 1.4426950
+// CHECK: %[[C:.*]] = arith.mulf %[[H]], %[[LOG2E]]
+// CHECK: %[[THREE:.*]] = arith.constant 3.0
+// CHECK: %[[A:.*]] = arith.mulf %arg0, %[[THREE]]
+// CHECK: %[[R:.*]] = arith.addf %[[A]], %[[C]]
+// CHECK: return %[[R]]
+func.func @affine(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %h = attnjit.index h
+  %c = arith.sitofp %h : i64 to f32
+  %three = arith.constant 3.0 : f32
+  %a = arith.mulf %s, %three : f32
+  %r = arith.addf %a, %c : f32
+  return %r, %true : f32, i1
+}
+
+// A choice between affine values under a condition free of the score; a literal folds.
+// CHECK-LABEL: func.func @choice
+// CHECK-SAME: "affine"
+// CHECK: %[[C:.*]] = arith.constant 2.885390{{.*}} : f32
+// CHECK: arith.select %{{.*}}, %arg0, %[[C]]
+func.func @choice(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %h = attnjit.index h
+  %one = arith.constant 1 : i64
+  %c = arith.cmpi sge, %h, %one : i64
+  %two = arith.constant 2.0 : f32
+  %r = arith.select %c, %s, %two : f32
+  return %r, %true : f32, i1
+}
+
+// Nonlinear: the plain score comes in, a literal factor takes log2(e) in (30 * 1.4427).
+// CHECK-LABEL: func.func @softcap
+// CHECK-SAME: attributes {attnjit.score_class = "nonlinear"}
+// CHECK: %[[T:.*]] = math.tanh
+// CHECK: %[[K:.*]] = arith.constant 43.28084
+// CHECK: %[[R:.*]] = arith.mulf %[[T]], %[[K]]
+// CHECK: return %[[R]]
+func.func @softcap(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %cap = arith.constant 30.0 : f32
+  %d = arith.divf %s, %cap : f32
+  %t = math.tanh %d : f32
+  %r = arith.mulf %t, %cap : f32
+  return %r, %true : f32, i1
+}
+
+// CHECK-LABEL: func.func @square
+// CHECK-SAME: "nonlinear"
+func.func @square(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %r = arith.mulf %s, %s : f32
+  return %r, %true : f32, i1
+}
+
+// A condition on the score wants the plain one.
+// CHECK-LABEL: func.func @threshold
+// CHECK-SAME: attributes {attnjit.mask_reads_score, attnjit.score_class = "identity"}
+// CHECK: arith.cmpf ogt, %arg0
+// CHECK: arith.mulf %arg0
+func.func @threshold(%s: f32) -> (f32, i1) {
+  %one = arith.constant 1.0 : f32
+  %c = arith.cmpf ogt, %s, %one : f32
+  return %s, %c : f32, i1
+}
+
+// The smallest float stays finite.
+// CHECK-LABEL: func.func @finite
+// CHECK: arith.constant -3.40282347E+38
+func.func @finite(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %h = attnjit.index h
+  %one = arith.constant 1 : i64
+  %c = arith.cmpi sge, %h, %one : i64
+  %low = arith.constant -3.40282347E+38 : f32
+  %r = arith.select %c, %s, %low : f32
+  return %r, %true : f32, i1
+}
