@@ -51,6 +51,14 @@ nlohmann::ordered_json description_of(const PlanPtr& plan) {
   return nlohmann::ordered_json::parse(attnjit_plan_description(plan.get()));
 }
 
+std::string eager_products(const nlohmann::ordered_json& description) {
+  const std::string passes = description.value("passes", "");
+  const std::string_view label = "products by ";
+  const std::size_t at = passes.rfind(label);
+  if (at == std::string::npos) return "unknown code";
+  return passes.substr(at + label.size(), passes.find('\n', at) - at - label.size());
+}
+
 nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump) {
   char* text = nullptr;
   check(attnjit_explain(context, &attention, dump ? 1 : 0, &text));

@@ -30,6 +30,8 @@ using PlanPtr = std::unique_ptr<attnjit_plan, PlanDelete>;
 PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention);
 
 nlohmann::ordered_json description_of(const PlanPtr& plan);
+// What does the products of an eager plan, as "OpenBLAS 0.3.21, SkylakeX, ...": a baseline is worth what that is.
+std::string eager_products(const nlohmann::ordered_json& description);
 nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump);
 nlohmann::ordered_json list_mods(attnjit_context* context);
 

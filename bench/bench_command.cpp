@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <limits>
 #include <map>
@@ -295,7 +296,7 @@ class Bench {
         attention.backend = ATTNJIT_BACKEND_MATH;
         const PlanPtr plan = prepare(context.get(), attention);
         check_memory(s, tensor_bytes(s, type_) + attnjit_plan_workspace_size(plan.get()), available);
-        if (math_products_.empty()) math_products_ = products_of(description_of(plan));
+        if (math_products_.empty()) math_products_ = eager_products(description_of(plan));
       }
     }
     for (const CaptureSpec& spec : specs_) {
@@ -312,15 +313,6 @@ class Bench {
         "shape {} needs {:.1f} GiB with the eager baseline's scores, but {:.1f} GiB of memory are available; "
         "choose smaller -b, -nh or -s",
         shape.text(), static_cast<double>(needed) / kGiB, static_cast<double>(available) / kGiB));
-  }
-
-  // "OpenBLAS 0.3.21, ..." of an eager plan's list of passes: what the baseline is worth depends on it.
-  static std::string products_of(const nlohmann::ordered_json& description) {
-    const std::string passes = description.value("passes", "");
-    const std::string_view name = "products by ";
-    const std::size_t at = passes.rfind(name);
-    if (at == std::string::npos) return "";
-    return passes.substr(at + name.size(), passes.find('\n', at) - at - name.size());
   }
 
   // The compiler sets itself up in the first compile of a process; the cold times of the mods leave that out.
@@ -429,7 +421,7 @@ class Bench {
                              options_.baseline == "plain"
                                  ? "plain: unfused attention without the mod"
                                  : "math: unfused attention, each operation of the mod one pass over the scores",
-                             math_products_.empty() ? "plain code" : math_products_,
+                             math_products_,
                              forced_kernels ? fmt::format(" (OPENBLAS_CORETYPE={} is set)", forced_kernels) : ""));
     add("times",
         fmt::format("median [min..max] of {} interleaved repetitions, one untimed before", options_.repetitions));

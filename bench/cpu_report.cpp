@@ -4,9 +4,13 @@
 #include <attnjit/attnjit.h>
 #include <fmt/chrono.h>
 #include <fmt/format.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <ctime>
 #include <functional>
@@ -26,21 +30,11 @@ namespace attnjit::tool {
 namespace {
 
 struct ReportOptions {
-  int repetitions = 9, heads = 4, seqlen = 1024, compiles = 9;
+  int repetitions = 25, heads = 2, seqlen = 1024, compiles = 9;
   std::vector<int> head_dims{64, 128}, threads;
-  std::vector<std::string> isas, dtypes{"float32", "bfloat16"};
+  std::vector<std::string> isas{"host", "avx2"}, dtypes{"float32", "bfloat16"};
   std::vector<std::string> mods{"noop", "causal", "rel", "head_bias", "alibi", "softcap(30)"};
 };
-
-constexpr const char* kIsaVariable = "ATTNJIT_CPU_ISA";
-
-// The instruction set is read when a context is created.
-ContextPtr make_context_for(const std::string& isa, int threads) {
-  ::setenv(kIsaVariable, isa.c_str(), 1);
-  ContextPtr context = make_context(threads);
-  ::unsetenv(kIsaVariable);
-  return context;
-}
 
 struct Inputs {
   Inputs(const Shape& s, ElementType type)
@@ -82,7 +76,7 @@ class Call {
   Call& operator=(const Call&) = delete;
 
   double prepare_ms() const { return prepare_ms_; }
-  std::string isa() const { return description_of(plan_).at("host").at("isa").get<std::string>(); }
+  nlohmann::ordered_json description() const { return description_of(plan_); }
   void run() { check(attnjit_run(plan_.get(), &attention_, workspace_.data(), workspace_.bytes(), nullptr)); }
 
  private:
@@ -95,17 +89,23 @@ class Call {
   double prepare_ms_ = 0.0;
 };
 
-std::string host_isa() {
+// What this process computes with: its instruction set, and the eager side's BLAS.
+struct Engines {
+  std::string isa, products;
+};
+Engines engines() {
   const Shape shape{1, 1, 32, 1, 32, 16};
   const Inputs inputs(shape, ElementType::kFloat32);
   const ContextPtr context = make_context(1);
-  return Call(context.get(), inputs, shape, "noop", ATTNJIT_BACKEND_CPU).isa();
+  const auto fused = Call(context.get(), inputs, shape, "noop", ATTNJIT_BACKEND_CPU).description();
+  const auto eager = Call(context.get(), inputs, shape, "noop", ATTNJIT_BACKEND_MATH).description();
+  return {fused.at("host").at("isa"), eager_products(eager)};
 }
 
-void report_forward(const ReportOptions& options, const std::string& isa, int threads) {
-  const FmaLoop peak = fma_loop(isa);
+void report_forward(const ReportOptions& options, const Engines& engines, int threads) {
+  const FmaLoop peak = fma_loop(engines.isa);
   constexpr long kPeakIterations = 1'000'000;
-  const ContextPtr context = make_context_for(isa, threads);
+  const ContextPtr context = make_context(threads);
   std::vector<std::vector<std::string>> rows;
   for (const std::string& dtype : options.dtypes) {
     for (int head_dim : options.head_dims) {
@@ -136,8 +136,8 @@ void report_forward(const ReportOptions& options, const std::string& isa, int th
                       fmt::format("{:.1f}", peak_gflops), "", "", "", ""});
     }
   }
-  fmt::print("\n## Forward, {}, {} thread{}: (B, H, S) = (1, {}, {})\n\n{}", isa, threads, threads == 1 ? "" : "s",
-             options.heads, options.seqlen,
+  fmt::print("\n## Forward, {}, {} thread{}: (B, H, S) = (1, {}, {}), eager products by {}\n\n{}", engines.isa, threads,
+             threads == 1 ? "" : "s", options.heads, options.seqlen, engines.products,
              github_table({"dtype", "d", "score_mod", "fused ms", "median", "GFLOP/s", "of FMA peak", "over noop",
                            "eager ms", "eager / fused"},
                           {false, true, false, true, true, true, true, true, true, true}, rows));
@@ -147,7 +147,7 @@ void report_forward(const ReportOptions& options, const std::string& isa, int th
 void report_compiles(const ReportOptions& options, const std::string& isa) {
   const Shape shape{1, 1, 64, 1, 64, 64};
   const Inputs inputs(shape, ElementType::kFloat32);
-  const ContextPtr context = make_context_for(isa, 1);
+  const ContextPtr context = make_context(1);
   const std::pair<const char*, std::function<std::string(int)>> texts[] = {
       {"score * c", [](int i) { return fmt::format("score * 1.{:03}", i + 1); }},
       {"where(q_idx + c >= kv_idx, score, -inf)",
@@ -174,12 +174,12 @@ void report_compiles(const ReportOptions& options, const std::string& isa) {
                           {false, true, true, true, true}, rows));
 }
 
-void report_overhead(const ReportOptions& options, const std::string& isa) {
+void report_overhead(const ReportOptions& options) {
   const Shape shape{1, 1, 1, 1, 1, 16};
   const Inputs inputs(shape, ElementType::kFloat32);
   std::vector<std::vector<std::string>> rows;
   for (int threads : options.threads) {
-    const ContextPtr context = make_context_for(isa, threads);
+    const ContextPtr context = make_context(threads);
     Call noop(context.get(), inputs, shape, "noop", ATTNJIT_BACKEND_CPU);
     Call alibi(context.get(), inputs, shape, "alibi", ATTNJIT_BACKEND_CPU);
     const std::function<void()> candidates[] = {[&] { noop.run(); }, [&] { alibi.run(); }};
@@ -193,37 +193,67 @@ void report_overhead(const ReportOptions& options, const std::string& isa) {
              github_table({"threads", "score_mod", "min", "median"}, {true, false, true, true}, rows));
 }
 
+void report_isa(const ReportOptions& options, const std::string& isa, bool compiles) {
+  if (isa != "host") ::setenv("ATTNJIT_CPU_ISA", isa.c_str(), 1);
+  // The eager side is limited alike, unless the user chose its kernels.
+  if (isa == "avx2") ::setenv("OPENBLAS_CORETYPE", "Haswell", 0);
+  if (isa == "sse2") ::setenv("OPENBLAS_CORETYPE", "Prescott", 0);
+  const Engines used = engines();
+  for (int threads : options.threads) report_forward(options, used, threads);
+  if (!compiles) return;
+  report_compiles(options, used.isa);
+  report_overhead(options);
+}
+
+// The instruction set is chosen when a context is created, OpenBLAS' once in a process: each has a process of its own.
+// Returns its exit status.
+int in_child(const std::function<void()>& work) {
+  std::fflush(stdout);
+  const pid_t child = ::fork();
+  if (child < 0) throw environment_error("cannot start a process");
+  if (child == 0) {
+    try {
+      work();
+      std::fflush(stdout);
+      std::_Exit(0);
+    } catch (const Failure& failure) {
+      fmt::print(stderr, "attnjit_cpu_report: error: {}\n", failure.what());
+      std::_Exit(static_cast<int>(failure.fault()));
+    }
+  }
+  int status = 0;
+  while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+  }
+  return WIFEXITED(status) ? WEXITSTATUS(status) : static_cast<int>(Fault::kInternal);
+}
+
 int report(int argc, const char* const* argv) {
   ReportOptions options;
   CLI::App app("Prints the CPU backend's table of bench/notes.md", "attnjit_cpu_report");
-  app.add_option("--reps", options.repetitions, "repetitions (default: 9)")->check(CLI::Range(1, 10'000));
-  app.add_option("--heads", options.heads, "heads (default: 4)")->check(CLI::Range(1, 1024));
+  app.add_option("--reps", options.repetitions, "repetitions (default: 25)")->check(CLI::Range(1, 10'000));
+  app.add_option("--heads", options.heads, "heads (default: 2)")->check(CLI::Range(1, 1024));
   app.add_option("--seqlen", options.seqlen, "sequence length (default: 1024)")->check(CLI::Range(1, 1 << 20));
   app.add_option("--head-dims", options.head_dims, "head dimensions (default: 64 128)");
   app.add_option("--dtypes", options.dtypes, "(default: float32 bfloat16)");
   app.add_option("--threads", options.threads, "thread counts (default: 1 and 2, where there are two processors)");
-  app.add_option("--isas", options.isas, "sse2, avx2, avx512, avx512bf16 (default: the host's, and avx2)");
+  app.add_option("--isas", options.isas, "host, sse2, avx2, avx512, avx512bf16 (default: host avx2)");
   app.add_option("--mods", options.mods,
                  "the first is the one that others are compared with (default: noop causal rel "
                  "head_bias alibi softcap(30))");
   app.add_option("--compiles", options.compiles, "compiles of each text (default: 9)")->check(CLI::Range(1, 500));
   CLI11_PARSE(app, argc, argv);
-  const std::string host = host_isa();
-  if (options.isas.empty()) {
-    options.isas = {host};
-    if (host.starts_with("avx512")) options.isas.push_back("avx2");
-  }
   if (options.threads.empty()) {
     options.threads = {1};
     if (available_processors() > 1) options.threads.push_back(2);
   }
-  fmt::print("# attnjit {} on the CPU\n\n{}, {} processors, {}, {:%Y-%m-%d}\n", attnjit_version(), cpu_model(),
-             available_processors(), host, fmt::gmtime(std::time(nullptr)));
+  fmt::print("# attnjit {} on the CPU\n\n{}, {} processors, {:%Y-%m-%d}\n", attnjit_version(), cpu_model(),
+             available_processors(), fmt::gmtime(std::time(nullptr)));
+  bool first = true;
   for (const std::string& isa : options.isas) {
-    for (int threads : options.threads) report_forward(options, isa, threads);
+    const int status = in_child([&] { report_isa(options, isa, first); });
+    if (status != 0) return status;
+    first = false;
   }
-  report_compiles(options, host);
-  report_overhead(options, host);
   return 0;
 }
 
