@@ -25,23 +25,25 @@ class Binder {
   Binder(const Expr& expr, std::span<const CaptureBinding> bindings) : in_(expr), bindings_(bindings) {}
 
   Expected<Expr> run(ModKind kind) {
-    if (!check_captures()) return *error_;
+    if (!check_captures()) return error();
     out_.captures = in_.captures;
     out_.nodes.reserve(in_.nodes.size() + in_.nodes.size() / 2);
     moved_.reserve(in_.nodes.size());
     for (const Node& node : in_.nodes) {
       at_ = node.location;
       const NodeId id = type(node);
-      if (error_) return *error_;
+      if (error_) return error();
       moved_.push_back(id);
     }
     out_.root = moved_[static_cast<std::size_t>(in_.root)];
     at_ = in_[in_.root].location;
-    if (!check_root(kind)) return *error_;
+    if (!check_root(kind)) return error();
     return std::move(out_);
   }
 
  private:
+  Error error() const { return error_.value_or(Error{}); }
+
   bool fail(std::string message) {
     if (!error_) error_ = Error{std::move(message), at_};
     return false;
@@ -123,6 +125,7 @@ class Binder {
 
   NodeId type(const Node& node) {
     std::vector<NodeId> args;
+    args.reserve(node.args.size());
     for (const NodeId arg : node.args) args.push_back(moved_[static_cast<std::size_t>(arg)]);
     switch (node.op) {
       case Op::kScore:

@@ -34,9 +34,9 @@ double widen_f16(std::uint16_t bits) {
 }
 
 bool is_negative_infinity(const Expr& expr, const Node& node) {
-  constexpr double inf = std::numeric_limits<double>::infinity();
-  if (node.op == Op::kFloat) return node.float_value == -inf;
-  return node.op == Op::kNeg && expr[node.args[0]].op == Op::kFloat && expr[node.args[0]].float_value == inf;
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  if (node.op == Op::kFloat) return node.float_value == -kInf;
+  return node.op == Op::kNeg && expr[node.args[0]].op == Op::kFloat && expr[node.args[0]].float_value == kInf;
 }
 
 // A literal greater than zero, where binding may have converted an int literal to a float.

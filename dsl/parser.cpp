@@ -773,6 +773,7 @@ class Parser {
       return make(Op::kSelect, token, {arguments[0].value, arguments[1].value, arguments[2].value});
     }
     std::vector<NodeId> args;
+    args.reserve(arity);
     for (std::size_t i = 0; i < arity; ++i) args.push_back(arguments[i].value);
     for (std::size_t next = arity;; ++next) {
       const NodeId result = builder_.add(

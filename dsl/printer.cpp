@@ -42,6 +42,7 @@ std::string print(const Expr& expr) {
   written.reserve(expr.nodes.size());
   for (const Node& node : expr.nodes) {
     std::vector<NodePtr> args;
+    args.reserve(node.args.size());
     for (const NodeId arg : node.args) args.push_back(written[static_cast<std::size_t>(arg)]);
     const std::string name(op_name(node.op));
     NodePtr result;

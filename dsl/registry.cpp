@@ -2,6 +2,7 @@
 #include "dsl/registry.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "dsl/lexer.h"
 #include "dsl/parser.h"
@@ -9,35 +10,29 @@
 namespace attnjit::dsl {
 namespace {
 
-const RegistryEntry kBuiltins[] = {
+// A function, not a constant: other translation units may ask before this one is initialised.
+std::vector<RegistryEntry> builtins() {
+  // clang-format off
+  return {
     {"noop", {}, "score", false, "the score itself"},
     {"causal", {}, "q_idx >= kv_idx", true, "a query sees the keys up to its own position"},
     {"rel", {}, "score + (q_idx - kv_idx)", false, "adds the relative position"},
     {"head_bias", {}, "score + 2*h", false, "adds twice the query head's number"},
     // The two usual ways to give ALiBi (Press et al., 2022) its slopes.
-    {"alibi",
-     {},
-     "score + alibi_slopes[h] * (kv_idx - q_idx)",
-     false,
+    {"alibi", {}, "score + alibi_slopes[h] * (kv_idx - q_idx)", false,
      "ALiBi with one slope per query head in the captured tensor alibi_slopes"},
-    {"alibi_exp2",
-     {"num_heads"},
-     "score + exp2(-((h + 1) * 8.0 / num_heads)) * (kv_idx - q_idx)",
-     false,
+    {"alibi_exp2", {"num_heads"}, "score + exp2(-((h + 1) * 8.0 / num_heads)) * (kv_idx - q_idx)", false,
      "ALiBi with the slopes 2**(-8 (h + 1) / num_heads)"},
     {"softcap", {"c"}, "c * tanh(score / c)", false, "bounds the score softly to (-c, c)"},
-    {"sliding_window", {"w"}, "q_idx >= kv_idx and q_idx - kv_idx <= w", true, "causal, and at most w positions back"},
-    {"prefix_lm",
-     {"length"},
-     "kv_idx < length or q_idx >= kv_idx",
-     true,
+    {"sliding_window", {"w"}, "q_idx >= kv_idx and q_idx - kv_idx <= w", true,
+     "causal, and at most w positions back"},
+    {"prefix_lm", {"length"}, "kv_idx < length or q_idx >= kv_idx", true,
      "causal behind a prefix that every query sees"},
-    {"document",
-     {"ids"},
-     "ids[q_idx] == ids[kv_idx]",
-     true,
+    {"document", {"ids"}, "ids[q_idx] == ids[kv_idx]", true,
      "a query sees its own document; ids holds each position's document"},
-};
+  };
+  // clang-format on
+}
 
 Error refuse(std::string message) { return {std::move(message), {}}; }
 
@@ -46,7 +41,7 @@ Error refuse(std::string message) { return {std::move(message), {}}; }
 const Registry& Registry::builtin() {
   static const Registry registry = [] {
     Registry built;
-    for (const RegistryEntry& entry : kBuiltins) built.add(entry);
+    for (RegistryEntry& entry : builtins()) built.add(std::move(entry));
     return built;
   }();
   return registry;
@@ -87,6 +82,7 @@ const RegistryEntry* Registry::find(std::string_view name) const {
 
 std::vector<const RegistryEntry*> Registry::entries() const {
   std::vector<const RegistryEntry*> all;
+  all.reserve(entries_.size());
   for (const auto& [name, entry] : entries_) all.push_back(&entry);
   return all;
 }

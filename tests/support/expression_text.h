@@ -96,6 +96,7 @@ inline dsl::Expected<dsl::Expr> bound(std::string_view text, const Captures& cap
 
 inline std::vector<dsl::CaptureView> views(const dsl::Expr& expr, const Captures& captures) {
   std::vector<dsl::CaptureView> all;
+  all.reserve(expr.captures.size());
   for (const dsl::Capture& capture : expr.captures) all.push_back(captures.at(capture.name).view());
   return all;
 }

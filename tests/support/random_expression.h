@@ -341,7 +341,7 @@ class ExpressionGenerator {
   Text float_literal() {
     if (!options_.moderate && chance(0.15)) {
       const std::vector<std::string> extreme = {"inf", "nan", "1e30", "1e-30", "-inf", "1e300"};
-      const std::string text = extreme[static_cast<std::size_t>(pick(6))];
+      const std::string& text = extreme[static_cast<std::size_t>(pick(6))];
       return {text, text[0] == '-' ? 9 : 11};
     }
     const std::vector<std::string> usual = {"0.5", "2.0", "1.5", ".25", "3.", "1e-1", "0.125", "1.25e0"};

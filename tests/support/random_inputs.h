@@ -1,4 +1,4 @@
-// Tensors and points for a random expression: ordinary values, and some at the edges.
+// Tensors and points for a random expression: ordinary values, and some at the kEdges.
 #pragma once
 
 #include <cstring>
@@ -50,9 +50,9 @@ inline Captures random_captures(std::mt19937_64& random, const RandomExpression&
 }
 
 inline dsl::Point random_point(std::mt19937_64& random) {
-  constexpr double edges[] = {
+  constexpr double kEdges[] = {
       0.0, 1.0, -1.0, 1e10, std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
-  const double score = random() % 8 == 0 ? edges[random() % 6]
+  const double score = random() % 8 == 0 ? kEdges[random() % 6]
                                          : static_cast<double>(static_cast<std::int64_t>(random() % 4000) - 2000) / 256;
   return {.score = score,
           .b = static_cast<std::int64_t>(random() % 3),

@@ -9,18 +9,20 @@ namespace attnjit::dsl {
 namespace {
 
 using test::bound;
-using test::Captured;
 using test::Captures;
 using testing::HasSubstr;
 
-const Captures kCaptures = {{"f", {.dtype = DType::kBF16, .bytes = {0, 0}}},
-                            {"i", {.dtype = DType::kUInt8, .bytes = {0}}},
-                            {"c", {.dtype = DType::kBool, .bytes = {0}}},
-                            {"t", {.dtype = DType::kF32, .extent = {1}, .bytes = {0, 0, 0, 0}}}};
+const Captures& captures() {
+  static const Captures all = {{"f", {.dtype = DType::kBF16, .bytes = {0, 0}}},
+                               {"i", {.dtype = DType::kUInt8, .bytes = {0}}},
+                               {"c", {.dtype = DType::kBool, .bytes = {0}}},
+                               {"t", {.dtype = DType::kF32, .extent = {1}, .bytes = {0, 0, 0, 0}}}};
+  return all;
+}
 
 // The bound tree, or the error.
 std::string typed(std::string_view text, ModKind kind = ModKind::kScoreMod) {
-  const auto expr = bound(text, kCaptures, kind);
+  const auto expr = bound(text, captures(), kind);
   return expr ? test::tree(*expr, expr->root) : "error: " + expr.error().message;
 }
 
@@ -51,7 +53,7 @@ TEST(DslBind, WritesConversionsOut) {
 }
 
 TEST(DslBind, TypesEveryNodeAndSharesConversions) {
-  const auto expr = bound("let x = h + 1; exp(x) + log(x) + where(c, score, -inf)", kCaptures);
+  const auto expr = bound("let x = h + 1; exp(x) + log(x) + where(c, score, -inf)", captures());
   ASSERT_TRUE(expr);
   int conversions = 0;
   for (const Node& node : expr->nodes) conversions += node.op == Op::kCall && node.function == Function::kToFloat;
@@ -83,7 +85,7 @@ TEST(DslBind, RefusesWithAReason) {
 }
 
 TEST(DslBind, PointsAtTheFault) {
-  const auto expr = bound("score +\n  where(h, 1, 2)", kCaptures);
+  const auto expr = bound("score +\n  where(h, 1, 2)", captures());
   ASSERT_FALSE(expr);
   EXPECT_EQ(expr.error().location.line, 2);
   EXPECT_EQ(expr.error().location.column, 3);

@@ -278,7 +278,7 @@ TEST(DslInterpreter, SharedValuesCostNothingExtra) {
   std::string text = "let x0 = score + where(h > 1, 0, -inf); ";
   for (int i = 1; i < 1000; ++i) {
     const std::string last = "x" + std::to_string(i - 1);
-    text += "let x" + std::to_string(i) + " = min(" + last + ", " + last + "); ";
+    text.append("let x" + std::to_string(i)).append(" = min(" + last).append(", " + last).append("); ");
   }
   EXPECT_EQ(value(text + "x999", kPoint), 0.75);
   EXPECT_FALSE(evaluate(text + "x999", {.h = 1}).keep);

@@ -100,7 +100,7 @@ TEST(DslPrinter, ReadsBackDeepTrees) {
     const std::string last = "x" + std::to_string(i - 1);
     const char* forms[] = {"2 - ", "-", "exp(1 - ", "2 ** "};
     const char* form = forms[i % 4];
-    deep += "let x" + n + " = " + form + last + (form[0] == 'e' ? ")" : "") + "; ";
+    deep.append("let x" + n).append(" = ").append(form).append(last).append(form[0] == 'e' ? "); " : "; ");
     long_sum += " + " + n + ".5";
   }
   expect_reads_back(deep + "x1499", ModKind::kScoreMod);

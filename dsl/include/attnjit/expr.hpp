@@ -36,8 +36,8 @@
 
 namespace attnjit {
 
-inline constexpr double inf = std::numeric_limits<double>::infinity();
-inline constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+inline constexpr double inf = std::numeric_limits<double>::infinity();   // NOLINT(readability-identifier-naming)
+inline constexpr double nan = std::numeric_limits<double>::quiet_NaN();  // NOLINT(readability-identifier-naming)
 
 namespace expression {
 
@@ -406,7 +406,7 @@ inline Value where(const Value& condition, const Value& x, const Value& y) {
 }
 template <std::convertible_to<Value>... Rest>
 Value min(const Value& x, const Value& y, const Rest&... rest) {
-  const Value least(expression::call("min", {x.node(), y.node()}));
+  Value least(expression::call("min", {x.node(), y.node()}));
   if constexpr (sizeof...(rest) == 0) {
     return least;
   } else {
@@ -415,7 +415,7 @@ Value min(const Value& x, const Value& y, const Rest&... rest) {
 }
 template <std::convertible_to<Value>... Rest>
 Value max(const Value& x, const Value& y, const Rest&... rest) {
-  const Value greatest(expression::call("max", {x.node(), y.node()}));
+  Value greatest(expression::call("max", {x.node(), y.node()}));
   if constexpr (sizeof...(rest) == 0) {
     return greatest;
   } else {
