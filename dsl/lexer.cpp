@@ -148,6 +148,8 @@ class Lexer {
       if (text.starts_with('+')) text.remove_prefix(1);
       const bool negative = text.starts_with('-');
       if (std::from_chars(text.data(), text.data() + text.size(), exponent).ec != std::errc()) return negative;
+      // Far beyond any literal's digits, and safe to add to.
+      exponent = std::clamp<long long>(exponent, -1'000'000'000, 1'000'000'000);
     }
     const std::string_view mantissa = digits.substr(0, e);
     const std::size_t point = std::min(mantissa.find('.'), mantissa.size());

@@ -60,6 +60,8 @@ TEST(DslParser, ReadsNamesAndLiterals) {
       {"-9223372036854775808", "(neg -9223372036854775808)"},
       {"9223372036854775807", "9223372036854775807"},
       {"1e-400", "0.0"},
+      {"2e-9223372036854775807", "0.0"},
+      {"0.0e99999999999999999999", "0.0"},
   };
   for (const TreeCase& c : cases) {
     EXPECT_EQ(tree(c.text), c.tree) << c.text;
@@ -259,6 +261,8 @@ TEST(DslParser, RefusesWithAReason) {
       {"9223372036854775808", "does not fit in 64 bits"},
       {"99999999999999999999", "does not fit in 64 bits"},
       {"1e999", "too large for a float; write inf"},
+      {"2e9223372036854775807", "too large for a float"},
+      {"2e99999999999999999999", "too large for a float"},
       {"score \xe2\x89\xa5 1", "unexpected byte 0xe2"},
       {"score $ 1", "the character '$' has no meaning here"},
       {"a[0,0,0,0,0,0]", "at most 5 dimensions"},
