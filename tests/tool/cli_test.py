@@ -14,6 +14,8 @@ import tempfile
 import unittest
 
 TOOL = sys.argv.pop(1)
+# A library that makes fused results wrong, where the build has one.
+WRONG_RESULT = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
 FORMATS = {"F32": "f", "I32": "i", "I64": "q", "U8": "B", "BOOL": "B", "F64": "d", "F16": "e"}
 
 
@@ -321,6 +323,23 @@ class Bench(Tool):
         rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
         self.assertEqual([row["score_mod"] for row in rows], ["softcap(20)"] * 2)
         self.assertEqual({row["pass"] for row in rows}, {"true"})
+
+    @unittest.skipIf(WRONG_RESULT is None, "sanitizers are loaded first themselves")
+    def test_a_wrong_result_is_shown(self):
+        for wrong, expected in [("", None), ("half_percent", "the oracle has"), ("lse", "lse is"),
+                                ("one_element", "eager has"), ("not_written", "o[")]:
+            with self.subTest(wrong=wrong):
+                done = subprocess.run([TOOL, "bench", "score-mod", "-b", "1", "-nh", "2", "-s", "200", "-d", "32",
+                                       "-dtype", "float32", "-mods", "noop", "causal", "--reps", "1"],
+                                      env={**os.environ, "LD_PRELOAD": WRONG_RESULT, "ATTNJIT_TEST_WRONG": wrong},
+                                      capture_output=True, text=True)
+                self.assertEqual(done.returncode, 1 if wrong else 0, done.stderr)
+                if expected:
+                    self.assertIn("2 of 2 cells are WRONG", done.stdout)
+                    self.assertIn(expected, done.stdout)
+                    self.assertNotIn("Average", done.stdout)
+                else:
+                    self.assertIn("All 2 cells pass", done.stdout)
 
     def test_every_registered_kind(self):
         text = self.tool("bench", "score-mod", *self.SMALL, "-mods", "alibi", "sliding_window(16)", "prefix_lm(8)",
