@@ -159,6 +159,7 @@ std::vector<RunResult> run_with_one_plan(std::vector<Problem*> problems) {
   if (status != ATTNJIT_OK) return {failed("attnjit_prepare", status)};
   const PlanPtr plan(made);
   std::vector<RunResult> results;
+  results.reserve(problems.size());
   for (Problem* const problem : problems) results.push_back(run_plan(plan.get(), *problem, Outputs::kAll));
   return results;
 }
@@ -167,6 +168,7 @@ RunResult run_reference(Problem& problem, const std::vector<RowIndex>& rows) {
   attnjit_context* const context = shared_context(problem.spec.threads);
   if (context == nullptr) return failed("attnjit_context_create", ATTNJIT_INTERNAL);
   std::vector<attnjit_row> c_rows;
+  c_rows.reserve(rows.size());
   for (const RowIndex& row : rows) c_rows.push_back({row.b, row.h, row.q_idx});
   RunResult result;
   result.outcome.o.resize(rows.size() * static_cast<std::size_t>(problem.spec.head_dim_v));

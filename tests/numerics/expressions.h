@@ -25,7 +25,7 @@ struct Expression {
   }
 };
 
-inline void PrintTo(const Expression& expression, std::ostream* out) { *out << expression.fields; }
+inline std::ostream& operator<<(std::ostream& out, const Expression& expression) { return out << expression.fields; }
 
 // One or more per mod of the registry.
 std::span<const Expression> registry_expressions();

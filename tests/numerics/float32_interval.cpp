@@ -234,15 +234,16 @@ bool compare_ints(dsl::Op op, std::int64_t a, std::int64_t b) {
   }
 }
 
-Interval call_int(const dsl::Node& node, const Interval& a, const Interval* b, const Interval* c) {
-  const bool unsure = a.unsure || (b != nullptr && b->unsure) || (c != nullptr && c->unsure);
+// `b` and `c` are `a` where the function has fewer arguments.
+Interval call_int(const dsl::Node& node, const Interval& a, const Interval& b, const Interval& c) {
+  const bool unsure = a.unsure || b.unsure || c.unsure;
   switch (node.function) {
     case dsl::Function::kMin:
-      return whole(std::min(a.integer, b->integer), unsure);
+      return whole(std::min(a.integer, b.integer), unsure);
     case dsl::Function::kMax:
-      return whole(std::max(a.integer, b->integer), unsure);
+      return whole(std::max(a.integer, b.integer), unsure);
     case dsl::Function::kClamp:
-      return whole(std::min(std::max(a.integer, b->integer), c->integer), unsure);
+      return whole(std::min(std::max(a.integer, b.integer), c.integer), unsure);
     case dsl::Function::kAbs:
       return whole(a.integer < 0 ? wrap(0 - static_cast<std::uint64_t>(a.integer)) : a.integer, unsure);
     case dsl::Function::kSign:
@@ -257,18 +258,18 @@ Interval call_int(const dsl::Node& node, const Interval& a, const Interval* b, c
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 double gelu(double x) { return x * 0.5 * (1.0 + std::erf(x * std::numbers::sqrt2 / 2.0)); }
 
-Interval call_float(const dsl::Node& node, const Interval& a, const Interval* b, const Interval* c) {
+Interval call_float(const dsl::Node& node, const Interval& a, const Interval& b, const Interval& c) {
   constexpr double kError = kFunction * kUnit;
   const auto nan_outside = [](auto f, double least) {
     return [f, least](double x) { return x < least ? kNan : f(x); };
   };
   switch (node.function) {
     case dsl::Function::kMin:
-      return minimum(a, *b, false);
+      return minimum(a, b, false);
     case dsl::Function::kMax:
-      return minimum(a, *b, true);
+      return minimum(a, b, true);
     case dsl::Function::kClamp:
-      return minimum(minimum(a, *b, true), *c, false);
+      return minimum(minimum(a, b, true), c, false);
     case dsl::Function::kAbs: {
       Interval result = exact_step(a, [](double x) { return std::fabs(x); });
       if (!result.unsure && a.lo < 0.0 && a.hi > 0.0) result.lo = 0.0;
@@ -498,8 +499,8 @@ Interval Float32Interval::node(const dsl::Node& node) const {
     }
     case Op::kCall: {
       const Interval& a = arg(node, 0);
-      const Interval* const b = node.args.size() > 1 ? &arg(node, 1) : nullptr;
-      const Interval* const c = node.args.size() > 2 ? &arg(node, 2) : nullptr;
+      const Interval& b = node.args.size() > 1 ? arg(node, 1) : a;
+      const Interval& c = node.args.size() > 2 ? arg(node, 2) : a;
       switch (node.function) {
         case dsl::Function::kToFloat:
           if (type_of(0) == dsl::Type::kFloat) return a;

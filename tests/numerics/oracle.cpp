@@ -67,6 +67,7 @@ class Mod {
  private:
   static std::vector<dsl::CaptureView> views_of(const BoundMod& mod) {
     std::vector<dsl::CaptureView> views;
+    views.reserve(mod.captures.size());
     for (const Tensor& tensor : mod.captures) views.push_back(tensor.capture_view());
     return views;
   }
@@ -288,6 +289,7 @@ class Rows {
 
 std::vector<RowIndex> Gold::rows() const {
   std::vector<RowIndex> result;
+  result.reserve(row.size());
   for (const GoldRow& each : row) result.push_back(each.at);
   return result;
 }
@@ -317,6 +319,7 @@ std::vector<RowIndex> sample_rows(const Case& spec) {
     while (static_cast<std::int64_t>(chosen.size()) < spec.rows) add(random.between(0, total - 1));
   }
   std::vector<RowIndex> rows;
+  rows.reserve(chosen.size());
   for (const auto& [b, h, q_idx] : chosen) rows.push_back({b, h, q_idx});
   return rows;
 }
@@ -324,6 +327,7 @@ std::vector<RowIndex> sample_rows(const Case& spec) {
 Gold compute_gold(const Problem& problem, const std::vector<RowIndex>& rows) {
   Gold gold;
   Rows oracle(problem);
+  gold.row.reserve(rows.size());
   for (const RowIndex& at : rows) gold.row.push_back(oracle.compute(at));
   return gold;
 }

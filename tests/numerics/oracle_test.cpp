@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <string>
 
@@ -25,12 +24,12 @@ struct At {
 struct HandWritten {
   const char* name;
   const char* fields;
-  std::function<double(const At&)> mod;
+  double (*mod)(const At&);
 };
 
 double kept(bool condition, double value) { return condition ? value : -kInfinity; }
 
-const HandWritten kMods[] = {
+constexpr HandWritten kMods[] = {
     {"Noop", R"_(score_mod="noop")_", [](const At& at) { return at.score; }},
     {"Causal", R"_(score_mod="causal")_", [](const At& at) { return kept(at.q >= at.kv, at.score); }},
     {"Rel", R"_(score_mod="rel")_", [](const At& at) { return at.score + static_cast<double>(at.q - at.kv); }},

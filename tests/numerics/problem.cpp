@@ -57,6 +57,7 @@ void poison_dropped_keys(Problem* problem) {
   const Case& spec = problem->spec;
   const auto views = [](const BoundMod& mod) {
     std::vector<dsl::CaptureView> result;
+    result.reserve(mod.captures.size());
     for (const Tensor& tensor : mod.captures) result.push_back(tensor.capture_view());
     return result;
   };

@@ -105,7 +105,7 @@ TEST_P(NumericsRandom, ShapesMeetTheRules) {
   const auto registry = registry_expressions();
   const auto others = other_expressions();
   for (int i = 0; i < 20; ++i) {
-    const auto seed = static_cast<std::uint64_t>(GetParam() * 20 + i);
+    const auto seed = 20 * static_cast<std::uint64_t>(GetParam()) + static_cast<std::uint64_t>(i);
     Case spec = random_case(seed);
     Random random(seed ^ 0x65787072);
     const Expression& expression = random.between(0, 1) == 0 ? random.pick(registry) : random.pick(others);
@@ -123,7 +123,7 @@ class NumericsGenerated : public testing::TestWithParam<int> {};
 
 TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
   for (int i = 0; i < 20; ++i) {
-    const auto seed = static_cast<std::uint64_t>(GetParam() * 20 + i);
+    const auto seed = 20 * static_cast<std::uint64_t>(GetParam()) + static_cast<std::uint64_t>(i);
     Case spec = random_case(seed ^ 0x67656e);
     spec.head_dim = std::min<std::int64_t>(spec.head_dim, 64);
     spec.head_dim_v = std::min<std::int64_t>(spec.head_dim_v, 64);

@@ -60,7 +60,7 @@ constexpr const char* kShapes[] = {
 
 // Two spellings of the same scores.
 TEST(NumericsRelation, SpellingsAgreeToTheBit) {
-  const std::pair<const char*, const char*> kPairs[] = {
+  constexpr std::pair<const char*, const char*> kPairs[] = {
       {"noop", "score + 0"},
       {"noop", "score * 1"},
       {"where(q_idx >= kv_idx, score, -inf)", "where(kv_idx > q_idx, -inf, score)"},
@@ -298,6 +298,7 @@ TEST(NumericsRelation, ConcurrentCallsAreBitIdentical) {
       alone.push_back(run_or_fail(problems.back(), context));
     }
     std::vector<std::thread> callers;
+    callers.reserve(kCallers);
     std::vector<std::string> faults(kCallers);
     for (int i = 0; i < kCallers; ++i) {
       callers.emplace_back([&, i] {

@@ -18,6 +18,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 std::vector<dsl::CaptureView> views(const BoundMod& mod) {
   std::vector<dsl::CaptureView> result;
+  result.reserve(mod.captures.size());
   for (const Tensor& tensor : mod.captures) result.push_back(tensor.capture_view());
   return result;
 }

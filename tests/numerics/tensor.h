@@ -85,7 +85,7 @@ class Tensor {
   std::vector<std::int64_t> shape_, stride_;
   std::int64_t first_ = 0;  // element offset from the buffer's start
   std::shared_ptr<Buffer> buffer_;
-  DLTensor dl_{};
+  DLTensor dl_ = {nullptr, {kDLCPU, 0}, 0, {kDLFloat, 32, 1}, nullptr, nullptr, 0};
 };
 
 // Calls `body` with every index of `shape`, the last dimension fastest.

@@ -1,4 +1,5 @@
 // The library made to compute something else than it was asked, and the judge, which has to notice.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -69,8 +70,8 @@ TEST_P(NumericsWrong, IsRejected) {
       const std::string heads = std::string(GetParam().right).starts_with("hq") ? "" : "hq=2 hkv=1 ";
       Problem right, wrong;
       std::string error;
-      ASSERT_TRUE(make_problem(parse(heads + GetParam().right + rest), &right, &error)) << error;
-      ASSERT_TRUE(make_problem(parse(heads + GetParam().wrong + rest), &wrong, &error)) << error;
+      ASSERT_TRUE(make_problem(parse(fmt::format("{}{}{}", heads, GetParam().right, rest)), &right, &error)) << error;
+      ASSERT_TRUE(make_problem(parse(fmt::format("{}{}{}", heads, GetParam().wrong, rest)), &wrong, &error)) << error;
       const Gold gold = compute_gold(right, sample_rows(right.spec));
       const RunResult good = run(right), bad = run(wrong);
       ASSERT_EQ(good.error, "");
@@ -91,7 +92,7 @@ TEST(NumericsWrongOutput, IsRejected) {
     const char* name;
     std::function<void(Outcome*)> apply;
   };
-  const Fault kFaults[] = {
+  const Fault faults[] = {
       {"half a percent too large",
        [](Outcome* out) {
          for (double& value : out->o) value *= 1.005;
@@ -120,7 +121,7 @@ TEST(NumericsWrongOutput, IsRejected) {
       const RunResult result = run(problem);
       ASSERT_EQ(result.error, "");
       ASSERT_TRUE(judge(problem, gold, result.outcome).accepted);
-      for (const Fault& fault : kFaults) {
+      for (const Fault& fault : faults) {
         Outcome outcome = result.outcome;
         fault.apply(&outcome);
         const Verdict verdict = judge(problem, gold, outcome);
