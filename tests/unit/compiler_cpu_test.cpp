@@ -165,6 +165,7 @@ TEST(CompilerCpu, DroppedElements) {
                            "max(where(h < 2, score, -inf), p[h])",
                            "tanh(where(h < 2, score, -inf))",
                            "where(score > 0, score, -inf)",
+                           "where(score > 1, score, -inf)",
                            "where(h < 2, where(q_idx < 9, score, -inf), where(kv_idx < 30, score + 1, -inf))",
                            "-inf",
                            "score - inf",
