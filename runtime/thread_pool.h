@@ -50,12 +50,12 @@ class ThreadPool {
   void work(int thread);
   void serve(Worker& worker, int thread);
 
-  std::vector<std::unique_ptr<Worker>> workers_;
   alignas(64) std::atomic<bool> busy_{false};
   // The current call's; written only while no worker runs.
   Task function_ = nullptr;
   void* context_ = nullptr;
   std::int64_t tasks_ = 0;
+  std::vector<std::unique_ptr<Worker>> workers_;
   alignas(64) std::atomic<std::int64_t> next_{0};
 };
 

@@ -3,21 +3,21 @@
 
 namespace attnjit::cpu {
 
-extern const Products kProductsSse2;
-extern const Products kProductsAvx2;
-extern const Products kProductsAvx512;
-extern const Products kProductsAvx512Bf16;
+extern const Products products_sse2;
+extern const Products products_avx2;
+extern const Products products_avx512;
+extern const Products products_avx512bf16;
 
 const Products& products(int isa) {
   switch (isa) {
     case 0:
-      return kProductsSse2;
+      return products_sse2;
     case 1:
-      return kProductsAvx2;
+      return products_avx2;
     case 2:
-      return kProductsAvx512;
+      return products_avx512;
     default:
-      return kProductsAvx512Bf16;
+      return products_avx512bf16;
   }
 }
 

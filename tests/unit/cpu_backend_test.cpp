@@ -223,7 +223,7 @@ struct Problem {
     const ForwardCall c = call();
     const std::size_t size = cpu_workspace_size(c, pool.size());
     std::vector<std::uint8_t> memory(size + 64 + 64, 0xff);
-    auto* workspace = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 63) / 64 * 64);
+    auto* const workspace = static_cast<std::uint8_t*>(test::align_64(memory.data()));
     cpu_forward(c, tile, static_cast<compiler::CpuIsa>(config.isa), workspace, pool);
     for (std::size_t i = size; i < size + 64; ++i) ASSERT_EQ(workspace[i], 0xff) << "behind the workspace";
   }
@@ -460,6 +460,7 @@ TEST_F(CpuBackend, ConcurrentCallsOnOnePool) {
   std::deque<Problem> problems;
   for (int i = 0; i < 4; ++i) problems.emplace_back(c);
   std::vector<std::thread> callers;
+  callers.reserve(problems.size());
   for (Problem& p : problems) callers.emplace_back([&] { p.run(pool, tile); });
   for (std::thread& caller : callers) caller.join();
   for (Problem& p : problems) p.check();

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "kernels_templates/cpu/products.h"
@@ -56,6 +57,12 @@ inline double value_of(std::uint16_t bits, cpu::Storage storage) {
   return values[bits];
 }
 
+// The first address from `p` on that is a multiple of 64.
+inline void* align_64(void* p) {
+  std::size_t space = 128;
+  return std::align(64, 64, p, space);
+}
+
 // rows x kPanelLanes floats, 64-byte aligned, NaN at first, with a guard behind them.
 class PanelBuffer {
  public:
@@ -68,11 +75,8 @@ class PanelBuffer {
   }
   PanelBuffer& operator=(const PanelBuffer&) = delete;
 
-  float* data() { return const_cast<float*>(static_cast<const PanelBuffer*>(this)->data()); }
-  const float* data() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(storage_.data());
-    return reinterpret_cast<const float*>((address + 63) / 64 * 64);
-  }
+  float* data() { return static_cast<float*>(align_64(storage_.data())); }
+  const float* data() const { return const_cast<PanelBuffer*>(this)->data(); }
   float& operator[](std::int64_t i) { return data()[i]; }
   float operator[](std::int64_t i) const { return data()[i]; }
   bool guard_intact() const {

@@ -19,12 +19,9 @@
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 #define ATTNJIT_VECTOR_WIDTH 4
-#include "kernels_templates/cpu/tile.cpp"
+#include "kernels_templates/cpu/tile.cpp"  // NOLINT(bugprone-suspicious-include): built here as plain code
 
 namespace {
-
-using attnjit::cpu::kPanelLanes;
-using attnjit::cpu::kTileRows;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -60,7 +57,7 @@ class KernelsTile : public testing::TestWithParam<int> {
     compiler::ModProblem problem{.score_mod = score, .mask_mod = {}, .captures = {}};
     problem.seqlen_q = problem.seqlen_kv = 1024;
     auto compiled = compiler::compile_cpu_tile(problem, {.isa = static_cast<compiler::CpuIsa>(GetParam()), .dump = {}});
-    ASSERT_FALSE(compiled.error) << compiled.error->message;
+    if (compiled.error) FAIL() << compiled.error->message;
     compiled_ = compiled.value;
     ASSERT_TRUE(compiled_->scores_in_log2());
   }
@@ -143,6 +140,8 @@ class TilePanel {
   std::vector<float> weights_[kPanelLanes];
 };
 
+std::size_t at(std::int64_t row, std::int64_t lane) { return static_cast<std::size_t>(row * kPanelLanes + lane); }
+
 std::vector<float> random_scores(long long rows, float scale, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal(0.0f, scale);
@@ -175,11 +174,14 @@ TEST_P(KernelsTile, ModSeesLogicalIndices) {
 TEST_P(KernelsTile, Exp2IsAccurateOverItsRange) {
   // One row of 0 pins the maximum, so that the others are exponents.
   double worst = 0;
-  for (double x = -126.0; x <= 0.0; x += 0.00173 * kPanelLanes * (kTileRows - 1)) {
+  const double step = 0.00173;
+  const double span = step * kPanelLanes * (kTileRows - 1);
+  for (int part = 0; part * span < 126.0; ++part) {
+    const double x = -126.0 + part * span;
     TilePanel panel(tile());
     std::vector<float> scores(kTileRows * kPanelLanes, 0.0f);
     for (int i = kPanelLanes; i < kTileRows * kPanelLanes; ++i) {
-      scores[static_cast<std::size_t>(i)] = std::min(0.0f, static_cast<float>(x + 0.00173 * (i - kPanelLanes)));
+      scores[static_cast<std::size_t>(i)] = std::min(0.0f, static_cast<float>(x + step * (i - kPanelLanes)));
     }
     panel.feed(scores);
     for (int i = kPanelLanes; i < kTileRows * kPanelLanes; ++i) {
@@ -196,7 +198,7 @@ TEST_P(KernelsTile, Exp2EndsAreZeroOneAndNeverDenormal) {
   std::vector<float> scores(kPanelLanes * 8, 0.0f);
   const float row[] = {0.0f, -0.0f, -126.0f, -126.00001f, -150.0f, -1e30f, -kInf, -0x1p-30f};
   for (int i = 0; i < 8; ++i) {
-    for (int lane = 0; lane < kPanelLanes; ++lane) scores[static_cast<std::size_t>(i * kPanelLanes + lane)] = row[i];
+    for (int lane = 0; lane < kPanelLanes; ++lane) scores[at(i, lane)] = row[i];
   }
   panel.feed(scores);
   const float gold[] = {1.0f, 1.0f, 0x1p-126f, 0.0f, 0.0f, 0.0f, 0.0f, 1.0f};
@@ -212,10 +214,9 @@ TEST_P(KernelsTile, DroppedElementsWeighNothing) {
   TilePanel panel(tile());
   std::vector<float> first = random_scores(16, 1.0f, 3), second = random_scores(16, 1.0f, 4);
   for (int row = 0; row < 16; ++row) {
-    first[static_cast<std::size_t>(row * kPanelLanes)] = -kInf;
-    second[static_cast<std::size_t>(row * kPanelLanes + 1)] = -kInf;
-    first[static_cast<std::size_t>(row * kPanelLanes + 2)] = second[static_cast<std::size_t>(row * kPanelLanes + 2)] =
-        -kInf;
+    first[at(row, 0)] = -kInf;
+    second[at(row, 1)] = -kInf;
+    first[at(row, 2)] = second[at(row, 2)] = -kInf;
   }
   panel.feed(first);
   panel.feed(second);
@@ -239,7 +240,7 @@ TEST_P(KernelsTile, NanAndPositiveInfinityMakeTheSumNan) {
       TilePanel panel(tile());
       for (int i = 0; i < 3; ++i) {
         std::vector<float> scores = random_scores(20, 1.0f, 5);
-        if (i == block) scores[7 * kPanelLanes + 4] = bad;
+        if (i == block) scores[at(7, 4)] = bad;
         panel.feed(scores);
       }
       EXPECT_TRUE(std::isnan(panel.sum(4))) << bad << " in block " << block;

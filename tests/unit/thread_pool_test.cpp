@@ -68,6 +68,7 @@ TEST(ThreadPool, ConcurrentCallersEachGetTheirOwnTasks) {
   ThreadPool pool(3);
   std::atomic<int> wrong{0};
   std::vector<std::thread> callers;
+  callers.reserve(4);
   for (int caller = 0; caller < 4; ++caller) {
     callers.emplace_back([&, caller] {
       for (int call = 0; call < 300; ++call) {
