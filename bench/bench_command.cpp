@@ -38,8 +38,9 @@ namespace {
 
 // PyTorch's sweep (2 8 16 / 16,16 / 512 1024 4096 / 64 128) is one for a GPU. On a CPU it would take an hour and 16 GiB
 // of eager scores; this one takes about a minute on two cores and 256 MiB.
-const std::vector<std::int64_t> kCpuBatches{1}, kCpuSeqlens{512, 1024, 2048}, kHeadDims{64, 128};
-const std::vector<std::string> kHeads{"16,16"}, kMods{"noop", "causal", "rel", "head_bias"};
+constexpr std::int64_t kCpuBatches[] = {1}, kCpuSeqlens[] = {512, 1024, 2048}, kHeadDims[] = {64, 128};
+constexpr const char* kHeads[] = {"16,16"};
+constexpr const char* kMods[] = {"noop", "causal", "rel", "head_bias"};
 
 // Beyond the sampled rows, every element is compared with the eager result. Both may be off by their bound; the rows
 // that were not sampled may have larger bounds than those that were.
@@ -410,7 +411,7 @@ class Bench {
                     host_.value("isa", "unknown instruction set"), host_.value("threads", options_.threads)));
     add("device", "cpu");
     add("sweep",
-        options_.batches == kCpuBatches && options_.seqlens == kCpuSeqlens
+        std::ranges::equal(options_.batches, kCpuBatches) && std::ranges::equal(options_.seqlens, kCpuSeqlens)
             ? "smaller than PyTorch's, for a CPU; PyTorch's own: -b 2 8 16 -nh 16,16 -s 512 1024 4096 -d 64 128"
             : "as asked for");
     add("inputs",
@@ -509,11 +510,11 @@ int bench_score_mod(const BenchOptions& options) {
 
 void add_bench_command(CLI::App& app, Action& action) {
   auto options = std::make_shared<BenchOptions>();
-  options->batches = kCpuBatches;
-  options->heads = kHeads;
-  options->seqlens = kCpuSeqlens;
-  options->head_dims = kHeadDims;
-  options->mods = kMods;
+  options->batches.assign(std::begin(kCpuBatches), std::end(kCpuBatches));
+  options->heads.assign(std::begin(kHeads), std::end(kHeads));
+  options->seqlens.assign(std::begin(kCpuSeqlens), std::end(kCpuSeqlens));
+  options->head_dims.assign(std::begin(kHeadDims), std::end(kHeadDims));
+  options->mods.assign(std::begin(kMods), std::end(kMods));
 
   CLI::App* bench = app.add_subcommand("bench", "Measurements");
   CLI::App* command = bench->add_subcommand(

@@ -129,7 +129,10 @@ void fill_capture(Tensor& tensor, const CaptureSpec& spec, std::uint64_t seed) {
     for (std::int64_t i = 0; i < size; ++i) tensor.set(i, static_cast<double>(random() >> 63));
   } else {
     const std::int64_t last = tensor.shape().empty() ? 1 : tensor.shape().back();
-    for (std::int64_t i = 0; i < size; ++i) tensor.set(i, static_cast<double>(i % last * 8 / last));
+    for (std::int64_t i = 0; i < size; ++i) {
+      const std::int64_t run = i % last * 8 / last;
+      tensor.set(i, static_cast<double>(run));
+    }
   }
 }
 
@@ -192,8 +195,8 @@ ElementType parse_dtype(const std::string& text) {
 }
 
 attnjit_backend parse_backend(const std::string& text) {
-  constexpr attnjit_backend all[] = {ATTNJIT_BACKEND_AUTO, ATTNJIT_BACKEND_MATH, ATTNJIT_BACKEND_CPU};
-  for (attnjit_backend backend : all) {
+  constexpr attnjit_backend kAll[] = {ATTNJIT_BACKEND_AUTO, ATTNJIT_BACKEND_MATH, ATTNJIT_BACKEND_CPU};
+  for (attnjit_backend backend : kAll) {
     if (text == attnjit_backend_name(backend)) return backend;
   }
   throw user_error(fmt::format("--backend {}: allowed are auto, math and cpu", in_quotes(text)));

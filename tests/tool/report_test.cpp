@@ -84,7 +84,9 @@ TEST(Report, GithubTableNamesEverything) {
     if (line.empty() || line[0] != '|') {
       width = 0;
     } else {
-      if (width != 0) EXPECT_EQ(line.size(), width) << line;
+      if (width != 0) {
+        EXPECT_EQ(line.size(), width) << line;
+      }
       width = line.size();
     }
   }
