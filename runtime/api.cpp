@@ -21,7 +21,6 @@
 using attnjit::runtime::Check;
 using attnjit::runtime::CheckedCall;
 using attnjit::runtime::Failure;
-using attnjit::runtime::Result;
 
 struct attnjit_context {
   std::shared_ptr<attnjit::runtime::Context> state;

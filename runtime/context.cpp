@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -58,10 +59,11 @@ Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* o
   }
   Result<Environment> environment = read_environment();
   if (!environment) return environment.failure();
-  if (environment->cpu_isa && *environment->cpu_isa > compiler::host_cpu_isa()) {
-    return Failure{ATTNJIT_ENVIRONMENT, fmt::format("ATTNJIT_CPU_ISA is '{}'; this processor has at most '{}'",
-                                                    compiler::cpu_isa_name(*environment->cpu_isa),
-                                                    compiler::cpu_isa_name(compiler::host_cpu_isa()))};
+  const std::optional<compiler::CpuIsa> isa = environment->cpu_isa;
+  if (isa && *isa > compiler::host_cpu_isa()) {
+    return Failure{ATTNJIT_ENVIRONMENT,
+                   fmt::format("ATTNJIT_CPU_ISA is '{}'; this processor has at most '{}'", compiler::cpu_isa_name(*isa),
+                               compiler::cpu_isa_name(compiler::host_cpu_isa()))};
   }
   auto context = std::make_shared<Context>(std::move(*environment), num_threads);
   if (context->logger().enabled(LogLevel::kInfo)) {

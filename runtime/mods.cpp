@@ -84,6 +84,7 @@ Result<Mods> parse_mods(const char* score_mod, const char* mask_mod, const dsl::
                                                            by_name.size(), dsl::kMaxCaptures)};
   }
   std::vector<dsl::Capture> joint;
+  joint.reserve(by_name.size());
   for (const auto& [name, capture] : by_name) joint.push_back(capture);
   renumber(&mods.score_mod, joint);
   if (mods.mask_mod) renumber(&*mods.mask_mod, joint);

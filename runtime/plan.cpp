@@ -263,9 +263,10 @@ Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Regis
 
   using Milliseconds = std::chrono::duration<double, std::milli>;
   Json phases = {{"parse_and_bind", Milliseconds(bound_at - start).count()}};
+  const std::optional<dsl::Expr>& mask_mod = compiled->parsed.mask_mod;
   Json json = {{"backend", attnjit_backend_name(plan->backend)},
                {"score_mod", dsl::print(compiled->parsed.score_mod)},
-               {"mask_mod", compiled->parsed.mask_mod ? Json(dsl::print(*compiled->parsed.mask_mod)) : Json()},
+               {"mask_mod", mask_mod ? Json(dsl::print(*mask_mod)) : Json()},
                {"problem", shape_text(s)},
                {"host", host_json(context)}};
   if (no_output(s) || no_keys(s)) {
@@ -463,9 +464,10 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
                 {"typed", dsl::print(bound)},
                 {"type", dsl::type_name(bound[bound.root].type)}};
   };
+  const std::optional<dsl::Expr>& mask = compiled->parsed.mask_mod;
+  const std::optional<dsl::Expr>& bound_mask = compiled->bound.mask_mod;
   Json json = {{"score_mod", expression(compiled->parsed.score_mod, compiled->bound.score_mod)},
-               {"mask_mod",
-                compiled->parsed.mask_mod ? expression(*compiled->parsed.mask_mod, *compiled->bound.mask_mod) : Json()},
+               {"mask_mod", mask && bound_mask ? expression(*mask, *bound_mask) : Json()},
                {"captures", std::move(captures)},
                {"problem", shape_text(call.signature)},
                {"backend", attnjit_backend_name(choose_backend(call.signature))},

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 
 #include "attnjit/attnjit.h"
 
@@ -22,18 +23,17 @@ using Check = std::optional<Failure>;
 template <typename T>
 class Result {
  public:
-  Result(T value) : value_(std::move(value)) {}
-  Result(Failure failure) : failure_(std::move(failure)) {}
-  explicit operator bool() const { return value_.has_value(); }
-  T& operator*() { return *value_; }
-  const T& operator*() const { return *value_; }
-  T* operator->() { return &*value_; }
-  const T* operator->() const { return &*value_; }
-  const Failure& failure() const { return failure_; }
+  Result(T value) : state_(std::move(value)) {}
+  Result(Failure failure) : state_(std::move(failure)) {}
+  explicit operator bool() const { return std::holds_alternative<T>(state_); }
+  T& operator*() { return *std::get_if<T>(&state_); }
+  const T& operator*() const { return *std::get_if<T>(&state_); }
+  T* operator->() { return std::get_if<T>(&state_); }
+  const T* operator->() const { return std::get_if<T>(&state_); }
+  const Failure& failure() const { return *std::get_if<Failure>(&state_); }
 
  private:
-  std::optional<T> value_;
-  Failure failure_;
+  std::variant<T, Failure> state_;
 };
 
 }  // namespace attnjit::runtime

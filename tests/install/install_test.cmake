@@ -28,6 +28,21 @@ if(symbols OR count LESS 10)
   message(FATAL_ERROR "${count} visible symbols, beside attnjit_*: ${symbols}")
 endif()
 
+# The library to ship needs glibc and nothing else.
+if(STATIC_LLVM)
+  run(${READELF} --dynamic ${prefix}/${LIBDIR}/libattnjit.so)
+  string(REPLACE "[" "<" output "${output}")  # brackets would tie list elements together
+  string(REPLACE "]" ">" output "${output}")
+  string(REGEX MATCHALL "NEEDED[^\n]*" needed "${output}")
+  if(NOT needed)
+    message(FATAL_ERROR "no NEEDED entries in:\n${output}")
+  endif()
+  list(FILTER needed EXCLUDE REGEX "<(libc|libm|libmvec|ld-linux-x86-64)\\.so")
+  if(needed)
+    message(FATAL_ERROR "libattnjit needs more than glibc: ${needed}")
+  endif()
+endif()
+
 run(${CMAKE_COMMAND} -S ${SOURCE_DIR} -B ${WORK_DIR}/build -G ${GENERATOR} -DCMAKE_PREFIX_PATH=${prefix}
   -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER=${C_COMPILER} -DCMAKE_CXX_COMPILER=${CXX_COMPILER})
 run(${CMAKE_COMMAND} --build ${WORK_DIR}/build)

@@ -23,6 +23,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace attnjit {
@@ -50,19 +51,19 @@ class [[nodiscard]] Status {
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}
-  Result(Status status) : status_(std::move(status)) {}
-  explicit operator bool() const { return value_.has_value(); }
-  T& operator*() & { return *value_; }
-  const T& operator*() const& { return *value_; }
-  T&& operator*() && { return *std::move(value_); }
-  T* operator->() { return &*value_; }
-  const T* operator->() const { return &*value_; }
-  const Status& status() const { return status_; }
+  Result(T value) : state_(std::move(value)) {}
+  Result(Status status) : state_(std::move(status)) {}
+  explicit operator bool() const { return std::holds_alternative<T>(state_); }
+  T& operator*() & { return *std::get_if<T>(&state_); }
+  const T& operator*() const& { return *std::get_if<T>(&state_); }
+  T&& operator*() && { return std::move(*std::get_if<T>(&state_)); }
+  T* operator->() { return std::get_if<T>(&state_); }
+  const T* operator->() const { return std::get_if<T>(&state_); }
+  // Fine where there is a value.
+  Status status() const { return *this ? Status() : *std::get_if<Status>(&state_); }
 
  private:
-  std::optional<T> value_;
-  Status status_;
+  std::variant<T, Status> state_;
 };
 
 // ---- Tensors --------------------------------------------------------------------------------------------------------
