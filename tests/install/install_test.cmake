@@ -51,6 +51,11 @@ foreach(program embedding embedding_c)
   message(STATUS "${program}: ${output}")
 endforeach()
 
+# The tool, where it was built, finds its library in the prefix.
+if(EXISTS ${prefix}/bin/attnjit)
+  run(${prefix}/bin/attnjit explain "score + kv_idx")
+endif()
+
 if(PKG_CONFIG)
   set(ENV{PKG_CONFIG_PATH} ${prefix}/${LIBDIR}/pkgconfig)
   run(${PKG_CONFIG} --cflags --libs attnjit)
