@@ -35,6 +35,7 @@ class Builder {
     for (std::size_t i = 0; i <= static_cast<std::size_t>(expr.root); ++i) {
       const dsl::Node& node = expr.nodes[i];
       std::vector<Value> args;
+      args.reserve(node.args.size());
       for (const dsl::NodeId arg : node.args) args.push_back(values[static_cast<std::size_t>(arg)]);
       const Type operand = node.args.empty() ? node.type : expr[node.args.back()].type;
       values[i] = build(expr, node, args, operand);
@@ -44,8 +45,8 @@ class Builder {
 
   // A finite literal stays finite: beyond float's range it is the largest float.
   Value f32(double value) {
-    constexpr double largest = std::numeric_limits<float>::max();
-    if (std::isfinite(value)) value = std::clamp(value, -largest, largest);
+    constexpr double kLargest = std::numeric_limits<float>::max();
+    if (std::isfinite(value)) value = std::clamp(value, -kLargest, kLargest);
     return arith::ConstantOp::create(b_, loc_, b_.getF32FloatAttr(static_cast<float>(value)));
   }
   Value select(Value condition, Value yes, Value no) { return arith::SelectOp::create(b_, loc_, condition, yes, no); }

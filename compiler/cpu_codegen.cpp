@@ -43,13 +43,13 @@ struct IsaTarget {
 
 // Fixed sets and not "whatever the host has": the same code on every host of a class, and a restriction is one.
 const IsaTarget& isa_target(CpuIsa isa) {
-  static constexpr IsaTarget targets[] = {
+  static constexpr IsaTarget kTargets[] = {
       {"sse2", "x86-64", ""},
       {"avx2", "x86-64-v3", ""},
       {"avx512", "x86-64-v4", ""},
       {"avx512bf16", "x86-64-v4", "+avx512bf16"},
   };
-  return targets[static_cast<int>(isa)];
+  return kTargets[static_cast<int>(isa)];
 }
 
 const std::string& host_cpu_name() {
@@ -60,10 +60,10 @@ const std::string& host_cpu_name() {
 // Errors of LLVM's own, collected instead of printed.
 class Diagnostics : public llvm::DiagnosticHandler {
  public:
-  explicit Diagnostics(std::string& errors) : errors_(errors) {}
+  explicit Diagnostics(std::shared_ptr<std::string> errors) : errors_(std::move(errors)) {}
   bool handleDiagnostics(const llvm::DiagnosticInfo& info) override {
     if (info.getSeverity() == llvm::DS_Error) {
-      llvm::raw_string_ostream stream(errors_);
+      llvm::raw_string_ostream stream(*errors_);
       llvm::DiagnosticPrinterRawOStream printer(stream);
       info.print(printer);
     }
@@ -71,7 +71,7 @@ class Diagnostics : public llvm::DiagnosticHandler {
   }
 
  private:
-  std::string& errors_;
+  std::shared_ptr<std::string> errors_;
 };
 
 // Whatever the bitcode was built for, it is now for `isa`, and nothing stands in the way of inlining.
@@ -193,42 +193,32 @@ CpuTemplate tile_template(CpuIsa isa) { return {bytes(cpu::tile_bitcode(static_c
 
 CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplate& around,
                              const CompileOptions& options, PhaseTimes& phases) {
-  CodegenResult result;
+  // Shared with the context, which outlives this call.
+  const auto errors = std::make_shared<std::string>();
   llvm::LLVMContext& context = mod->getContext();
-  context.setDiagnosticHandler(std::make_unique<Diagnostics>(result.error));
-  const auto failed = [&](const char* what) {
-    result.error = result.error.empty() ? what : std::string(what) + ": " + result.error;
-    return std::move(result);
+  context.setDiagnosticHandler(std::make_unique<Diagnostics>(errors));
+  const auto failed = [&errors](std::string what, llvm::Error error = llvm::Error::success()) {
+    if (error) *errors += llvm::toString(std::move(error));
+    return CodegenResult{nullptr, errors->empty() ? what : what + ": " + *errors};
   };
-  std::unique_ptr<llvm::TargetMachine> machine = target_machine(options.isa, result.error);
+  std::unique_ptr<llvm::TargetMachine> machine = target_machine(options.isa, *errors);
   if (!machine) return failed("cannot generate code for this machine");
 
   std::unique_ptr<llvm::Module> module;
   {
     const PhaseTimer timer(phases, "link");
-    const struct {
-      llvm::StringRef bitcode, name;
-    } parts[] = {{around.bitcode, "template"},
-                 {bytes(cpu::functions_bitcode(static_cast<int>(options.isa))), "functions"}};
-    for (const auto& part : parts) {
-      auto read = read_bitcode(part.bitcode, part.name, context);
-      if (!read) {
-        result.error = llvm::toString(read.takeError());
-        return failed("embedded bitcode cannot be read");
-      }
-      if (!module) {
-        module = std::move(*read);
-        mod->setTargetTriple(module->getTargetTriple());
-        mod->setDataLayout(module->getDataLayout());
-        if (llvm::Error error = module->materializeAll()) {
-          result.error = llvm::toString(std::move(error));
-          return failed("embedded bitcode cannot be read");
-        }
-        if (llvm::Linker::linkModules(*module, std::move(mod))) return failed("the mod does not link");
-      } else if (llvm::Linker::linkModules(*module, std::move(*read), llvm::Linker::LinkOnlyNeeded)) {
-        return failed("the functions do not link");
-      }
-    }
+    auto read = read_bitcode(around.bitcode, "template", context);
+    if (!read) return failed("embedded bitcode cannot be read", read.takeError());
+    module = std::move(*read);
+    if (llvm::Error error = module->materializeAll())
+      return failed("embedded bitcode cannot be read", std::move(error));
+    mod->setTargetTriple(module->getTargetTriple());
+    mod->setDataLayout(module->getDataLayout());
+    if (llvm::Linker::linkModules(*module, std::move(mod))) return failed("the mod does not link");
+    read = read_bitcode(bytes(cpu::functions_bitcode(static_cast<int>(options.isa))), "functions", context);
+    if (!read) return failed("embedded bitcode cannot be read", read.takeError());
+    if (llvm::Linker::linkModules(*module, std::move(*read), llvm::Linker::LinkOnlyNeeded))
+      return failed("the functions do not link");
     retarget(*module, options.isa);
   }
   {
@@ -241,18 +231,19 @@ CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplat
     module->print(stream, nullptr);
     options.dump("llvm", text);
     // Code generation changes the module: the listing gets a copy.
-    std::unique_ptr<llvm::TargetMachine> lister = target_machine(options.isa, result.error);
+    std::unique_ptr<llvm::TargetMachine> lister = target_machine(options.isa, *errors);
     llvm::SmallVector<char, 0> listing;
     const std::unique_ptr<llvm::Module> copy = llvm::CloneModule(*module);
     if (lister && emit(*copy, *lister, llvm::CodeGenFileType::AssemblyFile, listing))
       options.dump("asm", {listing.data(), listing.size()});
   }
+  CodegenResult result;
   {
     const PhaseTimer timer(phases, "codegen");
     llvm::SmallVector<char, 0> object;
     if (!emit(*module, *machine, llvm::CodeGenFileType::ObjectFile, object))
       return failed("this machine's code generator writes no objects");
-    if (!result.error.empty()) return failed("code generation failed");
+    if (!errors->empty()) return failed("code generation failed");
     result.object = std::make_unique<llvm::SmallVectorMemoryBuffer>(std::move(object), "attnjit", false);
   }
   return result;

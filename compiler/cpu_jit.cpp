@@ -42,8 +42,9 @@ struct Jit {
   orc::SymbolMap host_functions() {
     orc::SymbolMap symbols;
     const auto add = [&](const char* name, auto* function) {
-      symbols[lljit->mangleAndIntern(name)] = {orc::ExecutorAddr::fromPtr(function),
-                                               llvm::JITSymbolFlags::Exported | llvm::JITSymbolFlags::Callable};
+      // NOLINTNEXTLINE(clang-analyzer-optin.core.EnumCastOutOfRange): LLVM's flags are made to be joined.
+      const llvm::JITSymbolFlags flags = llvm::JITSymbolFlags::Exported | llvm::JITSymbolFlags::Callable;
+      symbols[lljit->mangleAndIntern(name)] = {orc::ExecutorAddr::fromPtr(function), flags};
     };
     add("floorf", static_cast<float (*)(float)>(&::floorf));
     add("ceilf", static_cast<float (*)(float)>(&::ceilf));

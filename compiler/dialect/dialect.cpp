@@ -38,12 +38,13 @@ mlir::Operation* AttnjitDialect::materializeConstant(mlir::OpBuilder& builder, m
 // ---- index
 
 mlir::LogicalResult IndexOp::verify() {
-  if (getExtent() && *getExtent() < 1) return emitOpError("needs an extent of at least 1, got ") << *getExtent();
+  const std::int64_t extent = getExtent().value_or(1);
+  if (extent < 1) return emitOpError("needs an extent of at least 1, got ") << extent;
   return mlir::success();
 }
 
 void IndexOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges>, mlir::SetIntRangeFn set_range) {
-  const std::int64_t last = getExtent() ? *getExtent() - 1 : std::numeric_limits<std::int64_t>::max();
+  const std::int64_t last = getExtent().value_or(std::numeric_limits<std::int64_t>::max()) - 1;
   set_range(getResult(), ConstantIntRanges::fromSigned(APInt(64, 0), APInt(64, last)));
 }
 
@@ -55,7 +56,8 @@ mlir::LogicalResult ReadOp::verify() {
     return emitOpError("reads capture ") << getCapture() << ", allowed are 0 to " << dsl::kMaxCaptures - 1;
   if (rank > static_cast<std::size_t>(dsl::kMaxRank))
     return emitOpError("has ") << rank << " indices, allowed are up to " << dsl::kMaxRank;
-  if (getExtents().size() != rank || getStrides().size() != rank || (getInBounds() && getInBounds()->size() != rank))
+  const llvm::SmallVector<bool> unproven(rank, false);
+  if (getExtents().size() != rank || getStrides().size() != rank || getInBounds().value_or(unproven).size() != rank)
     return emitOpError("needs one extent, stride and in_bounds flag per index");
   for (const std::int64_t extent : getExtents())
     if (extent < 1) return emitOpError("needs extents of at least 1, got ") << extent;
@@ -177,11 +179,11 @@ mlir::OpFoldResult ToIntOp::fold(FoldAdaptor adaptor) {
   const auto value = llvm::dyn_cast_or_null<mlir::FloatAttr>(adaptor.getValue());
   if (!value) return {};
   const double x = value.getValueAsDouble();
-  constexpr std::int64_t smallest = std::numeric_limits<std::int64_t>::min();
-  constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
+  constexpr std::int64_t kSmallest = std::numeric_limits<std::int64_t>::min();
+  constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
   const std::int64_t result = std::isnan(x) ? 0
-                              : x >= 0x1p63 ? largest
-                              : x < -0x1p63 ? smallest
+                              : x >= 0x1p63 ? kLargest
+                              : x < -0x1p63 ? kSmallest
                                             : static_cast<std::int64_t>(x);
   return mlir::IntegerAttr::get(getType(), result);
 }

@@ -199,11 +199,13 @@ class Lowering {
     const mlir::Type i64_type = b_.getI64Type();
     const auto pointer = LLVM::LLVMPointerType::get(b_.getContext());
     const std::int64_t view = static_cast<std::int64_t>(read.getCapture()) * 88;
+    const llvm::SmallVector<bool> unproven(read.getIndices().size(), false);
+    const llvm::ArrayRef<bool> in_bounds = read.getInBounds().value_or(unproven);
     Value offset;
     for (unsigned i = 0; i < read.getIndices().size(); ++i) {
       if (read.getStrides()[i] == 0 || read.getExtents()[i] == 1) continue;
       Value index = read.getIndices()[i];
-      if (!read.getInBounds() || !(*read.getInBounds())[i]) {
+      if (!in_bounds[i]) {
         const Value extent = table_entry(i64_type, view + 48 + 8 * i);
         const Value last = arith::SubIOp::create(b_, loc_, extent, i64(1));
         index = arith::MaxSIOp::create(b_, loc_, arith::MinSIOp::create(b_, loc_, index, last), i64(0));

@@ -83,8 +83,8 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
   Value times_log2e(mlir::OpBuilder& builder, Value v) {
     // A finite literal stays finite: a row whose every element is float's smallest number is not a dropped one.
     const auto literal = [&](double x) {
-      constexpr double largest = std::numeric_limits<float>::max();
-      if (std::isfinite(x)) x = std::clamp(x, -largest, largest);
+      constexpr double kLargest = std::numeric_limits<float>::max();
+      if (std::isfinite(x)) x = std::clamp(x, -kLargest, kLargest);
       return arith::ConstantOp::create(builder, v.getLoc(), builder.getF32FloatAttr(static_cast<float>(x)));
     };
     mlir::FloatAttr constant;

@@ -1,4 +1,6 @@
 // Compiled mods against the interpreter, point by point.
+#include <gmock/gmock.h>
+
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -215,6 +217,7 @@ TEST(CompilerCpu, CapturedReads) {
     longs.push_back(i % 5 == 0 ? std::numeric_limits<std::int64_t>::min() + i : i * 1'000'000'007LL);
   }
   std::vector<std::uint16_t> brains;
+  brains.reserve(floats.size());
   for (const float x : floats) brains.push_back(bf16(x));
   const std::vector<std::int64_t> extent{4, 96};
   for (const DType dtype : {DType::kF16, DType::kBF16, DType::kInt16})
@@ -303,22 +306,28 @@ TEST(CompilerCpu, DumpsEachIntermediateText) {
   EXPECT_EQ(kinds, (std::vector<std::string>{"mlir", "llvm", "asm"}));
 }
 
+template <typename T>
+std::string message(const CompileResult<T>& result) {
+  return result.error ? result.error->message : "no error";
+}
+
 TEST(CompilerCpu, RefusesWhatItCannotDo) {
   Mod mod("score + t[h]", {Tensor::of<float>("t", DType::kF32, {4}, std::vector<float>(4))});
   ModProblem problem = mod.problem;
   problem.captures.clear();
-  EXPECT_NE(compile_cpu_tile(problem).error->message.find("no CaptureInfo"), std::string::npos);
+  EXPECT_THAT(message(compile_cpu_tile(problem)), ::testing::HasSubstr("no CaptureInfo"));
   problem = mod.problem;
   problem.captures[0].extent = {4, 4};
-  EXPECT_NE(analyze(problem).error->message.find("number of indices"), std::string::npos);
+  EXPECT_THAT(message(analyze(problem)), ::testing::HasSubstr("number of indices"));
   problem = mod.problem;
   problem.captures[0].extent = {0};
-  EXPECT_NE(analyze(problem).error->message.find("extents of at least 1"), std::string::npos);
-  EXPECT_NE(compile_cpu_tile(ModProblem{}).error->message.find("not bound"), std::string::npos);
+  EXPECT_THAT(message(analyze(problem)), ::testing::HasSubstr("extents of at least 1"));
+  EXPECT_THAT(message(compile_cpu_tile(ModProblem{})), ::testing::HasSubstr("not bound"));
 }
 
 TEST(CompilerCpu, CompilesInSeveralThreads) {
   std::vector<std::thread> threads;
+  threads.reserve(4);
   std::atomic<int> good = 0;
   for (int i = 0; i < 4; ++i)
     threads.emplace_back([&good, i] {
@@ -332,8 +341,8 @@ TEST(CompilerCpu, CompilesInSeveralThreads) {
 // As large as the language allows.
 TEST(CompilerCpu, LargeExpressions) {
   std::string sum = "score", nested = "score";
-  for (int i = 0; i < 1300; ++i) sum = sum + " + h";
-  for (int i = 0; i < 120; ++i) nested = "abs(" + nested + " - 1)";
+  for (int i = 0; i < 1300; ++i) sum += " + h";
+  for (int i = 0; i < 120; ++i) nested.insert(0, "abs(").append(" - 1)");
   expect_equal(sum, {}, {}, false, 1e-3);
   expect_equal(nested, {}, {}, false, 1e-3);
 }

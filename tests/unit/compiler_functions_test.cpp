@@ -24,7 +24,7 @@ double gelu(double x) { return 0.5 * x * std::erfc(-x * 0.70710678118654752440);
 double sign(double x) { return std::isnan(x) ? x : (x > 0) - (x < 0); }
 
 // docs/compiler.md shows the errors measured with ATTNJIT_TEST_FLOAT_STRIDE=1021: every 1021st float.
-const Function kFunctions[] = {
+constexpr Function kFunctions[] = {
     {"exp(score)", [](double x) { return std::exp(x); }, 3e-7},
     {"exp2(score)", [](double x) { return std::exp2(x); }, 3e-7},
     {"log(score)", [](double x) { return std::log(x); }, 3e-7},
@@ -119,7 +119,8 @@ TEST(CompilerFunctions, AreRightOverAllFloats) {
       EXPECT_LE(worst, function.bound) << cpu_isa_name(isa) << " at " << std::hexfloat << at << std::defaultfloat
                                        << " = " << at;
       RecordProperty(std::string(function.text) + " " + std::string(cpu_isa_name(isa)), std::to_string(worst));
-      if (stride) std::printf("%-24s %-8s %.3g at %.9g\n", function.text, cpu_isa_name(isa).data(), worst, at);
+      if (stride)
+        std::printf("%-24s %-8s %.3g at %.9g\n", function.text, std::string(cpu_isa_name(isa)).c_str(), worst, at);
     }
   }
 }
