@@ -197,7 +197,7 @@ CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplat
   const auto errors = std::make_shared<std::string>();
   llvm::LLVMContext& context = mod->getContext();
   context.setDiagnosticHandler(std::make_unique<Diagnostics>(errors));
-  const auto failed = [&errors](std::string what, llvm::Error error = llvm::Error::success()) {
+  const auto failed = [&errors](const std::string& what, llvm::Error error = llvm::Error::success()) {
     if (error) *errors += llvm::toString(std::move(error));
     return CodegenResult{nullptr, errors->empty() ? what : what + ": " + *errors};
   };

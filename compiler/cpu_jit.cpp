@@ -42,9 +42,7 @@ struct Jit {
   orc::SymbolMap host_functions() {
     orc::SymbolMap symbols;
     const auto add = [&](const char* name, auto* function) {
-      // NOLINTNEXTLINE(clang-analyzer-optin.core.EnumCastOutOfRange): LLVM's flags are made to be joined.
-      const llvm::JITSymbolFlags flags = llvm::JITSymbolFlags::Exported | llvm::JITSymbolFlags::Callable;
-      symbols[lljit->mangleAndIntern(name)] = {orc::ExecutorAddr::fromPtr(function), flags};
+      symbols[lljit->mangleAndIntern(name)] = {orc::ExecutorAddr::fromPtr(function), llvm::JITSymbolFlags::Exported};
     };
     add("floorf", static_cast<float (*)(float)>(&::floorf));
     add("ceilf", static_cast<float (*)(float)>(&::ceilf));
