@@ -28,10 +28,13 @@ bool counts_allocations() { return true; }
 
 #ifndef ATTNJIT_MALLOC_TAKEN
 extern "C" {
+// glibc's own names of what stands behind malloc.
+// NOLINTBEGIN(bugprone-reserved-identifier,readability-identifier-naming)
 void* __libc_malloc(std::size_t size);
 void* __libc_calloc(std::size_t number, std::size_t size);
 void* __libc_realloc(void* memory, std::size_t size);
 void* __libc_memalign(std::size_t alignment, std::size_t size);
+// NOLINTEND(bugprone-reserved-identifier,readability-identifier-naming)
 
 __attribute__((visibility("default"))) void* malloc(std::size_t size) {
   ++count;

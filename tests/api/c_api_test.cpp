@@ -142,12 +142,11 @@ TEST(CApi, LayoutsGiveTheSameBits) {
   Problem strided;
   strided.attention.mask_mod = "causal";
   std::vector<float> buffer(static_cast<std::size_t>(2 * 50 * 2 * 20 + 3), NAN);
-  for (int b = 0; b < 2; ++b) {
-    for (int h = 0; h < 2; ++h) {
-      for (int s = 0; s < 50; ++s) {
-        for (int d = 0; d < 16; ++d) {
-          buffer[static_cast<std::size_t>(3 + ((b * 50 + s) * 2 + h) * 20 + d)] =
-              packed.k_data[static_cast<std::size_t>(((b * 2 + h) * 50 + s) * 16 + d)];
+  for (std::size_t b = 0; b < 2; ++b) {
+    for (std::size_t h = 0; h < 2; ++h) {
+      for (std::size_t s = 0; s < 50; ++s) {
+        for (std::size_t d = 0; d < 16; ++d) {
+          buffer[3 + ((b * 50 + s) * 2 + h) * 20 + d] = packed.k_data[((b * 2 + h) * 50 + s) * 16 + d];
         }
       }
     }
@@ -187,12 +186,14 @@ TEST(CApi, InterleavedOutputIsAllowed) {
   p.o.sync();
   p.q.dl.data = buffer.data();
   p.o.dl.data = buffer.data() + 64;
-  const auto at = [](int b, int h, int s, int d) { return static_cast<std::size_t>(((b * 40 + s) * 8 + h) * 16 + d); };
+  const auto at = [](std::size_t b, std::size_t h, std::size_t s, std::size_t d) {
+    return ((b * 40 + s) * 8 + h) * 16 + d;
+  };
   const auto each = [&](auto&& visit) {
-    for (int b = 0; b < 2; ++b) {
-      for (int h = 0; h < 4; ++h) {
-        for (int s = 0; s < 40; ++s) {
-          for (int d = 0; d < 16; ++d) visit(at(b, h, s, d), static_cast<std::size_t>(((b * 4 + h) * 40 + s) * 16 + d));
+    for (std::size_t b = 0; b < 2; ++b) {
+      for (std::size_t h = 0; h < 4; ++h) {
+        for (std::size_t s = 0; s < 40; ++s) {
+          for (std::size_t d = 0; d < 16; ++d) visit(at(b, h, s, d), ((b * 4 + h) * 40 + s) * 16 + d);
         }
       }
     }
@@ -346,6 +347,7 @@ TEST(CApi, OneCompileForManyThreads) {
   std::atomic<int> compiles = 0, failures = 0;
   std::latch start(kThreads);
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&] {
       Problem p;
@@ -375,6 +377,7 @@ TEST(CApi, ConcurrentRunsOfOnePlan) {
   ASSERT_TRUE(forward(context, first.attention));
   std::atomic<int> wrong = 0;
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&] {
       Problem p;

@@ -1,6 +1,7 @@
 // Every refusal of the C interface: its status, and that the message names the argument, what it was, what is allowed.
 #include <gmock/gmock.h>
 
+#include <bit>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -222,7 +223,7 @@ TEST_F(Errors, Scale) {
 }
 
 TEST_F(Errors, Backend) {
-  p_.attention.backend = static_cast<attnjit_backend>(7);
+  p_.attention.backend = std::bit_cast<attnjit_backend>(7);
   expect_invalid({"backend is 7; allowed: 0 (auto), 1 (math), 2 (cpu)"});
 }
 
@@ -415,9 +416,9 @@ TEST_F(Errors, MessageStaysUntilTheNextFailure) {
 TEST(ErrorNames, StatusAndBackend) {
   EXPECT_STREQ(attnjit_status_name(ATTNJIT_OK), "ok");
   EXPECT_STREQ(attnjit_status_name(ATTNJIT_UNSUPPORTED), "unsupported");
-  EXPECT_STREQ(attnjit_status_name(static_cast<attnjit_status>(99)), "unknown status");
+  EXPECT_STREQ(attnjit_status_name(std::bit_cast<attnjit_status>(99)), "unknown status");
   EXPECT_STREQ(attnjit_backend_name(ATTNJIT_BACKEND_CPU), "cpu");
-  EXPECT_STREQ(attnjit_backend_name(static_cast<attnjit_backend>(99)), "unknown backend");
+  EXPECT_STREQ(attnjit_backend_name(std::bit_cast<attnjit_backend>(99)), "unknown backend");
 }
 
 // Sets a variable for one scope.

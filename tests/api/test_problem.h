@@ -18,13 +18,12 @@ inline constexpr DLDataType kI32 = {kDLInt, 32, 1};
 // A DLTensor with the arrays it points to.
 struct Tensor {
   std::vector<std::int64_t> shape, strides;
-  DLTensor dl{};
+  DLTensor dl = {nullptr, {kDLCPU, 0}, 0, kF32, nullptr, nullptr, 0};
 
   Tensor() = default;
   Tensor(void* data, std::vector<std::int64_t> extents, DLDataType dtype = kF32, std::vector<std::int64_t> steps = {})
       : shape(std::move(extents)), strides(std::move(steps)) {
     dl.data = data;
-    dl.device = {kDLCPU, 0};
     dl.dtype = dtype;
     sync();
   }
@@ -117,9 +116,7 @@ class Scratch {
       : size(attnjit_plan_workspace_size(plan)), memory_(size + 64), data(align(memory_.data())) {}
 
  private:
-  static void* align(std::byte* memory) {
-    return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
-  }
+  static void* align(std::byte* memory) { return memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64; }
 
  public:
   const std::size_t size;

@@ -33,8 +33,8 @@ typedef enum attnjit_status ATTNJIT_ENUM {
   ATTNJIT_INVALID_EXPRESSION = 2, /* the caller's: the message holds line, column and a caret */
   ATTNJIT_UNSUPPORTED = 3,        /* no permitted backend serves the problem; the message lists each with its reason */
   ATTNJIT_OUT_OF_MEMORY = 4,
-  ATTNJIT_ENVIRONMENT = 5,        /* the machine's: a file, a library, a device */
-  ATTNJIT_INTERNAL = 6            /* ours: please report it */
+  ATTNJIT_ENVIRONMENT = 5, /* the machine's: a file, a library, a device */
+  ATTNJIT_INTERNAL = 6     /* ours: please report it */
 } attnjit_status;
 
 ATTNJIT_API const char* attnjit_status_name(attnjit_status status);
@@ -76,7 +76,7 @@ ATTNJIT_API const char* attnjit_backend_name(attnjit_backend backend);
 /* A captured tensor (or, with ndim 0, scalar) of an expression, by the name it has there. */
 typedef struct attnjit_capture {
   const char* name;
-  const DLTensor* tensor; /* bool, int8/16/32/64, uint8, float16, bfloat16, float32; rank 0 to 5; any strides */
+  const DLTensor* tensor; /* bool, int8/16/32/64, uint8, float16, bfloat16, float32; rank 0 to 5; strides from 0 */
 } attnjit_capture;
 
 /* The arguments of one call, the same for prepare and run.
@@ -99,7 +99,8 @@ typedef struct attnjit_attention {
   const float* scale;      /* multiplies q . k before the score_mod; NULL: 1 / sqrt(D) */
   attnjit_backend backend; /* restricts the choice */
 } attnjit_attention;
-#define ATTNJIT_ATTENTION_INIT {sizeof(attnjit_attention), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, NULL, ATTNJIT_BACKEND_AUTO}
+#define ATTNJIT_ATTENTION_INIT \
+  {sizeof(attnjit_attention), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, NULL, ATTNJIT_BACKEND_AUTO}
 
 typedef struct attnjit_plan attnjit_plan;
 
@@ -130,7 +131,8 @@ typedef struct attnjit_row {
 } attnjit_row;
 
 /* The double-precision oracle, from the same (rounded) inputs, by interpreting the expression: slow, exact.
- * o (num_rows, Dv), lse and row_max (num_rows), any of them NULL. attention->o, lse, row_max and backend are ignored. */
+ * o (num_rows, Dv), lse and row_max (num_rows), any of them NULL. attention->o, lse, row_max and backend are ignored.
+ */
 ATTNJIT_API attnjit_status attnjit_reference(attnjit_context* context, const attnjit_attention* attention,
                                              const attnjit_row* rows, size_t num_rows, double* o, double* lse,
                                              double* row_max);

@@ -122,14 +122,13 @@ class TensorRef {
 
   // Points into this object.
   DLTensor dlpack() const {
-    DLTensor tensor{};
-    tensor.data = data_;
-    tensor.device = {kDLCPU, 0};
-    tensor.ndim = rank_;
-    tensor.dtype = dl_type(dtype_);
-    tensor.shape = const_cast<std::int64_t*>(shape_.data());
-    tensor.strides = has_strides_ ? const_cast<std::int64_t*>(strides_.data()) : nullptr;
-    return tensor;
+    return {.data = data_,
+            .device = {kDLCPU, 0},
+            .ndim = rank_,
+            .dtype = dl_type(dtype_),
+            .shape = const_cast<std::int64_t*>(shape_.data()),
+            .strides = has_strides_ ? const_cast<std::int64_t*>(strides_.data()) : nullptr,
+            .byte_offset = 0};
   }
 
  private:
@@ -252,8 +251,9 @@ class CAttention {
 
  private:
   static constexpr std::size_t kMaxCaptures = 16;
-  std::array<DLTensor, 6> tensors_{};
-  std::array<DLTensor, kMaxCaptures> captured_{};
+  // Only those that are given are ever filled in and pointed to.
+  std::array<DLTensor, 6> tensors_;
+  std::array<DLTensor, kMaxCaptures> captured_;
   std::array<attnjit_capture, kMaxCaptures> captures_{};
   attnjit_attention attention_ = ATTNJIT_ATTENTION_INIT;
 };
@@ -412,6 +412,7 @@ class Context {
 
   Status add(const std::string& name, const Mod& body, const std::vector<std::string>& parameters, int is_mask) {
     std::vector<const char*> names;
+    names.reserve(parameters.size());
     for (const std::string& parameter : parameters) names.push_back(parameter.c_str());
     return Status::of(
         attnjit_register_mod(context_.get(), name.c_str(), names.data(), names.size(), body.c_str(), is_mask));
