@@ -93,7 +93,7 @@ typedef struct attnjit_attention {
   const DLTensor* v;
   DLTensor* o;
   DLTensor* lse;     /* natural logarithm of the row's sum of exponentials; -inf for a fully masked row */
-  DLTensor* row_max; /* maximum of the row's modified scores; -inf for a fully masked row */
+  DLTensor* row_max; /* maximum of the row's modified scores, +inf before NaN; -inf for a fully masked row */
   const attnjit_capture* captures;
   size_t num_captures;
   const float* scale;      /* multiplies q . k before the score_mod; NULL: 1 / sqrt(D) */
