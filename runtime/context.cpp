@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "runtime/validation.h"
+
 namespace attnjit::runtime {
 namespace {
 
@@ -46,10 +48,9 @@ Check Context::register_mod(dsl::RegistryEntry entry) {
 Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* options) {
   int num_threads = 0;
   if (options) {
-    if (options->struct_size < sizeof(attnjit_context_options)) {
-      return Failure{ATTNJIT_INVALID_ARGUMENT,
-                     fmt::format("options.struct_size is {}; it needs {}: start from ATTNJIT_CONTEXT_OPTIONS_INIT",
-                                 options->struct_size, sizeof(attnjit_context_options))};
+    if (Check failure = check_struct("options", "ATTNJIT_CONTEXT_OPTIONS_INIT", options, options->struct_size,
+                                     sizeof(attnjit_context_options))) {
+      return *failure;
     }
     num_threads = options->num_threads;
     if (num_threads < 0 || num_threads > kMaxThreads) {

@@ -292,29 +292,31 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, Checke
   return {};
 }
 
-Check check_struct(const attnjit_attention* attention) {
-  if (!attention) return invalid("attention is NULL");
-  if (attention->struct_size < sizeof(attnjit_attention)) {
-    return invalid(fmt::format("attention.struct_size is {}; it needs {}: start from ATTNJIT_ATTENTION_INIT",
-                               attention->struct_size, sizeof(attnjit_attention)));
+}  // namespace
+
+Check check_struct(std::string_view name, std::string_view init, const void* object, std::size_t size,
+                   std::size_t known) {
+  // Far above what any header will have: a size beyond it was never set.
+  constexpr std::size_t kMaxSize = 4096;
+  if (size < known || size > kMaxSize) {
+    return invalid(fmt::format("{}.struct_size is {}; it needs {}: start from {}", name, size, known, init));
   }
   // A caller built against a later header: what this library does not know must be left at zero.
-  const auto* bytes = reinterpret_cast<const unsigned char*>(attention);
-  for (std::size_t i = sizeof(attnjit_attention); i < attention->struct_size; ++i) {
-    if (bytes[i] != 0) {
-      return invalid(fmt::format("attention sets a field that this library (struct of {} bytes) does not know",
-                                 sizeof(attnjit_attention)));
-    }
+  const auto* bytes = static_cast<const unsigned char*>(object);
+  if (std::any_of(bytes + known, bytes + size, [](unsigned char byte) { return byte != 0; })) {
+    return invalid(fmt::format("{} sets a field that this library (struct of {} bytes) does not know", name, known));
   }
   return {};
 }
 
-}  // namespace
-
 bool operator==(const Signature& a, const Signature& b) { return std::memcmp(&a, &b, sizeof(Signature)) == 0; }
 
 Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCall* call) {
-  if (Check failure = check_struct(attention)) return failure;
+  if (!attention) return invalid("attention is NULL");
+  if (Check failure = check_struct("attention", "ATTNJIT_ATTENTION_INIT", attention, attention->struct_size,
+                                   sizeof(attnjit_attention))) {
+    return failure;
+  }
   const bool needs_data = purpose == Purpose::kReference || purpose == Purpose::kRun;
   const bool needs_outputs = purpose == Purpose::kPrepare || purpose == Purpose::kRun;
 

@@ -69,6 +69,11 @@ struct CheckedCall {
   std::size_t num_memory = 0;
 };
 
+// A caller's struct of `size` bytes, by its own word, of which this library knows the first `known`: complete, and
+// nothing set behind. `init` names the macro to start from.
+Check check_struct(std::string_view name, std::string_view init, const void* object, std::size_t size,
+                   std::size_t known);
+
 Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCall* call);
 
 // `call` was checked as kRun. The workspace is aligned, large enough, and apart from every tensor.

@@ -76,12 +76,23 @@ TEST_F(Errors, ContextOptions) {
   options = {4, 1};
   EXPECT_EQ(attnjit_context_create(&options, &context), ATTNJIT_INVALID_ARGUMENT);
   EXPECT_THAT(attnjit_last_error(), HasSubstr("options.struct_size is 4"));
+  // A later, longer struct: fine as long as what is new there is unused.
+  struct {
+    attnjit_context_options known;
+    void* later;
+  } longer = {{sizeof(longer), 1}, &longer};
+  EXPECT_EQ(attnjit_context_create(&longer.known, &context), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("does not know"));
   EXPECT_EQ(context, nullptr);
 }
 
 TEST_F(Errors, StructSize) {
-  p_.attention.struct_size = 8;
-  expect_invalid({"attention.struct_size is 8", "ATTNJIT_ATTENTION_INIT"});
+  // The last one as memory that nobody has set may hold it: nothing behind the struct is looked at.
+  for (const std::size_t size : {std::size_t{8}, std::size_t{0}, std::size_t{0xcdcdcdcdcdcd}}) {
+    p_.attention.struct_size = size;
+    expect_invalid({"attention.struct_size is", "ATTNJIT_ATTENTION_INIT"});
+  }
+  p_.attention.struct_size = sizeof(attnjit_attention);
   // A later, longer struct: fine as long as what is new there is unused.
   struct {
     attnjit_attention known;
