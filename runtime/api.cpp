@@ -75,6 +75,11 @@ Check give_text(const std::string& text, char** out) {
   return {};
 }
 
+// The comments of a registered body need not be UTF-8; JSON has to be.
+Check give_list(const nlohmann::ordered_json& list, char** out) {
+  return give_text(list.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace), out);
+}
+
 // Checks the arguments that the oracle's functions share and hands `work` the call and its bound mods.
 template <typename Work>
 Check with_reference_call(attnjit_context* context, const attnjit_attention* attention, const attnjit_row* rows,
@@ -253,7 +258,7 @@ attnjit_status attnjit_list_mods(attnjit_context* context, char** json) {
                       {"is_mask", entry->is_mask},
                       {"summary", entry->summary}});
     }
-    return give_text(list.dump(2), json);
+    return give_list(list, json);
   });
 }
 
@@ -269,7 +274,7 @@ attnjit_status attnjit_captures(attnjit_context* context, const char* score_mod,
     for (const attnjit::dsl::Capture& capture : parsed->captures()) {
       list.push_back({{"name", capture.name}, {"rank", capture.rank}});
     }
-    return give_text(list.dump(2), json);
+    return give_list(list, json);
   });
 }
 

@@ -480,6 +480,12 @@ TEST(CApi, ListsModsAndCaptures) {
   attnjit_free(text);
   EXPECT_EQ(attnjit_captures(context.get(), "score +", nullptr, &text), ATTNJIT_INVALID_EXPRESSION);
   EXPECT_EQ(text, nullptr);
+
+  // A comment in Latin-1 does not cost the list.
+  ASSERT_EQ(attnjit_register_mod(context.get(), "latin", nullptr, 0, "score # caf\xe9", 0), ATTNJIT_OK);
+  ASSERT_EQ(attnjit_list_mods(context.get(), &text), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_THAT(text, testing::HasSubstr("\"latin\""));
+  attnjit_free(text);
 }
 
 TEST(CApi, LowerInstructionSetsAgree) {
