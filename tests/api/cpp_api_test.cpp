@@ -126,7 +126,8 @@ TEST(CppApi, PlanRunsAgain) {
   Result<Context> context = Context::create();
   ASSERT_TRUE(context);
   Buffers buffers;
-  const Attention attention = buffers.attention();
+  Attention attention = buffers.attention();
+  attention.mask_mod = static_cast<const char*>(nullptr);  // none, as in C
   Result<Plan> plan = context->prepare(attention);
   ASSERT_TRUE(plan) << plan.status().message();
   EXPECT_EQ(plan->backend(), Backend::kCpu);

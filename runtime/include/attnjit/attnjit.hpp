@@ -179,7 +179,7 @@ enum class Backend {
 class Mod {
  public:
   Mod() = default;
-  Mod(const char* text) : text_(text) {}
+  Mod(const char* text) : text_(text ? std::optional<std::string>(text) : std::nullopt) {}  // NULL: none
   Mod(std::string text) : text_(std::move(text)) {}
   Mod(const ScoreMod& mod) : text_(mod.text()) {}
   Mod(const MaskMod& mod) : text_(mod.text()) {}
