@@ -146,8 +146,9 @@ template <typename Work>
 void for_each_row(const ForwardCall& call, const Mods& mods, std::size_t num_rows, ThreadPool& pool, Work&& work) {
   // Made before the threads start: a task may not throw.
   std::vector<std::unique_ptr<Worker>> workers;
-  workers.reserve(static_cast<std::size_t>(pool.size()));
-  for (int i = 0; i < pool.size(); ++i) workers.push_back(std::make_unique<Worker>(call, mods));
+  const std::size_t count = std::min(static_cast<std::size_t>(pool.size()), num_rows);
+  workers.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) workers.push_back(std::make_unique<Worker>(call, mods));
   pool.parallel_for(static_cast<std::int64_t>(num_rows), [&](std::int64_t task, int thread) {
     work(*workers[static_cast<std::size_t>(thread)], static_cast<std::size_t>(task));
   });

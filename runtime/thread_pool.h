@@ -27,8 +27,8 @@ class ThreadPool {
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Calls function(task, thread) once for each 0 <= task < tasks, in no fixed order, and returns when all are done.
-  // Tasks with one `thread` number never overlap within a call. `function` must not throw. Allocates nothing; a single
-  // task, or a pool of one, wakes nobody.
+  // Tasks with one `thread` number never overlap within a call; numbers are below `tasks`, too. `function` must not
+  // throw. Allocates nothing; a single task, or a pool of one, wakes nobody.
   template <typename Function>
   void parallel_for(std::int64_t tasks, Function&& function) {
     using Plain = std::remove_reference_t<Function>;
