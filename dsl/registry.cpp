@@ -18,7 +18,7 @@ std::vector<RegistryEntry> builtins() {
     {"causal", {}, "q_idx >= kv_idx", true, "a query sees the keys up to its own position"},
     {"rel", {}, "score + (q_idx - kv_idx)", false, "adds the relative position"},
     {"head_bias", {}, "score + 2*h", false, "adds twice the query head's number"},
-    // The two usual ways to give ALiBi (Press et al., 2022) its slopes.
+    // The two usual ways to give ALiBi ("Train Short, Test Long: Attention with Linear Biases", 2022) its slopes.
     {"alibi", {}, "score + alibi_slopes[h] * (kv_idx - q_idx)", false,
      "ALiBi with one slope per query head in the captured tensor alibi_slopes"},
     {"alibi_exp2", {"num_heads"}, "score + exp2(-((h + 1) * 8.0 / num_heads)) * (kv_idx - q_idx)", false,

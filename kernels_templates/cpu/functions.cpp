@@ -98,7 +98,8 @@ struct Angle {
   float r;
 };
 
-// Any finite float (Payne and Hanek): the 24 bits of the mantissa times the 96 bits of 4/pi that matter.
+// Any finite float ("Radian reduction for trigonometric functions", 1983): the 24 bits of the mantissa times the 96
+// bits of 4/pi that matter.
 inline Angle reduce_large(float x) {
   const unsigned bits = __builtin_bit_cast(unsigned, x);
   const unsigned* const window = kFourOverPi + ((bits >> 26) & 15);
@@ -194,7 +195,7 @@ ATTNJIT_FUNCTION float attnjit_tanh(float x) {
   return __builtin_fabsf(x) < 4e-4f ? x : c * p / q;
 }
 
-// Two ranges; the upper one is 1 - e^(a polynomial) (after N. Juffa).
+// Two ranges; the upper one is 1 - e^(a polynomial).
 ATTNJIT_FUNCTION float attnjit_erf(float x) {
   const float t = __builtin_fabsf(x), s = x * x;
   float r = -1.72853470e-5f * t + 3.83197126e-4f;
@@ -216,7 +217,7 @@ ATTNJIT_FUNCTION float attnjit_erf(float x) {
 }
 
 // x/2 * erfc(-x/sqrt(2)): the form with 1 + erf cancels for negative x. erfc(z) is t * e^(-z^2 + a polynomial in t),
-// t = 1/(1 + z/2) (Numerical Recipes' erfcc); z^2 = x^2/2 is taken in two parts, from the unrounded x.
+// t = 1/(1 + z/2) ("Numerical Recipes", erfcc); z^2 = x^2/2 is taken in two parts, from the unrounded x.
 ATTNJIT_FUNCTION float attnjit_gelu(float x) {
   const float magnitude = __builtin_fabsf(x);
   const float m = magnitude > 20.0f ? 20.0f : magnitude;
