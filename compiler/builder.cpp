@@ -2,11 +2,11 @@
 #include "compiler/builder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
+#include "dsl/functions.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "mlir/Dialect/Math/IR/Math.h"
@@ -43,11 +43,8 @@ class Builder {
     return values[static_cast<std::size_t>(expr.root)];
   }
 
-  // A finite literal stays finite: beyond float's range it is the largest float.
   Value f32(double value) {
-    constexpr double kLargest = std::numeric_limits<float>::max();
-    if (std::isfinite(value)) value = std::clamp(value, -kLargest, kLargest);
-    return arith::ConstantOp::create(b_, loc_, b_.getF32FloatAttr(static_cast<float>(value)));
+    return arith::ConstantOp::create(b_, loc_, b_.getF32FloatAttr(dsl::float32_literal(value)));
   }
   Value select(Value condition, Value yes, Value no) { return arith::SelectOp::create(b_, loc_, condition, yes, no); }
 

@@ -139,4 +139,11 @@ std::int64_t saturating_int(double x) {
   return static_cast<std::int64_t>(x);
 }
 
+float float32_literal(double x) {
+  using Limits = std::numeric_limits<float>;
+  if (!std::isfinite(x) || x == 0) return static_cast<float>(x);
+  const double magnitude = std::clamp<double>(std::fabs(x), Limits::denorm_min(), Limits::max());
+  return static_cast<float>(std::copysign(magnitude, x));
+}
+
 }  // namespace attnjit::dsl

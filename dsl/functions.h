@@ -49,4 +49,8 @@ std::int64_t wrapping_pow(std::int64_t base, std::int64_t exponent);  // exponen
 double floor_mod(double a, double b);                                 // the sign of b; NaN for b = 0
 std::int64_t saturating_int(double x);                                // truncates; NaN gives 0
 
+// A literal in float32. A finite one stays finite and one that is not zero stays so: out of float's range it is the
+// nearest float of that kind.
+float float32_literal(double x);
+
 }  // namespace attnjit::dsl

@@ -108,7 +108,7 @@ bool is_positive_literal(const dsl::Expr& expr, dsl::NodeId id) {
 
 // Never NaN or infinite, whatever the inputs hold.
 bool is_surely_finite(const dsl::Expr& expr, const dsl::Node& node) {
-  if (node.op == dsl::Op::kFloat) return std::isfinite(static_cast<float>(node.float_value));
+  if (node.op == dsl::Op::kFloat) return std::isfinite(node.float_value);
   return node.op == dsl::Op::kCall && node.function == dsl::Function::kToFloat &&
          expr[node.args[0]].type != dsl::Type::kFloat;
 }
@@ -359,7 +359,7 @@ class MathPlanBuilder {
       case dsl::Op::kBool:
         return constant(node.type, static_cast<std::uint64_t>(node.int_value));
       case dsl::Op::kFloat:
-        return literal(static_cast<float>(node.float_value));
+        return literal(dsl::float32_literal(node.float_value));
       case dsl::Op::kRead:
         return lower_read(node, in);
       default: {

@@ -1,9 +1,8 @@
 // attnjit-score-in-log2: how the value depends on the score, and the fold of log2(e).
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "compiler/passes/passes.h"
+#include "dsl/functions.h"
 #include "llvm/ADT/DenseMap.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/IR/Matchers.h"
@@ -83,9 +82,7 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
   Value times_log2e(mlir::OpBuilder& builder, Value v) {
     // A finite literal stays finite: a row whose every element is float's smallest number is not a dropped one.
     const auto literal = [&](double x) {
-      constexpr double kLargest = std::numeric_limits<float>::max();
-      if (std::isfinite(x)) x = std::clamp(x, -kLargest, kLargest);
-      return arith::ConstantOp::create(builder, v.getLoc(), builder.getF32FloatAttr(static_cast<float>(x)));
+      return arith::ConstantOp::create(builder, v.getLoc(), builder.getF32FloatAttr(dsl::float32_literal(x)));
     };
     mlir::FloatAttr constant;
     if (mlir::matchPattern(v, mlir::m_Constant(&constant))) return literal(constant.getValueAsDouble() * kLog2E);

@@ -177,6 +177,8 @@ TEST(CompilerCpu, DroppedElements) {
                            "clamp(where(h < 2, score, -inf), -3, 3)",
                            "where(h < 2, score, -1e38)",
                            "where(h < 2, score, -inf) / 2 + p[h]",
+                           "1e-300 * where(h < 2, score, -inf) + p[h]",
+                           "where(h < 2, score, -inf) * 1e-300",
                            "score % where(h < 2, 2, -inf)",
                            "sign(where(h < 2, score, -inf)) + p[h]",
                            "where(score > 1, -inf, where(isnan(score), 0, score))"})

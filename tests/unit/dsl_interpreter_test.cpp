@@ -194,6 +194,18 @@ TEST(DslInterpreter, MixesTypes) {
                  {"where(not h < 3 and b >= 2, 1, 2)", 1}});
 }
 
+TEST(DslInterpreter, LiteralsStayFiniteAndApartFromZero) {
+  using Limits = std::numeric_limits<float>;
+  EXPECT_EQ(float32_literal(0.1), 0.1f);
+  EXPECT_EQ(float32_literal(1e39), Limits::max());
+  EXPECT_EQ(float32_literal(-1e39), -Limits::max());
+  EXPECT_EQ(float32_literal(1e-300), Limits::denorm_min());
+  EXPECT_EQ(float32_literal(-5e-324), -Limits::denorm_min());
+  EXPECT_EQ(float32_literal(0.0), 0.0f);
+  EXPECT_EQ(float32_literal(std::numeric_limits<double>::infinity()), Limits::infinity());
+  EXPECT_TRUE(std::isnan(float32_literal(std::nan(""))));
+}
+
 TEST(DslInterpreter, ClampsCapturedReads) {
   const Captures captures = {{"t", captured<float>(DType::kF32, {2, 3}, {0, 1, 2, 10, 11, 12})}};
   EXPECT_EQ(value("t[1, 2]", {}, captures), 12);

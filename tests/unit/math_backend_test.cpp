@@ -599,6 +599,8 @@ TEST(MathBackend, NonFiniteMods) {
                            "sign(log(score))",
                            "(score - score) / 0",
                            "-inf + inf * h",
+                           "1e-300 * where(kv_idx < 9, score, -inf)",
+                           "where(kv_idx < 9, score, -inf) * 1e-300 + up[b]",
                            "where(score > 0, -inf, 0) + where(h > 0, inf, 0)"}) {
     problem.check_all(text);
   }
