@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <system_error>
@@ -57,7 +58,7 @@ int available_processors() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : process_(getpid()) {
   if (threads <= 0) threads = available_processors();
   const SignalsBlocked blocked;
   for (int i = 1; i < threads; ++i) {
@@ -72,6 +73,12 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
+  if (getpid() != process_) {
+    // The threads are the parent's. Their handles point into stacks that fork may have unmapped here: given up, not
+    // joined.
+    for (auto& worker : workers_) static_cast<void>(worker.release());
+    return;
+  }
   for (const auto& worker : workers_) {
     worker->state.store(kStop, std::memory_order_release);
     worker->state.notify_all();

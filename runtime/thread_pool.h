@@ -14,7 +14,7 @@ namespace attnjit::runtime {
 int available_processors();
 
 // parallel_for may be called from any number of threads: one call gets the workers, the others meanwhile run in their
-// calling thread alone.
+// calling thread alone. So do all calls in a forked child, which has no workers.
 class ThreadPool {
  public:
   // `threads` counts the caller; 0 or less: available_processors(). Starts with fewer where the system refuses.
@@ -50,6 +50,7 @@ class ThreadPool {
   void work(int thread);
   void serve(Worker& worker, int thread);
 
+  const int process_;  // that has the workers
   alignas(64) std::atomic<bool> busy_{false};
   // The current call's; written only while no worker runs.
   Task function_ = nullptr;

@@ -1,7 +1,10 @@
 // The C interface: results against the oracle, layouts, plans, concurrency, and that a run allocates nothing.
 #include <gmock/gmock.h>
 #include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -403,6 +406,33 @@ TEST(CApi, PlanOutlivesItsContext) {
   const Scratch scratch(plan.get());
   ASSERT_EQ(attnjit_run(plan.get(), &p.attention, scratch.data, scratch.size, nullptr), ATTNJIT_OK);
   expect_close(p.o_data, gold.o, 2e-5, "o");
+}
+
+// The child has one thread, whatever the pool held.
+TEST(CApi, ForkedChildGoesOn) {
+  ContextPtr context = make_context(4);
+  Problem problem;
+  PlanPtr plan = prepare(context, problem.attention);
+  ASSERT_TRUE(plan);
+  const Scratch scratch(plan.get());
+  ASSERT_EQ(attnjit_run(plan.get(), &problem.attention, scratch.data, scratch.size, nullptr), ATTNJIT_OK);
+  const std::vector<float> expected = problem.o_data;
+  std::fill(problem.o_data.begin(), problem.o_data.end(), NAN);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(60);  // instead of waiting for ever
+    bool ok = attnjit_run(plan.get(), &problem.attention, scratch.data, scratch.size, nullptr) == ATTNJIT_OK &&
+              problem.o_data == expected;
+    problem.attention.score_mod = "score - kv_idx";
+    ok = ok && prepare(context, problem.attention) != nullptr;
+    plan.reset();
+    context.reset();
+    _exit(ok ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST(CApi, RunAllocatesNothing) {
