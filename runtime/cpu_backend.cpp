@@ -248,7 +248,9 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
 std::size_t cpu_workspace_size(const ForwardCall& call, int threads) {
   const Schedule s = schedule(call, threads);
   if (s.tasks == 0) return 0;
-  return static_cast<std::size_t>(layout(call, s).size) * sizeof(float) * static_cast<std::size_t>(threads);
+  // Fewer tasks than threads keep the rest of them idle.
+  const std::int64_t working = std::min<std::int64_t>(threads, s.tasks);
+  return static_cast<std::size_t>(layout(call, s).size) * sizeof(float) * static_cast<std::size_t>(working);
 }
 
 void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compiler::CpuIsa isa, void* workspace,

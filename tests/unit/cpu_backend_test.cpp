@@ -387,6 +387,16 @@ TEST_F(CpuBackend, EmptyProblemsNeedNothing) {
   }
 }
 
+TEST_F(CpuBackend, FewTasksNeedScratchForAsManyThreads) {
+  const Case c{.num_heads = 3, .num_heads_kv = 3, .seqlen_q = 1};
+  Problem problem(c);
+  EXPECT_EQ(cpu_workspace_size(problem.call(), 64), 3 * cpu_workspace_size(problem.call(), 1));
+  ThreadPool pool(8);
+  const ScalarTile tile(c.mod, c.log2);
+  problem.run(pool, tile);
+  problem.check();
+}
+
 TEST_F(CpuBackend, EmptyRows) {
   check({.seqlen_q = 70, .seqlen_kv = 260, .mod = some_rows_empty});
   check({.seqlen_q = 5, .seqlen_kv = 1, .dtype = dsl::DType::kF16, .mod = some_rows_empty});

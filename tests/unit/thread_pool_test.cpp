@@ -23,6 +23,7 @@ TEST(ThreadPool, RunsEveryTaskOnce) {
       pool.parallel_for(tasks, [&](std::int64_t task, int thread) {
         EXPECT_GE(thread, 0);
         EXPECT_LT(thread, pool.size());
+        EXPECT_LT(thread, tasks);
         ++seen[static_cast<std::size_t>(task)];
       });
       for (const auto& count : seen) EXPECT_EQ(count, 1);
