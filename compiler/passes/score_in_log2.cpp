@@ -1,9 +1,12 @@
 // attnjit-score-in-log2: how the value depends on the score, and the fold of log2(e).
 #include <algorithm>
+#include <limits>
 
+#include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
 #include "dsl/functions.h"
 #include "llvm/ADT/DenseMap.h"
+#include "llvm/ADT/DenseSet.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/IR/Matchers.h"
 
@@ -18,6 +21,8 @@ namespace arith = mlir::arith;
 using mlir::Value;
 
 constexpr double kLog2E = 1.44269504088896340736;
+// The smallest float that stays finite when it is multiplied by log2(e).
+constexpr double kSmallest = -0x1.62e42ep127;
 
 enum class Dependence { kFree, kAffine, kNonlinear };
 
@@ -31,11 +36,15 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
       return signalPassFailure();
     }
     dependence_.clear();
+    extreme_.clear();
     scaled_.clear();
     mlir::Block& block = function.front();
     const Value score = block.getArgument(0);
     dependence_[score] = Dependence::kAffine;
-    for (mlir::Operation& op : block.without_terminator()) dependence_[op.getResult(0)] = classify(op);
+    for (mlir::Operation& op : block.without_terminator()) {
+      dependence_[op.getResult(0)] = classify(op);
+      if (is_extreme(op)) extreme_.insert(op.getResult(0));
+    }
 
     auto ret = llvm::cast<mlir::func::ReturnOp>(block.getTerminator());
     const Value value = ret.getOperand(0), keep = ret.getOperand(1);
@@ -78,9 +87,22 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
     return kNonlinear;
   }
 
+  // Whether the result may be a number that log2(e) carries out of float's range: a mask made of float's smallest
+  // number, captured or literal, that arrives unchanged. Not asked of products: those would pay for what nobody writes.
+  bool is_extreme(mlir::Operation& op) {
+    if (auto read = llvm::dyn_cast<ReadOp>(op)) return read.getElement().isF32() || read.getElement().isBF16();
+    if (auto constant = llvm::dyn_cast<arith::ConstantOp>(op)) {
+      const auto literal = llvm::dyn_cast<mlir::FloatAttr>(constant.getValue());
+      return literal && literal.getValue().isFinite() && literal.getValueAsDouble() < kSmallest;
+    }
+    if (!llvm::isa<arith::SelectOp, arith::AddFOp, arith::SubFOp, arith::MinimumFOp, arith::MaximumFOp>(op))
+      return false;
+    return llvm::any_of(op.getOperands(), [&](Value operand) { return extreme_.contains(operand); });
+  }
+
   // v * log2(e); a literal factor of v takes it in.
   Value times_log2e(mlir::OpBuilder& builder, Value v) {
-    // A finite literal stays finite: a row whose every element is float's smallest number is not a dropped one.
+    // What is finite stays above -inf: a row whose every element is float's smallest number is not a dropped one.
     const auto literal = [&](double x) {
       return arith::ConstantOp::create(builder, v.getLoc(), builder.getF32FloatAttr(dsl::float32_literal(x)));
     };
@@ -90,6 +112,16 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
         product && mlir::matchPattern(product.getRhs(), mlir::m_Constant(&constant)))
       return arith::MulFOp::create(builder, v.getLoc(), product.getLhs(),
                                    literal(constant.getValueAsDouble() * kLog2E));
+    if (extreme_.contains(v)) {
+      const auto select_if = [&](arith::CmpFPredicate p, Value bound, Value yes, Value no) {
+        const Value condition = arith::CmpFOp::create(builder, v.getLoc(), p, v, bound);
+        return arith::SelectOp::create(builder, v.getLoc(), condition, yes, no);
+      };
+      // Before the product, which can then become part of an FMA; a maximum instruction that keeps NaN.
+      const Value smallest = literal(kSmallest);
+      const Value clamped = select_if(arith::CmpFPredicate::OLT, smallest, smallest, v);
+      v = select_if(arith::CmpFPredicate::OEQ, literal(-std::numeric_limits<double>::infinity()), v, clamped);
+    }
     return arith::MulFOp::create(builder, v.getLoc(), v, literal(kLog2E));
   }
 
@@ -129,6 +161,7 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
   }
 
   llvm::DenseMap<Value, Dependence> dependence_;
+  llvm::DenseSet<Value> extreme_;
   llvm::DenseMap<Value, Value> scaled_;
 };
 

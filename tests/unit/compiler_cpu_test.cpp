@@ -185,6 +185,25 @@ TEST(CompilerCpu, DroppedElements) {
     expect_equal(text, {Tensor::of("p", DType::kF32, {4}, poison)}, {}, true);
 }
 
+// Masks are also made of the smallest float, whose rows are equal elements and not dropped ones.
+TEST(CompilerCpu, SmallestFloatsStayFinite) {
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  const std::vector<float> values{kLowest, static_cast<float>(-kInfinity), std::nanf(""), 2.0f};
+  for (const char* text : {"score + t[h]", "where(q_idx >= 0, t[h], score)", "tanh(score) + t[h]", "t[h] - 0 * score",
+                           "where(h == 0, -3.4e38, tanh(t[h]) + t[h])", "min(t[h], exp(score) + 5)"}) {
+    SCOPED_TRACE(text);
+    const Mod mod(text, {Tensor::of("t", DType::kF32, {4}, values)});
+    for (const CpuIsa isa : isas()) {
+      const std::vector<float> found = Elementwise(mod, isa).log2_values(
+          {{.score = 0.5, .h = 0}, {.score = 0.5, .h = 1}, {.score = 0.5, .h = 2}, {.score = 0.5, .h = 3}});
+      EXPECT_NEAR(found[0], kLowest, 1e32);
+      EXPECT_EQ(found[1], -kInfinity);
+      EXPECT_TRUE(std::isnan(found[2]));
+      EXPECT_LT(std::abs(found[3]), 10.0f);
+    }
+  }
+}
+
 TEST(CompilerCpu, MaskModIsOneMoreCondition) {
   Mod mod("score + h");
   const auto mask = dsl::parse("kv_idx <= q_idx + 3", dsl::ModKind::kMaskMod);

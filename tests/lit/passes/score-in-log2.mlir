@@ -90,3 +90,38 @@ func.func @finite(%s: f32) -> (f32, i1) {
   %r = arith.select %c, %s, %low : f32
   return %r, %true : f32, i1
 }
+
+// A captured number may be the smallest float, too: it is held above -inf, and a captured -inf stays what it is.
+// CHECK-LABEL: func.func @captured
+// CHECK: %[[M:.*]] = attnjit.read
+// CHECK: %[[LOW:.*]] = arith.constant -2.35865{{.*}}E+38
+// CHECK: %[[BELOW:.*]] = arith.cmpf olt, %[[M]], %[[LOW]]
+// CHECK: %[[CLAMPED:.*]] = arith.select %[[BELOW]], %[[LOW]], %[[M]]
+// CHECK: %[[NINF:.*]] = arith.constant 0xFF800000
+// CHECK: %[[IS:.*]] = arith.cmpf oeq, %[[M]], %[[NINF]]
+// CHECK: %[[C:.*]] = arith.select %[[IS]], %[[M]], %[[CLAMPED]]
+// CHECK: %[[P:.*]] = arith.mulf %[[C]]
+// CHECK: arith.addf %arg0, %[[P]]
+func.func @captured(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %q = attnjit.index q_idx
+  %m = attnjit.read 0[%q] extents [64] strides [1] : f32 -> f32
+  %r = arith.addf %s, %m : f32
+  return %r, %true : f32, i1
+}
+
+// float16 cannot hold such numbers, and nobody multiplies a mask.
+// CHECK-LABEL: func.func @harmless
+// CHECK-NOT: arith.cmpf
+// CHECK: return
+func.func @harmless(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %q = attnjit.index q_idx
+  %f = arith.sitofp %q : i64 to f32
+  %m = attnjit.read 0[%q] extents [64] strides [1] : f16 -> f32
+  %slope = attnjit.read 1[%q] extents [64] strides [1] : f32 -> f32
+  %a = arith.mulf %slope, %f : f32
+  %b = arith.addf %m, %s : f32
+  %r = arith.addf %a, %b : f32
+  return %r, %true : f32, i1
+}
