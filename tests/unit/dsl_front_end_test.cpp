@@ -123,6 +123,11 @@ TEST(DslFrontEnd, SharesValuesByLet) {
                  return tanh(s) + s;
                }),
                "let s = score * t0; tanh(s) + s");
+  EXPECT_EQ(score_mod([](auto score, auto, auto h, auto, auto) {
+              auto s = score + h;
+              return s * s + registered("t0");
+            }).text(),
+            "let t1 = score + h; t1 * t1 + t0()");
   EXPECT_EQ(score_mod([](auto score, auto, auto h, auto, auto) { return score * h + h + score; }).text(),
             "score * h + h + score");
 }

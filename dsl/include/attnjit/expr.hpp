@@ -8,8 +8,8 @@
 //
 // The lambda runs once, when the mod is made. Its operators mean what they mean in the expression language
 // (docs/language.md), not in C++: `/` always gives a float, `%` is the floor modulus, `&&` and `||` evaluate both
-// sides,
-// `^`, `<<`, `>>` do not exist. What C++ cannot spell is a function: floordiv, pow, where, to_float, to_int, to_bool.
+// sides, `^`, `<<`, `>>` do not exist. What C++ cannot spell is a function: floordiv, pow, where, to_float, to_int,
+// to_bool.
 // A condition on a traced value in `if` or `?:` does not compile: write where().
 // A value used several times is computed once: it becomes a `let`.
 //
@@ -143,7 +143,7 @@ class Writer {
         if (!index_.contains(arg)) open.emplace_back(arg, 0);
         continue;
       }
-      if (node->kind == Node::Kind::kCaptured || node->kind == Node::Kind::kRead) captured_.insert(node->text);
+      if (node->kind != Node::Kind::kAtom) taken_.insert(node->text);
       if (index_.emplace(node, steps_.size()).second) steps_.push_back({.node = node});
       open.pop_back();
     }
@@ -220,13 +220,13 @@ class Writer {
     std::string name;
     do {
       name = "t" + std::to_string(names_++);
-    } while (captured_.contains(name));
+    } while (taken_.contains(name));
     return name;
   }
 
   std::vector<Step> steps_;
   std::unordered_map<const Node*, std::size_t> index_;
-  std::set<std::string> captured_;
+  std::set<std::string> taken_;  // names that a `let` must not hide: captured ones and those of mods
   std::string lets_;
   int names_ = 0;
 };
