@@ -94,7 +94,8 @@ class Builder {
                                                                      : -1);
     }
     return ReadOp::create(b_, loc_, value_type(dsl::value_type(info.dtype)), static_cast<std::uint32_t>(node.capture),
-                          indices, extents, strides, mlir::DenseBoolArrayAttr(), element_type(info.dtype));
+                          indices, extents, strides, mlir::DenseBoolArrayAttr(), mlir::IntegerAttr(),
+                          element_type(info.dtype));
   }
 
   // A sign or a conversion of a literal is a literal: the rule of dropped elements looks at them.

@@ -99,8 +99,16 @@ class Frontend {
     return true;
   }
 
-  std::unique_ptr<llvm::Module> lower(llvm::LLVMContext& context) {
+  std::unique_ptr<llvm::Module> lower(const ModProblem& problem, bool stage_reads, llvm::LLVMContext& context) {
     const PhaseTimer timer(phases_, "lower");
+    if (stage_reads) {
+      if (!session_->stage_reads(*module_)) {
+        failed("lowering");
+        return nullptr;
+      }
+      for (ReadOp read : staged_reads(*module_->getOps<mlir::func::FuncOp>().begin()))
+        staged.push_back(problem.captures[read.getCapture()].dtype);
+    }
     std::unique_ptr<llvm::Module> module = session_->to_llvm(*module_, context);
     if (!module) failed("lowering");
     return module;
@@ -108,6 +116,7 @@ class Frontend {
 
   ModFacts facts;
   bool scores_in_log2 = false;
+  std::vector<dsl::DType> staged;
   std::string error;
 
  private:
@@ -174,6 +183,8 @@ class CompiledTile : public CpuTile {
   explicit CompiledTile(CompiledMod compiled) : compiled_(std::move(compiled)) {}
   cpu::TileFn function() const override { return reinterpret_cast<cpu::TileFn>(compiled_.code->entry()); }
   bool scores_in_log2() const override { return compiled_.scores_in_log2; }
+  std::span<const dsl::DType> staged() const override { return compiled_.staged; }
+  cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->rows_entry()); }
   const ModFacts& facts() const override { return compiled_.facts; }
   const PhaseTimes& phases() const override { return compiled_.phases; }
 
@@ -197,10 +208,11 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
   Frontend frontend(compiled.phases);
   if (!frontend.run(problem, options)) return fail(frontend.error);
   llvm::LLVMContext context;
-  std::unique_ptr<llvm::Module> mod = frontend.lower(context);
+  std::unique_ptr<llvm::Module> mod = frontend.lower(problem, around.stages_reads, context);
   if (!mod) return fail(frontend.error);
   compiled.facts = std::move(frontend.facts);
   compiled.scores_in_log2 = frontend.scores_in_log2;
+  compiled.staged = std::move(frontend.staged);
 
   const llvm::XXH128_hash_t hash = hash_text(printed(*mod));
   const CodeCache::Key key{hash.low64, hash.high64, static_cast<int>(options.isa), around.entry.str()};
@@ -212,7 +224,8 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
   LoadResult loaded;
   {
     const PhaseTimer timer(compiled.phases, "load");
-    loaded = load_object(std::move(object.object), std::string_view(around.entry));
+    loaded =
+        load_object(std::move(object.object), around.entry, compiled.staged.empty() ? "" : llvm::StringRef(kRowsEntry));
   }
   if (!loaded.code) return fail("the code does not load: " + loaded.error);
   compiled.code = CodeCache::shared().insert(key, std::move(loaded.code));

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -72,6 +73,10 @@ class CpuTile {
   virtual cpu::TileFn function() const = 0;
   // True: the tile expects scores times log2(e) (identity and affine mods). False: plain scaled scores.
   virtual bool scores_in_log2() const = 0;
+  // Element types of the captured reads that have to be in TileParams::staged before a call of function(), at most
+  // cpu::kMaxStagedReads; rows() says where to take them from, and is null where there are none.
+  virtual std::span<const dsl::DType> staged() const = 0;
+  virtual cpu::RowsFn rows() const = 0;
   virtual const ModFacts& facts() const = 0;
   virtual const PhaseTimes& phases() const = 0;  // empty of compile phases when shared with an earlier problem
 };

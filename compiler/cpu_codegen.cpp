@@ -108,7 +108,8 @@ void optimise(llvm::Module& module, llvm::TargetMachine& machine, llvm::StringRe
   builder.crossRegisterProxies(loops, functions, sccs, modules);
 
   llvm::ModulePassManager passes;
-  passes.addPass(llvm::InternalizePass([entry](const llvm::GlobalValue& value) { return value.getName() == entry; }));
+  passes.addPass(llvm::InternalizePass(
+      [entry](const llvm::GlobalValue& value) { return value.getName() == entry || value.getName() == kRowsEntry; }));
   passes.addPass(llvm::AlwaysInlinerPass(/*InsertLifetimeIntrinsics=*/false));
   passes.addPass(llvm::GlobalDCEPass());
   llvm::FunctionPassManager function;
@@ -189,7 +190,9 @@ CpuIsa host_cpu_isa() {
   return best;
 }
 
-CpuTemplate tile_template(CpuIsa isa) { return {bytes(cpu::tile_bitcode(static_cast<int>(isa))), "attnjit_tile"}; }
+CpuTemplate tile_template(CpuIsa isa) {
+  return {bytes(cpu::tile_bitcode(static_cast<int>(isa))), "attnjit_tile", true};
+}
 
 CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplate& around,
                              const CompileOptions& options, PhaseTimes& phases) {
@@ -214,7 +217,13 @@ CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplat
       return failed("embedded bitcode cannot be read", std::move(error));
     mod->setTargetTriple(module->getTargetTriple());
     mod->setDataLayout(module->getDataLayout());
+    const bool stages_reads = mod->getFunction("attnjit_lane_rows") != nullptr;
     if (llvm::Linker::linkModules(*module, std::move(mod))) return failed("the mod does not link");
+    if (stages_reads) {
+      read = read_bitcode(bytes(cpu::rows_bitcode(static_cast<int>(options.isa))), "rows", context);
+      if (!read) return failed("embedded bitcode cannot be read", read.takeError());
+      if (llvm::Linker::linkModules(*module, std::move(*read))) return failed("the rows do not link");
+    }
     read = read_bitcode(bytes(cpu::functions_bitcode(static_cast<int>(options.isa))), "functions", context);
     if (!read) return failed("embedded bitcode cannot be read", read.takeError());
     if (llvm::Linker::linkModules(*module, std::move(*read), llvm::Linker::LinkOnlyNeeded))

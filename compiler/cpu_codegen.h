@@ -14,7 +14,11 @@ namespace attnjit::compiler {
 struct CpuTemplate {
   llvm::StringRef bitcode;
   llvm::StringRef entry;
+  bool stages_reads = false;  // gives the mod what TileParams::staged says
 };
+// A cpu::RowsFn, in the object of a mod that stages reads.
+inline constexpr llvm::StringLiteral kRowsEntry = "attnjit_rows";
+
 // The softmax tile; its entry is a cpu::TileFn.
 CpuTemplate tile_template(CpuIsa isa);
 

@@ -11,7 +11,8 @@ namespace attnjit::compiler {
 
 struct CompiledMod {
   ModFacts facts;
-  bool scores_in_log2 = false;  // see CpuTile
+  bool scores_in_log2 = false;     // see CpuTile
+  std::vector<dsl::DType> staged;  // see CpuTile
   PhaseTimes phases;
   std::shared_ptr<const NativeCode> code;  // entry: the template's
 };

@@ -63,18 +63,21 @@ Jit& jit() {
 
 class LoadedCode : public NativeCode {
  public:
-  LoadedCode(orc::JITDylib& library, void* entry) : library_(library), entry_(entry) {}
+  LoadedCode(orc::JITDylib& library, void* entry, void* rows_entry)
+      : library_(library), entry_(entry), rows_entry_(rows_entry) {}
   ~LoadedCode() override { llvm::consumeError(jit().lljit->getExecutionSession().removeJITDylib(library_)); }
   void* entry() const override { return entry_; }
+  void* rows_entry() const override { return rows_entry_; }
 
  private:
   orc::JITDylib& library_;
   void* entry_;
+  void* rows_entry_;
 };
 
 }  // namespace
 
-LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, std::string_view entry) {
+LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, llvm::StringRef entry, llvm::StringRef rows_entry) {
   Jit& shared = jit();
   if (!shared.error.empty()) return {nullptr, shared.error};
   orc::ExecutionSession& session = shared.lljit->getExecutionSession();
@@ -86,9 +89,15 @@ LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, std::string_v
     return result;
   };
   if (llvm::Error error = shared.lljit->addObjectFile(library, std::move(object))) return failed(std::move(error));
-  auto address = shared.lljit->lookup(library, llvm::StringRef(entry.data(), entry.size()));
+  auto address = shared.lljit->lookup(library, entry);
   if (!address) return failed(address.takeError());
-  return {std::make_shared<LoadedCode>(library, address->toPtr<void*>()), {}};
+  void* rows = nullptr;
+  if (!rows_entry.empty()) {
+    auto found = shared.lljit->lookup(library, rows_entry);
+    if (!found) return failed(found.takeError());
+    rows = found->toPtr<void*>();
+  }
+  return {std::make_shared<LoadedCode>(library, address->toPtr<void*>(), rows), {}};
 }
 
 }  // namespace attnjit::compiler

@@ -3,8 +3,8 @@
 
 #include <memory>
 #include <string>
-#include <string_view>
 
+#include "llvm/ADT/StringRef.h"
 #include "llvm/Support/MemoryBuffer.h"
 
 namespace attnjit::compiler {
@@ -14,6 +14,7 @@ class NativeCode {
  public:
   virtual ~NativeCode() = default;
   virtual void* entry() const = 0;
+  virtual void* rows_entry() const = 0;  // null where the code stages no reads
 };
 
 struct LoadResult {
@@ -21,8 +22,9 @@ struct LoadResult {
   std::string error;  // set where code is null
 };
 
-// Loads `object` and looks `entry` up. The code may call the C library's functions named in cpu_jit.cpp and nothing
-// else of the process. Safe to call from several threads.
-LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, std::string_view entry);
+// Loads `object` and looks `entry` up, and `rows_entry` where it is not empty. The code may call the C library's
+// functions named in cpu_jit.cpp and nothing else of the process. Safe to call from several threads.
+LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, llvm::StringRef entry,
+                       llvm::StringRef rows_entry = {});
 
 }  // namespace attnjit::compiler

@@ -52,6 +52,12 @@ bool MlirSession::find_facts(mlir::ModuleOp module) {
   return mlir::succeeded(passes.run(module));
 }
 
+bool MlirSession::stage_reads(mlir::ModuleOp module) {
+  mlir::PassManager passes(&context_);
+  passes.addNestedPass<mlir::func::FuncOp>(createStageReads());
+  return mlir::succeeded(passes.run(module));
+}
+
 std::unique_ptr<llvm::Module> MlirSession::to_llvm(mlir::ModuleOp module, llvm::LLVMContext& llvm_context) {
   mlir::PassManager passes(&context_);
   passes.addPass(createLowerToLlvm());

@@ -19,9 +19,10 @@ class MlirSession {
   // Everything reported so far, one error per line.
   const std::string& errors() const { return errors_; }
 
-  // The pipelines of passes/passes.h; false with errors() set where a pass failed.
+  // The pipelines and passes of passes/passes.h; false with errors() set where a pass failed.
   bool canonicalize(mlir::ModuleOp module);
   bool find_facts(mlir::ModuleOp module);
+  bool stage_reads(mlir::ModuleOp module);
   // Lowers to the LLVM dialect and translates. Null with errors() set on failure.
   std::unique_ptr<llvm::Module> to_llvm(mlir::ModuleOp module, llvm::LLVMContext& llvm_context);
 

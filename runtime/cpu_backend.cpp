@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <numbers>
+#include <span>
 
 #include "kernels_templates/cpu/products.h"
 
@@ -56,10 +57,13 @@ struct Layout {
   std::int64_t scores = 0;   // [kTileRows][kPanelLanes]
   std::int64_t keys = 0;     // [kTileRows][head_dim]
   std::int64_t values = 0;   // [kTileRows][head_dim_v]
+  std::int64_t staged = 0;   // [staged reads][kTileRows][kPanelLanes]
   std::int64_t size = 0;
 };
 
-Layout layout(const ForwardCall& call, const Schedule& s) {
+constexpr std::int64_t kStagedSize = kTileRows * kPanelLanes;
+
+Layout layout(const ForwardCall& call, const compiler::CpuTile& tile, const Schedule& s) {
   Layout l;
   const auto take = [&l](std::int64_t floats) {
     const std::int64_t start = l.size;
@@ -76,6 +80,7 @@ Layout layout(const ForwardCall& call, const Schedule& s) {
   l.scores = take(kTileRows * kPanelLanes);
   if (call.k.dtype != dsl::DType::kF32) l.keys = take(kTileRows * head_dim);
   l.values = take(kTileRows * head_dim_v);
+  l.staged = take(static_cast<std::int64_t>(tile.staged().size()) * kStagedSize);
   return l;
 }
 
@@ -87,6 +92,26 @@ cpu::Storage storage_of(dsl::DType dtype) {
       return cpu::Storage::kBF16;
     default:
       return cpu::Storage::kF32;
+  }
+}
+
+cpu::Element element_of(dsl::DType dtype) {
+  switch (dtype) {
+    case dsl::DType::kF16:
+      return cpu::Element::kF16;
+    case dsl::DType::kBF16:
+      return cpu::Element::kBF16;
+    case dsl::DType::kInt32:
+      return cpu::Element::kInt32;
+    case dsl::DType::kInt16:
+      return cpu::Element::kInt16;
+    case dsl::DType::kInt8:
+      return cpu::Element::kInt8;
+    case dsl::DType::kUInt8:
+    case dsl::DType::kBool:
+      return cpu::Element::kUInt8;
+    default:
+      return cpu::Element::kF32;
   }
 }
 
@@ -109,6 +134,8 @@ struct Pass {
   Layout layout;
   float* workspace;
   const cpu::CapturedView* captured;
+  std::span<const dsl::DType> staged;
+  cpu::RowsFn rows;  // where there are staged reads
   cpu::Storage storage;
   float factor;  // on the scores: the scale, with log2(e) where the tile expects it
   bool bf16;     // the products are computed on BF16 itself
@@ -154,6 +181,30 @@ void store_panel(const Pass& pass, std::int64_t b, std::int64_t h, const Panel& 
   }
   pass.products.store_panel(out, row_sum, panel.first, panel.lanes, head_dim_v, at(call.o, b, h, panel.start),
                             pass.storage, call.o.stride[2]);
+}
+
+// For each staged read, where each lane's row of this block starts.
+using RowAddresses = std::array<const void*, cpu::kMaxStagedReads * kPanelLanes>;
+
+// Finds the rows and asks the caches for them: they lie in as many pages as there are lanes, which no hardware
+// prefetcher foresees, and the product that comes first hides the way (bench/notes.md, "CPU kernels").
+void find_rows(const Pass& pass, const cpu::TileParams& params, RowAddresses& addresses) {
+  constexpr std::uintptr_t kLine = 64;
+  pass.rows(&params, addresses.data());
+  for (std::size_t i = 0; i < pass.staged.size() * kPanelLanes; ++i) {
+    const char* const start = static_cast<const char*>(addresses[i]);
+    const std::int64_t size = params.rows * dsl::dtype_size(pass.staged[i / kPanelLanes]);
+    for (const char* line = start - reinterpret_cast<std::uintptr_t>(start) % kLine; line < start + size; line += kLine)
+      __builtin_prefetch(line);
+  }
+}
+
+// Puts the rows where the tile expects them: with the lanes side by side.
+void stage_rows(const Pass& pass, const RowAddresses& addresses, std::int64_t rows, float* staged) {
+  for (std::size_t i = 0; i < pass.staged.size(); ++i) {
+    pass.products.stage(addresses.data() + i * kPanelLanes, element_of(pass.staged[i]), rows,
+                        staged + static_cast<std::int64_t>(i) * kStagedSize);
+  }
 }
 
 void run_task(const Pass& pass, std::int64_t task, int thread) {
@@ -221,17 +272,23 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
                                    .q_idx = panel_at(first_panel + p, seqlen_q).start,
                                    .kv_idx = kv,
                                    .rows = rows,
-                                   .captured = pass.captured};
+                                   .captured = pass.captured,
+                                   .staged = scratch + l.staged};
       const float* const queries = scratch + l.queries + p * head_dim * kPanelLanes;
       float* const out = scratch + l.out + p * head_dim_v * kPanelLanes;
+      RowAddresses rows_of_lanes;
+      if (!pass.staged.empty()) find_rows(pass, params, rows_of_lanes);
       if (pass.bf16) {
         products.qk_bf16(static_cast<const std::uint16_t*>(k), call.k.stride[2], rows, head_dim, queries, pass.factor,
                          params.scores);
-        pass.tile(&params);
-        products.pv_bf16(values, rows, head_dim_v, params.scores, params.rescale, out);
       } else {
         products.qk(keys, keys_stride, rows, head_dim, queries, pass.factor, params.scores);
-        pass.tile(&params);
+      }
+      if (!pass.staged.empty()) stage_rows(pass, rows_of_lanes, rows, scratch + l.staged);
+      pass.tile(&params);
+      if (pass.bf16) {
+        products.pv_bf16(values, rows, head_dim_v, params.scores, params.rescale, out);
+      } else {
         products.pv(values, values_stride, rows, head_dim_v, params.scores, params.rescale, out);
       }
     }
@@ -245,12 +302,12 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
 
 }  // namespace
 
-std::size_t cpu_workspace_size(const ForwardCall& call, int threads) {
+std::size_t cpu_workspace_size(const ForwardCall& call, const compiler::CpuTile& tile, int threads) {
   const Schedule s = schedule(call, threads);
   if (s.tasks == 0) return 0;
   // Fewer tasks than threads keep the rest of them idle.
   const std::int64_t working = std::min<std::int64_t>(threads, s.tasks);
-  return static_cast<std::size_t>(layout(call, s).size) * sizeof(float) * static_cast<std::size_t>(working);
+  return static_cast<std::size_t>(layout(call, tile, s).size) * sizeof(float) * static_cast<std::size_t>(working);
 }
 
 void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compiler::CpuIsa isa, void* workspace,
@@ -272,9 +329,11 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .products = products,
                   .tile = tile.function(),
                   .schedule = s,
-                  .layout = layout(call, s),
+                  .layout = layout(call, tile, s),
                   .workspace = static_cast<float*>(workspace),
                   .captured = captured.data(),
+                  .staged = tile.staged(),
+                  .rows = tile.rows(),
                   .storage = storage,
                   .factor = static_cast<float>(call.scale * log2e),
                   // An odd head dim has no pairs.

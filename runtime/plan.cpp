@@ -274,7 +274,7 @@ Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Regis
   } else if (plan->backend == ATTNJIT_BACKEND_CPU) {
     if (Check failure = compile_tile(context, attention, call, key, nullptr, &*compiled)) return *failure;
     ThreadPool& pool = context.pool();
-    plan->forward.workspace_size = cpu_workspace_size(call.forward, pool.size());
+    plan->forward.workspace_size = cpu_workspace_size(call.forward, *compiled->tile, pool.size());
     plan->forward.run = [tile = compiled->tile, isa = context.cpu_isa(), &pool](const ForwardCall& forward,
                                                                                 void* workspace) {
       cpu_forward(forward, *tile, isa, workspace, pool);

@@ -47,18 +47,20 @@ def Attnjit_ReadOp : Attnjit_Op<"read",
     `capture` is its number in the captured table, `element` its type in memory (bool: i1, uint8: ui8). One index per
     dimension, clamped to [0, extent) unless `in_bounds` says that it needs no clamp; the read therefore never leaves
     the tensor and may be executed speculatively. `strides` holds, per dimension, 0 (broadcast), 1 (contiguous) or -1
-    (known at run time only).
+    (known at run time only). `staged` numbers the reads whose elements of a whole tile are gathered beforehand
+    (attnjit-stage-reads).
 
     ```mlir
     %bias = attnjit.read 0[%h, %d] extents [8, 1023] strides [-1, 1] : bf16 -> f32
     ```
   }];
   let arguments = (ins I32Attr:$capture, Variadic<I64>:$indices, DenseI64ArrayAttr:$extents,
-                       DenseI64ArrayAttr:$strides, OptionalAttr<DenseBoolArrayAttr>:$in_bounds, TypeAttr:$element);
+                       DenseI64ArrayAttr:$strides, OptionalAttr<DenseBoolArrayAttr>:$in_bounds, OptionalAttr<I32Attr>:$staged,
+                       TypeAttr:$element);
   let results = (outs AnyTypeOf<[I1, I64, F32]>:$result);
   let assemblyFormat = [{
-    $capture `[` $indices `]` `extents` $extents `strides` $strides (`in_bounds` $in_bounds^)? attr-dict
-    `:` $element `->` type($result)
+    $capture `[` $indices `]` `extents` $extents `strides` $strides (`in_bounds` $in_bounds^)?
+    (`staged` $staged^)? attr-dict `:` $element `->` type($result)
   }];
   let hasVerifier = 1;
 }

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "dsl/expr.h"
+#include "kernels_templates/cpu/tile_abi.h"
 #include "llvm/ADT/TypeSwitch.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/IR/DialectImplementation.h"
@@ -63,6 +64,9 @@ mlir::LogicalResult ReadOp::verify() {
     if (extent < 1) return emitOpError("needs extents of at least 1, got ") << extent;
   for (const std::int64_t stride : getStrides())
     if (stride < -1 || stride > 1) return emitOpError("needs strides of 0, 1 or -1 (any), got ") << stride;
+
+  if (getStaged().value_or(0) >= static_cast<std::uint32_t>(cpu::kMaxStagedReads))
+    return emitOpError("is staged as ") << *getStaged() << ", allowed are 0 to " << cpu::kMaxStagedReads - 1;
 
   const mlir::Type element = getElement(), result = getResult().getType();
   const auto integer = llvm::dyn_cast<mlir::IntegerType>(element);

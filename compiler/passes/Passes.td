@@ -50,11 +50,24 @@ def NarrowIntegers : Pass<"attnjit-narrow-integers", "::mlir::func::FuncOp"> {
   let dependentDialects = ["::mlir::arith::ArithDialect"];
 }
 
+def StageReads : Pass<"attnjit-stage-reads", "::mlir::func::FuncOp"> {
+  let summary = "Number the captured reads whose rows lie along the keys, to be transposed before the CPU tile";
+  let description = [{
+    The lanes of the CPU tile run along the queries, so `bias[h, q_idx, kv_idx]` is a gather. Such a read is staged: its
+    rows are transposed by native code before the tile, which then reads neighbours. What it takes: one dimension of
+    stride 1 whose index is kv_idx plus what is free of the score, q_idx and kv_idx, proven in bounds; other indices free
+    of the score and kv_idx, one of them of run-time stride and varying with q_idx; elements of at most 32 bits. The
+    first kMaxStagedReads are taken.
+  }];
+}
+
 def LowerToLlvm : Pass<"attnjit-lower-to-llvm", "::mlir::ModuleOp"> {
   let summary = "Lower the function to attnjit_mod of the CPU tile, in the LLVM dialect";
   let description = [{
-    `float attnjit_mod(float score, i64 b, i64 h, i64 q_idx, i64 kv_idx, ptr captured)`: straight-line code without
-    traps, branches or undefined results, whose loads are all speculatable and invariant.
+    `float attnjit_mod(float score, i64 b, i64 h, i64 q_idx, i64 kv_idx, ptr captured, ptr staged, i64 element)`:
+    straight-line code without traps, branches or undefined results, whose loads are all speculatable and invariant.
+    Where reads are staged, also
+    `void attnjit_lane_rows(i64 b, i64 h, i64 q_idx, i64 kv_idx, ptr captured, ptr addresses)`.
   }];
   let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::arith::ArithDialect"];
 }

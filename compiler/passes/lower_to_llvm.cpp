@@ -1,9 +1,11 @@
-// attnjit-lower-to-llvm: the function becomes attnjit_mod of kernels_templates/cpu/tile.cpp.
+// attnjit-lower-to-llvm: the function becomes attnjit_mod of kernels_templates/cpu/tile.cpp, and where it stages reads
+// attnjit_lane_rows of rows.cpp beside it.
 #include <cstddef>
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
 #include "kernels_templates/cpu/tile_abi.h"
+#include "llvm/ADT/SetVector.h"
 #include "mlir/Conversion/ArithToLLVM/ArithToLLVM.h"
 #include "mlir/Conversion/FuncToLLVM/ConvertFuncToLLVM.h"
 #include "mlir/Conversion/LLVMCommon/ConversionTarget.h"
@@ -12,6 +14,7 @@
 #include "mlir/Dialect/LLVMIR/LLVMDialect.h"
 #include "mlir/Dialect/Math/IR/Math.h"
 #include "mlir/IR/BuiltinOps.h"
+#include "mlir/IR/IRMapping.h"
 #include "mlir/IR/Matchers.h"
 #include "mlir/Transforms/DialectConversion.h"
 
@@ -31,10 +34,16 @@ using mlir::Value;
 static_assert(sizeof(cpu::CapturedView) == 88 && offsetof(cpu::CapturedView, stride) == 8 &&
               offsetof(cpu::CapturedView, extent) == 48);
 
+// The arguments that both functions have, in this order: b, h, q_idx, kv_idx, captured and one more pointer.
+constexpr unsigned kModArguments = 1, kRowsArguments = 0;  // the number of the first
+constexpr unsigned kCaptured = 4, kPointer = 5, kElement = 6;
+
 // Lowers the operations of one function that upstream has no lowering for, or none that is total and vectorises.
 class Lowering {
  public:
-  Lowering(mlir::OpBuilder& builder, mlir::func::FuncOp function) : b_(builder), function_(function) {}
+  // `rows`: lowers attnjit_lane_rows, which stores the address of a staged read in the place of reading it.
+  Lowering(mlir::OpBuilder& builder, mlir::func::FuncOp function, bool rows)
+      : b_(builder), function_(function), rows_(rows) {}
 
   // False where an operation is none that the builder makes.
   mlir::LogicalResult run() {
@@ -42,8 +51,16 @@ class Lowering {
       b_.setInsertionPoint(&op);
       loc_ = op.getLoc();
       if (auto ret = llvm::dyn_cast<mlir::func::ReturnOp>(op)) {
+        if (rows_) continue;
         const Value dropped = f32(-std::numeric_limits<float>::infinity());
         ret->setOperands({arith::SelectOp::create(b_, loc_, ret.getOperand(1), ret.getOperand(0), dropped)});
+        continue;
+      }
+      if (auto read = llvm::dyn_cast<ReadOp>(op); read && rows_ && read.getStaged()) {
+        const Value slot =
+            byte_offset(argument(kPointer), read.getStaged().value_or(0) * std::int64_t{8} * cpu::kPanelLanes);
+        LLVM::StoreOp::create(b_, loc_, element_address(read), slot, 8);
+        op.erase();
         continue;
       }
       allow_contraction(op);
@@ -57,6 +74,7 @@ class Lowering {
   }
 
  private:
+  Value argument(unsigned i) { return function_.getArgument((rows_ ? kRowsArguments : kModArguments) + i); }
   Value f32(float value) { return arith::ConstantOp::create(b_, loc_, b_.getF32FloatAttr(value)); }
   Value integer(mlir::Type type, std::int64_t value) {
     return arith::ConstantOp::create(b_, loc_, b_.getIntegerAttr(type, value));
@@ -90,7 +108,7 @@ class Lowering {
 
   mlir::LogicalResult lower(mlir::Operation& op, Value& replacement) {
     if (auto index = llvm::dyn_cast<IndexOp>(op)) {
-      replacement = function_.getArgument(1 + static_cast<unsigned>(index.getRole()));
+      replacement = argument(static_cast<unsigned>(index.getRole()));
       return mlir::success();
     }
     if (auto read = llvm::dyn_cast<ReadOp>(op)) {
@@ -182,11 +200,13 @@ class Lowering {
 
   // A load at a constant byte offset of the captured table: the same for all elements of a call.
   Value table_entry(mlir::Type type, std::int64_t offset) {
-    const Value captured = function_.getArgument(5);
-    const Value address = LLVM::GEPOp::create(b_, loc_, captured.getType(), b_.getI8Type(), captured,
-                                              llvm::ArrayRef<LLVM::GEPArg>{static_cast<std::int32_t>(offset)},
-                                              LLVM::GEPNoWrapFlags::inbounds);
-    return invariant_load(type, address, 8);
+    return invariant_load(type, byte_offset(argument(kCaptured), offset), 8);
+  }
+
+  Value byte_offset(Value pointer, std::int64_t offset) {
+    return LLVM::GEPOp::create(b_, loc_, pointer.getType(), b_.getI8Type(), pointer,
+                               llvm::ArrayRef<LLVM::GEPArg>{static_cast<std::int32_t>(offset)},
+                               LLVM::GEPNoWrapFlags::inbounds);
   }
 
   Value invariant_load(mlir::Type type, Value address, unsigned alignment) {
@@ -195,7 +215,14 @@ class Lowering {
     return load;
   }
 
-  Value lower_read(ReadOp read) {
+  // What an element is loaded as from memory.
+  mlir::Type stored_type(mlir::Type element) {
+    if (element.isF32()) return element;
+    return b_.getIntegerType(element.isInteger(1) ? 8 : element.getIntOrFloatBitWidth());
+  }
+
+  // Where the element lies in the tensor.
+  Value element_address(ReadOp read) {
     const mlir::Type i64_type = b_.getI64Type();
     const auto pointer = LLVM::LLVMPointerType::get(b_.getContext());
     const std::int64_t view = static_cast<std::int64_t>(read.getCapture()) * 88;
@@ -214,14 +241,33 @@ class Lowering {
         index = arith::MulIOp::create(b_, loc_, index, table_entry(i64_type, view + 8 + 8 * i));
       offset = offset ? Value(arith::AddIOp::create(b_, loc_, offset, index)) : index;
     }
-    Value address = table_entry(pointer, view);
+    const Value address = table_entry(pointer, view);
+    if (!offset) return address;
+    return LLVM::GEPOp::create(b_, loc_, pointer, stored_type(read.getElement()), address,
+                               llvm::ArrayRef<LLVM::GEPArg>{offset}, LLVM::GEPNoWrapFlags::inbounds);
+  }
+
+  // The element of a staged read: a float as f32, everything else as i32.
+  Value lower_staged_read(ReadOp read) {
+    const mlir::Type result = read.getResult().getType();
+    const mlir::Type stored = result.isF32() ? result : mlir::Type(b_.getI32Type());
+    const Value first = i64(read.getStaged().value_or(0) * std::int64_t{cpu::kTileRows} * cpu::kPanelLanes);
+    const Value element = arith::AddIOp::create(b_, loc_, argument(kElement), first);
+    const Value address = LLVM::GEPOp::create(b_, loc_, argument(kPointer).getType(), stored, argument(kPointer),
+                                              llvm::ArrayRef<LLVM::GEPArg>{element}, LLVM::GEPNoWrapFlags::inbounds);
+    const Value loaded = invariant_load(stored, address, 4);
+    if (result.isF32()) return loaded;
+    if (result.isInteger(1)) return compare(arith::CmpIPredicate::ne, loaded, integer(stored, 0));
+    return arith::ExtSIOp::create(b_, loc_, result, loaded);
+  }
+
+  Value lower_read(ReadOp read) {
+    if (read.getStaged()) return lower_staged_read(read);
+    const mlir::Type i64_type = b_.getI64Type();
     const mlir::Type element = read.getElement();
-    const unsigned bits = element.isInteger(1) ? 8 : element.getIntOrFloatBitWidth();
-    const mlir::Type stored = element.isF32() ? element : mlir::Type(b_.getIntegerType(bits));
-    if (offset)
-      address = LLVM::GEPOp::create(b_, loc_, pointer, stored, address, llvm::ArrayRef<LLVM::GEPArg>{offset},
-                                    LLVM::GEPNoWrapFlags::inbounds);
-    const Value loaded = invariant_load(stored, address, bits / 8);
+    const mlir::Type stored = stored_type(element);
+    const unsigned bits = stored.getIntOrFloatBitWidth();
+    const Value loaded = invariant_load(stored, element_address(read), bits / 8);
     if (element.isF32()) return loaded;
     if (element.isInteger(1)) return compare(arith::CmpIPredicate::ne, loaded, integer(stored, 0));
     if (element.isBF16()) {
@@ -237,6 +283,7 @@ class Lowering {
 
   mlir::OpBuilder& b_;
   mlir::func::FuncOp function_;
+  bool rows_;
   mlir::Location loc_ = b_.getUnknownLoc();
 };
 
@@ -257,20 +304,20 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
       function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), got ") << type;
       return signalPassFailure();
     }
+    mlir::func::FuncOp rows;
+    if (mlir::failed(make_rows_function(builder, function, rows))) return signalPassFailure();
     const mlir::Type pointer = LLVM::LLVMPointerType::get(&getContext());
-    const llvm::SmallVector<mlir::Type> inputs{f32, i64, i64, i64, i64, pointer};
+    const llvm::SmallVector<mlir::Type> inputs{f32, i64, i64, i64, i64, pointer, pointer, i64};
     for (const mlir::Type input : llvm::ArrayRef(inputs).drop_front())
       function.front().addArgument(input, function.getLoc());
     function.setType(builder.getFunctionType(inputs, {f32}));
     function.setName("attnjit_mod");
     function->setDiscardableAttrs(mlir::DictionaryAttr());
-    function->setAttr("passthrough", builder.getStrArrayAttr({"alwaysinline", "nounwind"}));
-    for (const llvm::StringRef name : {"llvm.noalias", "llvm.readonly", "llvm.nonnull"})
-      function.setArgAttr(5, name, builder.getUnitAttr());
-    function.setArgAttr(
-        5, "llvm.dereferenceable",
-        builder.getI64IntegerAttr(static_cast<std::int64_t>(sizeof(cpu::CapturedView)) * count_captures(function)));
-    if (mlir::failed(Lowering(builder, function).run())) return signalPassFailure();
+    set_attributes(builder, function, kModArguments + kCaptured);
+    function.setArgAttr(kModArguments + kPointer, "llvm.noalias", builder.getUnitAttr());
+    function.setArgAttr(kModArguments + kPointer, "llvm.readonly", builder.getUnitAttr());
+    if (mlir::failed(Lowering(builder, function, false).run())) return signalPassFailure();
+    if (rows && mlir::failed(Lowering(builder, rows, true).run())) return signalPassFailure();
 
     const mlir::LLVMTypeConverter converter(&getContext());
     mlir::RewritePatternSet patterns(&getContext());
@@ -279,6 +326,44 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
     mlir::LLVMConversionTarget target(getContext());
     target.addLegalOp<mlir::ModuleOp>();
     if (mlir::failed(mlir::applyFullConversion(module, target, std::move(patterns)))) signalPassFailure();
+  }
+
+  static void set_attributes(mlir::OpBuilder& builder, mlir::func::FuncOp function, unsigned captured) {
+    function->setAttr("passthrough", builder.getStrArrayAttr({"alwaysinline", "nounwind"}));
+    for (const llvm::StringRef name : {"llvm.noalias", "llvm.readonly", "llvm.nonnull"})
+      function.setArgAttr(captured, name, builder.getUnitAttr());
+    function.setArgAttr(
+        captured, "llvm.dereferenceable",
+        builder.getI64IntegerAttr(static_cast<std::int64_t>(sizeof(cpu::CapturedView)) * count_captures(function)));
+  }
+
+  // attnjit_lane_rows with the staged reads of `function` and what their indices need; nothing where there are none.
+  static mlir::LogicalResult make_rows_function(mlir::OpBuilder& builder, mlir::func::FuncOp function,
+                                                mlir::func::FuncOp& rows) {
+    const llvm::SmallVector<ReadOp> reads = staged_reads(function);
+    if (reads.empty()) return mlir::success();
+    llvm::SetVector<mlir::Operation*> needed;
+    for (const ReadOp read : reads) needed.insert(read);
+    for (std::size_t i = 0; i < needed.size(); ++i) {
+      for (const Value operand : needed[i]->getOperands()) {
+        if (!operand.getDefiningOp()) return needed[i]->emitOpError("feeds a staged read but depends on the score");
+        needed.insert(operand.getDefiningOp());
+      }
+    }
+
+    const mlir::OpBuilder::InsertionGuard guard(builder);
+    builder.setInsertionPointAfter(function);
+    const mlir::Type i64 = builder.getI64Type(), pointer = LLVM::LLVMPointerType::get(builder.getContext());
+    rows =
+        mlir::func::FuncOp::create(builder, function.getLoc(), "attnjit_lane_rows",
+                                   builder.getFunctionType({i64, i64, i64, i64, pointer, pointer}, mlir::TypeRange()));
+    builder.setInsertionPointToEnd(rows.addEntryBlock());
+    mlir::IRMapping mapping;
+    for (mlir::Operation& op : function.front())
+      if (needed.contains(&op)) builder.clone(op, mapping);
+    mlir::func::ReturnOp::create(builder, function.getLoc());
+    set_attributes(builder, rows, kRowsArguments + kCaptured);
+    return mlir::success();
   }
 
   static std::int64_t count_captures(mlir::func::FuncOp function) {

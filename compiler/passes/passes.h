@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "compiler/dialect/dialect.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "mlir/Pass/Pass.h"
 #include "mlir/Pass/PassManager.h"
@@ -18,6 +19,9 @@ namespace attnjit::compiler {
 void build_canonical_pipeline(mlir::OpPassManager& passes);
 // From the canonical form to facts and 32-bit integers.
 void build_fact_pipeline(mlir::OpPassManager& passes);
+
+// The captured reads that attnjit-stage-reads numbered, in the order of their numbers.
+llvm::SmallVector<ReadOp> staged_reads(mlir::func::FuncOp function);
 
 // Erases every operation whose result nobody uses. All of them are pure.
 void erase_dead(mlir::Block& block);

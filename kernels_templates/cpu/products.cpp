@@ -315,16 +315,22 @@ inline void transpose(Quad (&m)[4]) {
 }
 
 // Four rows as columns: panel[i][lane + r] = rows[r][i], every bit kept.
-inline void store_columns(const float (&rows)[4][kMaxHeadDim], long long width, float* panel) {
+inline void store_columns(const float* const (&rows)[4], long long width, float* panel) {
   long long i = 0;
   for (; i + 4 <= width; i += 4) {
-    Quad m[4] = {*(Quad*)(rows[0] + i), *(Quad*)(rows[1] + i), *(Quad*)(rows[2] + i), *(Quad*)(rows[3] + i)};
+    Quad m[4];
+    for (int r = 0; r < 4; ++r) m[r] = load<Quad>(rows[r] + i);
     transpose(m);
     for (int r = 0; r < 4; ++r) *(Quad*)(panel + (i + r) * kPanelLanes) = m[r];
   }
   for (; i < width; ++i) {
     for (int r = 0; r < 4; ++r) *(Word*)(panel + i * kPanelLanes + r) = *(const Word*)(rows[r] + i);
   }
+}
+
+inline void store_columns(const float (&rows)[4][kMaxHeadDim], long long width, float* panel) {
+  const float* const starts[4] = {rows[0], rows[1], rows[2], rows[3]};
+  store_columns(starts, width, panel);
 }
 
 void load_panel(const void* in, Storage storage, long long in_stride, long long lanes, long long width, float* panel) {
@@ -372,6 +378,46 @@ void store_panel(const float* panel, const float* factor, long long first, long 
           break;
       }
     }
+  }
+}
+
+template <typename T>
+void widen_integers(const void* in, long long width, void* out) {
+  const T* const from = (const T*)in;
+  Word* const to = (Word*)out;
+  for (long long i = 0; i < width; ++i) to[i] = (unsigned int)(int)from[i];
+}
+
+void stage(const void* const* addresses, Element element, long long rows, void* panel) {
+  for (int lane = 0; lane < kPanelLanes; lane += 4) {
+    alignas(64) float wide[4][kMaxHeadDim];
+    const float* columns[4];
+    for (int r = 0; r < 4; ++r) {
+      const void* const in = addresses[lane + r];
+      columns[r] = wide[r];
+      switch (element) {
+        case Element::kF32:
+        case Element::kInt32:
+          columns[r] = (const float*)in;
+          break;
+        case Element::kF16:
+          widen_row<Storage::kF16>((const unsigned short*)in, rows, wide[r]);
+          break;
+        case Element::kBF16:
+          widen_row<Storage::kBF16>((const unsigned short*)in, rows, wide[r]);
+          break;
+        case Element::kInt16:
+          widen_integers<short>(in, rows, wide[r]);
+          break;
+        case Element::kInt8:
+          widen_integers<signed char>(in, rows, wide[r]);
+          break;
+        case Element::kUInt8:
+          widen_integers<unsigned char>(in, rows, wide[r]);
+          break;
+      }
+    }
+    store_columns(columns, rows, (float*)panel + lane);
   }
 }
 
@@ -440,7 +486,7 @@ void pv_bf16(const float* v_pairs, long long rows, long long width, float* weigh
 }  // namespace
 
 extern const Products ATTNJIT_PRODUCTS;
-const Products ATTNJIT_PRODUCTS = {qk,      pv,      widen,          load_panel,     store_panel,
+const Products ATTNJIT_PRODUCTS = {qk,      pv,      widen,          load_panel,     store_panel, stage,
 #ifdef __AVX512BF16__
                                    qk_bf16, pv_bf16, pair_rows_bf16, load_panel_bf16
 #endif

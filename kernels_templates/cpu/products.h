@@ -9,6 +9,9 @@ namespace attnjit::cpu {
 // Element types that conversions read and write.
 enum class Storage : unsigned char { kF32, kF16, kBF16 };
 
+// Element types that `stage` reads; bool is kUInt8.
+enum class Element : unsigned char { kF32, kF16, kBF16, kInt32, kInt16, kInt8, kUInt8 };
+
 // Everything is fp32 unless a Storage says otherwise; strides in elements; "panel" arrays are [n][kPanelLanes], 64-byte
 // aligned; nothing else needs alignment.
 struct Products {
@@ -29,6 +32,10 @@ struct Products {
   // i < width <= kMaxHeadDim.
   void (*store_panel)(const float* panel, const float* factor, long long first, long long lanes, long long width,
                       void* out, Storage storage, long long out_stride);
+
+  // panel[row][lane] = element `row` from addresses[lane] on, for row < rows <= kTileRows: a float as f32, an integer
+  // as a signed 32-bit one. Reads nothing else.
+  void (*stage)(const void* const* addresses, Element element, long long rows, void* panel);
 
   // The same on BF16 itself, at twice the speed; null where the instruction set cannot. Words are pairs of BF16, the
   // earlier value in the low half; queries[i] holds features 2i and 2i + 1, v_pairs[i] rows 2i and 2i + 1 (the last

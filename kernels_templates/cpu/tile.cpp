@@ -8,9 +8,10 @@
 // on functions whose target-cpu, target-features and prefer-vector-width have been overwritten for the machine.
 #include "kernels_templates/cpu/tile_abi.h"
 
-// The modified score in log2 units; -inf where the element is dropped. `score` is what TileParams::scores holds.
+// The modified score in log2 units; -inf where the element is dropped. `score` is what TileParams::scores holds,
+// `element` its place there, and in each part of TileParams::staged.
 extern "C" float attnjit_mod(float score, long long b, long long h, long long q_idx, long long kv_idx,
-                             const attnjit::cpu::CapturedView* captured);
+                             const attnjit::cpu::CapturedView* captured, const void* staged, long long element);
 
 namespace attnjit::cpu {
 namespace {
@@ -64,6 +65,7 @@ inline void softmax_lanes(float* __restrict scores, const TileParams& params, in
   const long long q_idx = params.q_idx + first;
   const long long kv_idx = params.kv_idx;
   const CapturedView* const captured = params.captured;
+  const void* const staged = params.staged;
   const Vector old_max = *(const Vector*)(params.row_max + first);
   // Two chains each for maximum and sum, taking turns: one alone is bound by the latency of its operation.
   Vector max = old_max;
@@ -75,7 +77,8 @@ inline void softmax_lanes(float* __restrict scores, const TileParams& params, in
     alignas(Vector) float lane[kWidth];
     *(Vector*)lane = *(const Vector*)(scores + row * kPanelLanes);
 #pragma clang loop vectorize(assume_safety) vectorize_width(ATTNJIT_VECTOR_WIDTH) interleave_count(1) unroll(disable)
-    for (int i = 0; i < kWidth; ++i) lane[i] = attnjit_mod(lane[i], b, h, q_idx + i, kv_idx + row, captured);
+    for (int i = 0; i < kWidth; ++i)
+      lane[i] = attnjit_mod(lane[i], b, h, q_idx + i, kv_idx + row, captured, staged, row * kPanelLanes + first + i);
     const Vector score = *(const Vector*)lane;
     *(Vector*)(scores + row * kPanelLanes) = score;
     // A NaN score loses here and shows in its exponential.

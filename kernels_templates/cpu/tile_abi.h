@@ -9,6 +9,8 @@ inline constexpr int kPanelLanes = 32;
 // Most key rows one tile call handles.
 inline constexpr int kTileRows = 128;
 inline constexpr int kMaxCaptureRank = 5;
+// Most captured reads of one mod that are staged; see TileParams::staged.
+inline constexpr int kMaxStagedReads = 2;
 
 // A captured tensor. Strides in elements; a scalar has rank 0 and only data.
 struct CapturedView {
@@ -28,8 +30,14 @@ struct TileParams {
   long long kv_idx;  // logical key position of row 0
   long long rows;
   const CapturedView* captured;
+  // [staged reads][kTileRows][kPanelLanes] words, 64-byte aligned: the elements that such a read gives for every row
+  // and lane, floats as f32 and the others as signed 32-bit integers. Untouched where the mod has none.
+  const void* staged = nullptr;
 };
 
 using TileFn = void (*)(const TileParams*);
+// Writes to addresses[read][lane], of kPanelLanes each, where the lane's element of row 0 of each staged read lies;
+// those of the other rows follow it. Reads only the indices and `captured`.
+using RowsFn = void (*)(const TileParams*, const void** addresses);
 
 }  // namespace attnjit::cpu

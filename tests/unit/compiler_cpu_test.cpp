@@ -8,7 +8,9 @@
 #include <random>
 #include <thread>
 
+#include "kernels_templates/cpu/products.h"
 #include "tests/unit/compiler_testing.h"
+#include "tests/unit/cpu_testing.h"
 
 namespace attnjit::compiler::testing {
 namespace {
@@ -257,6 +259,111 @@ TEST(CompilerCpu, CapturedReads) {
     expect_equal(text, {table, index}, {}, true);
   expect_equal("score + s", {Tensor::of<float>("s", DType::kF32, {}, {2.5f})});
   expect_equal("where(kv_idx < n, score, -inf)", {Tensor::of<std::int32_t>("n", DType::kInt32, {}, {17})});
+}
+
+// What a compiled tile makes of every element of a block against the interpreter, reads staged as its caller does it.
+void expect_tile_equal(const std::string& text, const std::vector<Tensor>& tensors, const Shape& shape,
+                       const std::vector<DType>& staged) {
+  SCOPED_TRACE(text);
+  // Lanes beyond a short head are compiled for.
+  Shape padded = shape;
+  padded.seqlen_q = std::max<std::int64_t>(shape.seqlen_q, cpu::kPanelLanes);
+  const Mod mod(text, tensors, padded);
+  dsl::Interpreter interpreter(mod.problem.score_mod, mod.views);
+  for (const CpuIsa isa : isas()) {
+    SCOPED_TRACE(std::string(cpu_isa_name(isa)));
+    const auto compiled = compile_cpu_tile(mod.problem, {.isa = isa, .dump = {}});
+    ASSERT_FALSE(compiled.error) << compiled.error->message;
+    const CpuTile& tile = *compiled.value;
+    ASSERT_EQ(std::vector<DType>(tile.staged().begin(), tile.staged().end()), staged);
+    ASSERT_EQ(tile.rows() != nullptr, !staged.empty());
+    for (std::int64_t kv_idx = 0; kv_idx < shape.seqlen_kv; kv_idx += cpu::kTileRows) {
+      const std::int64_t rows = std::min<std::int64_t>(cpu::kTileRows, shape.seqlen_kv - kv_idx);
+      test::PanelBuffer scores(rows), row_max(1), row_sum(1), rescale(1), scratch(2 * cpu::kTileRows);
+      const float units = tile.scores_in_log2() ? 1.44269504f : 1.0f;
+      for (std::int64_t i = 0; i < rows * cpu::kPanelLanes; ++i) scores[i] = static_cast<float>(i % 7) * 0.5f * units;
+      for (int lane = 0; lane < cpu::kPanelLanes; ++lane) {
+        row_max[lane] = static_cast<float>(-kInfinity);
+        row_sum[lane] = 0.0f;
+      }
+      const std::int64_t q_idx = std::max<std::int64_t>(0, shape.seqlen_q - cpu::kPanelLanes);
+      const cpu::TileParams params{.scores = scores.data(),
+                                   .row_max = row_max.data(),
+                                   .row_sum = row_sum.data(),
+                                   .rescale = rescale.data(),
+                                   .b = 1,
+                                   .h = 2,
+                                   .q_idx = q_idx,
+                                   .kv_idx = kv_idx,
+                                   .rows = rows,
+                                   .captured = mod.table.data(),
+                                   .staged = scratch.data()};
+      std::vector<const void*> addresses(cpu::kMaxStagedReads * cpu::kPanelLanes);
+      if (tile.rows()) tile.rows()(&params, addresses.data());
+      for (std::size_t i = 0; i < staged.size(); ++i) {
+        const cpu::Element element = staged[i] == DType::kF32    ? cpu::Element::kF32
+                                     : staged[i] == DType::kBF16 ? cpu::Element::kBF16
+                                     : staged[i] == DType::kF16  ? cpu::Element::kF16
+                                     : staged[i] == DType::kInt8 ? cpu::Element::kInt8
+                                                                 : cpu::Element::kUInt8;
+        cpu::products(static_cast<int>(isa))
+            .stage(addresses.data() + i * cpu::kPanelLanes, element, rows,
+                   scratch.data() + i * cpu::kTileRows * cpu::kPanelLanes);
+      }
+      tile.function()(&params);
+      int wrong = 0;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        for (int lane = 0; lane < cpu::kPanelLanes; ++lane) {
+          const std::int64_t i = row * cpu::kPanelLanes + lane;
+          const dsl::Element gold = interpreter.score_mod({.score = static_cast<double>(i % 7) * 0.5,
+                                                           .b = 1,
+                                                           .h = 2,
+                                                           .q_idx = q_idx + lane,
+                                                           .kv_idx = kv_idx + row});
+          const double value = (std::log2(static_cast<double>(scores[i])) + row_max[lane]) * kLn2;
+          const bool equal = std::isinf(gold.value) ? scores[i] == 0.0f : std::abs(value - gold.value) < 1e-4;
+          if (equal || ++wrong > 3) continue;
+          ADD_FAILURE() << "row " << row << " lane " << lane << " kv " << kv_idx << ": " << value << ", expected "
+                        << gold.value;
+        }
+      }
+    }
+  }
+}
+
+TEST(CompilerCpu, StagedReads) {
+  const Shape shape{.batch = 2, .num_heads = 4, .seqlen_q = 50, .seqlen_kv = 201};
+  const Shape short_head{.batch = 2, .num_heads = 4, .seqlen_q = 5, .seqlen_kv = 130};
+  std::mt19937 random(5);
+  for (const Shape& s : {shape, short_head}) {
+    const std::size_t count = static_cast<std::size_t>(4 * s.seqlen_q * (s.seqlen_kv + 3));
+    std::vector<float> floats(count);
+    std::vector<std::uint16_t> brains(count);
+    std::vector<std::uint16_t> halves(count);
+    std::vector<std::uint8_t> bytes(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      floats[i] = static_cast<float>(random() % 4096) * 0x1p-9f;
+      brains[i] = bf16(static_cast<float>(random() % 128) * 0x1p-4f);
+      halves[i] = static_cast<std::uint16_t>(0x3c00 + random() % 2048);  // 1 to 4
+      bytes[i] = static_cast<std::uint8_t>(random() % 3 ? random() : 0);
+    }
+    const std::vector<std::int64_t> whole{4, s.seqlen_q, s.seqlen_kv}, wide{4, s.seqlen_q, s.seqlen_kv + 3};
+    const Tensor f = Tensor::of("f", DType::kF32, whole, floats), offset = Tensor::of("f", DType::kF32, wide, floats);
+    const Tensor g = Tensor::of("g", DType::kBF16, whole, brains), k = Tensor::of("k", DType::kF16, whole, halves);
+    const Tensor m = Tensor::of("m", DType::kBool, whole, bytes), i = Tensor::of("i", DType::kInt8, whole, bytes);
+    expect_tile_equal("score + f[h, q_idx, kv_idx]", {f}, s, {DType::kF32});
+    expect_tile_equal("score + f[h, q_idx, kv_idx + b + 2]", {offset}, s, {DType::kF32});
+    expect_tile_equal("score + f[h - 7, 3 * q_idx - 20, kv_idx]", {f}, s, {DType::kF32});
+    expect_tile_equal("where(m[b, q_idx, kv_idx], score, -inf)", {m}, s, {DType::kBool});
+    expect_tile_equal("score * g[b, q_idx, kv_idx]", {g}, s, {DType::kBF16});
+    expect_tile_equal("where(m[b, q_idx, kv_idx], score + i[h, q_idx, kv_idx] / 16, -inf) + f[h, q_idx, kv_idx]",
+                      {m, i, f}, s, {DType::kF32, DType::kInt8});
+    expect_tile_equal("score + (k[h, q_idx, kv_idx] - g[h, i[0, q_idx, 0] + 30, kv_idx])", {k, g, i}, s,
+                      {DType::kF16, DType::kBF16});
+    // As before: what may lie outside, and what is the same for every lane.
+    expect_tile_equal("score + f[h, q_idx, kv_idx + 1]", {f}, s, {});
+    expect_tile_equal("score + f[h, 3, kv_idx]", {f}, s, {});
+  }
 }
 
 TEST(CompilerCpu, Facts) {

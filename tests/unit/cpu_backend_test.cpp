@@ -63,6 +63,8 @@ class ScalarTile : public compiler::CpuTile {
   }
   cpu::TileFn function() const override { return scalar_tile; }
   bool scores_in_log2() const override { return log2_; }
+  std::span<const dsl::DType> staged() const override { return {}; }
+  cpu::RowsFn rows() const override { return nullptr; }
   const compiler::ModFacts& facts() const override { return facts_; }
   const compiler::PhaseTimes& phases() const override { return phases_; }
 
@@ -221,7 +223,7 @@ struct Problem {
   }
   void run(ThreadPool& pool, const compiler::CpuTile& tile) {
     const ForwardCall c = call();
-    const std::size_t size = cpu_workspace_size(c, pool.size());
+    const std::size_t size = cpu_workspace_size(c, tile, pool.size());
     std::vector<std::uint8_t> memory(size + 64 + 64, 0xff);
     auto* const workspace = static_cast<std::uint8_t*>(test::align_64(memory.data()));
     cpu_forward(c, tile, static_cast<compiler::CpuIsa>(config.isa), workspace, pool);
@@ -381,8 +383,8 @@ TEST_F(CpuBackend, EmptyProblemsNeedNothing) {
   for (Case c : {Case{.batch = 0}, Case{.num_heads = 0, .num_heads_kv = 0}, Case{.seqlen_q = 0}}) {
     Problem problem(c);
     ThreadPool pool(2);
-    EXPECT_EQ(cpu_workspace_size(problem.call(), pool.size()), 0u);
     const ScalarTile tile(noop, true);
+    EXPECT_EQ(cpu_workspace_size(problem.call(), tile, pool.size()), 0u);
     cpu_forward(problem.call(), tile, compiler::CpuIsa::kSse2, nullptr, pool);
   }
 }
@@ -390,9 +392,9 @@ TEST_F(CpuBackend, EmptyProblemsNeedNothing) {
 TEST_F(CpuBackend, FewTasksNeedScratchForAsManyThreads) {
   const Case c{.num_heads = 3, .num_heads_kv = 3, .seqlen_q = 1};
   Problem problem(c);
-  EXPECT_EQ(cpu_workspace_size(problem.call(), 64), 3 * cpu_workspace_size(problem.call(), 1));
-  ThreadPool pool(8);
   const ScalarTile tile(c.mod, c.log2);
+  EXPECT_EQ(cpu_workspace_size(problem.call(), tile, 64), 3 * cpu_workspace_size(problem.call(), tile, 1));
+  ThreadPool pool(8);
   problem.run(pool, tile);
   problem.check();
 }
@@ -457,9 +459,76 @@ TEST_F(CpuBackend, RowOutputsAreOptional) {
   ForwardCall call = problem.call();
   call.lse.data = nullptr;
   call.row_max.data = nullptr;
-  test::PanelBuffer workspace(static_cast<std::int64_t>(cpu_workspace_size(call, 1)) / 128 + 1);
+  test::PanelBuffer workspace(static_cast<std::int64_t>(cpu_workspace_size(call, tile, 1)) / 128 + 1);
   cpu_forward(call, tile, compiler::CpuIsa::kSse2, workspace.data(), pool);
   EXPECT_FALSE(std::isnan(problem.o.get(0, 0, 39, 15)));
+}
+
+// Two staged reads of 77 rows and 300 columns, in f32 and in bytes, which count up from row to row.
+const std::vector<float>& staged_floats() {
+  static const std::vector<float> values = [] {
+    std::vector<float> out(77 * 300);
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(i);
+    return out;
+  }();
+  return values;
+}
+const std::vector<std::uint8_t>& staged_bytes() {
+  static const std::vector<std::uint8_t> values(staged_floats().begin(), staged_floats().end());
+  return values;
+}
+std::atomic<int> g_wrong_staged = 0;
+
+class StagedTile : public ScalarTile {
+ public:
+  StagedTile() : ScalarTile(noop, true) { g_wrong_staged = 0; }
+  std::span<const dsl::DType> staged() const override { return kTypes; }
+  cpu::RowsFn rows() const override {
+    return [](const cpu::TileParams* p, const void** addresses) {
+      for (int lane = 0; lane < cpu::kPanelLanes; ++lane) {
+        addresses[lane] = &staged_floats()[place(p, lane, 0)];
+        addresses[cpu::kPanelLanes + lane] = &staged_bytes()[place(p, lane, 0)];
+      }
+    };
+  }
+  cpu::TileFn function() const override {
+    return [](const cpu::TileParams* p) {
+      for (int row = 0; row < p->rows; ++row) {
+        for (int lane = 0; lane < cpu::kPanelLanes; ++lane) {
+          const std::size_t element = static_cast<std::size_t>(row) * cpu::kPanelLanes + static_cast<std::size_t>(lane);
+          const float first = static_cast<const float*>(p->staged)[element];
+          std::int32_t second;
+          std::memcpy(&second, static_cast<const float*>(p->staged) + cpu::kTileRows * cpu::kPanelLanes + element, 4);
+          g_wrong_staged +=
+              first != staged_floats()[place(p, lane, row)] || second != staged_bytes()[place(p, lane, row)];
+        }
+      }
+      scalar_tile(p);
+    };
+  }
+
+ private:
+  static constexpr dsl::DType kTypes[] = {dsl::DType::kF32, dsl::DType::kBool};
+  // Lanes beyond the last row read that one, as clamped indices do.
+  static std::size_t place(const cpu::TileParams* p, int lane, int row) {
+    return static_cast<std::size_t>(std::min<std::int64_t>(p->q_idx + lane, 76) * 300 + p->kv_idx + row);
+  }
+};
+
+TEST_F(CpuBackend, StagedReadsReachTheTile) {
+  for (const int isa : test::host_isas()) {
+    for (const std::int64_t seqlen_q : {5, 77}) {
+      Case c{.batch = 1, .num_heads = 2, .num_heads_kv = 1, .seqlen_q = seqlen_q, .seqlen_kv = 300, .isa = isa};
+      Problem problem(c);
+      ThreadPool pool(2);
+      const StagedTile tile;
+      EXPECT_GE(cpu_workspace_size(problem.call(), tile, 2),
+                cpu_workspace_size(problem.call(), ScalarTile(noop, true), 2) + 2 * 2 * 4 * 128 * 32);
+      problem.run(pool, tile);
+      problem.check();
+      EXPECT_EQ(g_wrong_staged, 0);
+    }
+  }
 }
 
 TEST_F(CpuBackend, ConcurrentCallsOnOnePool) {

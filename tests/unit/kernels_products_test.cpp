@@ -1,5 +1,6 @@
 // The native CPU products, conversions and transposes, for every instruction set of this machine.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <cmath>
 #include <cstdint>
@@ -302,6 +303,52 @@ TEST_P(KernelsProducts, Bf16PvMatchesDouble) {
       }
     }
   }
+}
+
+// A page that cannot be touched stands right behind each row.
+TEST_P(KernelsProducts, StageTransposesRowsOfEveryElementType) {
+  constexpr std::size_t kPage = 4096;
+  const auto mapped = [](int lane, void* base) { return static_cast<unsigned char*>(base) + (2 * lane + 1) * kPage; };
+  void* const base = mmap(nullptr, 2 * kPanelLanes * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(base, MAP_FAILED);
+  for (int lane = 0; lane < kPanelLanes; ++lane) ASSERT_EQ(mprotect(mapped(lane, base), kPage, PROT_NONE), 0);
+  const std::pair<Element, int> elements[] = {{Element::kF32, 4},   {Element::kF16, 2},   {Element::kBF16, 2},
+                                              {Element::kInt32, 4}, {Element::kInt16, 2}, {Element::kInt8, 1},
+                                              {Element::kUInt8, 1}};
+  for (const auto& [element, size] : elements) {
+    for (std::int64_t rows = 1; rows <= kTileRows; ++rows) {
+      const void* addresses[kPanelLanes];
+      for (int lane = 0; lane < kPanelLanes; ++lane) {
+        unsigned char* const row = mapped(lane, base) - rows * size;
+        for (std::int64_t i = 0; i < rows * size; ++i) row[i] = static_cast<unsigned char>(random_());
+        addresses[lane] = row;
+      }
+      PanelBuffer panel(rows);
+      products_.stage(addresses, element, rows, panel.data());
+      int wrong = 0;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        for (int lane = 0; lane < kPanelLanes; ++lane) {
+          std::uint32_t in = 0, out = 0;
+          std::memcpy(&in, static_cast<const unsigned char*>(addresses[lane]) + row * size,
+                      static_cast<std::size_t>(size));
+          std::memcpy(&out, panel.data() + row * kPanelLanes + lane, 4);
+          if (element == Element::kF16 || element == Element::kBF16) {
+            const double gold =
+                value_of(static_cast<std::uint16_t>(in), element == Element::kF16 ? Storage::kF16 : Storage::kBF16);
+            const double value = panel[row * kPanelLanes + lane];
+            wrong += std::isnan(gold) ? !std::isnan(value) : value != gold;
+          } else {
+            if (element == Element::kInt16) in = static_cast<std::uint32_t>(static_cast<std::int16_t>(in));
+            if (element == Element::kInt8) in = static_cast<std::uint32_t>(static_cast<std::int8_t>(in));
+            wrong += in != out;
+          }
+        }
+      }
+      ASSERT_EQ(wrong, 0) << "element " << static_cast<int>(element) << " rows " << rows;
+      ASSERT_TRUE(panel.guard_intact());
+    }
+  }
+  munmap(base, 2 * kPanelLanes * kPage);
 }
 
 }  // namespace

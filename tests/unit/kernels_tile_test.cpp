@@ -37,7 +37,7 @@ float identity(float score, long long, long long, long long, long long, const at
 }  // namespace
 
 float attnjit_mod(float score, long long b, long long h, long long q_idx, long long kv_idx,
-                  const attnjit::cpu::CapturedView* captured) {
+                  const attnjit::cpu::CapturedView* captured, const void*, long long) {
   return g_mod(score, b, h, q_idx, kv_idx, captured);
 }
 

@@ -70,3 +70,11 @@ func.func @mixed_widths(%a: i64, %b: i32) -> i64 {
   %0 = "attnjit.floordiv"(%a, %b) : (i64, i32) -> i64
   return %0 : i64
 }
+
+// -----
+
+func.func @staged(%i: i64) -> f32 {
+  // expected-error@+1 {{is staged as 2, allowed are 0 to 1}}
+  %0 = attnjit.read 0[%i] extents [4] strides [1] staged 2 : f32 -> f32
+  return %0 : f32
+}

@@ -1,5 +1,6 @@
 // RUN: not attnjit-opt %s -allow-unregistered-dialect -attnjit-canonical-order 2>&1 | FileCheck %s
 // RUN: not attnjit-opt %s -allow-unregistered-dialect -attnjit-narrow-integers 2>&1 | FileCheck %s
+// RUN: not attnjit-opt %s -allow-unregistered-dialect -attnjit-stage-reads 2>&1 | FileCheck %s
 // RUN: not attnjit-opt %s -allow-unregistered-dialect -attnjit-lower-to-llvm 2>&1 | FileCheck %s --check-prefix=SPLIT
 // Control flow is none of ours.
 

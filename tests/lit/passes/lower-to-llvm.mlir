@@ -81,6 +81,36 @@ func.func @score_mod(%s: f32) -> (f32, i1) {
 
 // -----
 
+// A staged read takes element %arg7 of the second part of 4096 words; its address is another function, without the score.
+// CHECK-LABEL: llvm.func @attnjit_mod
+// CHECK-SAME: %arg5: !llvm.ptr {{.*}}, %arg6: !llvm.ptr {{.*}}, %arg7: i64)
+// CHECK-NOT: %arg5
+// CHECK: %[[SECOND:.*]] = llvm.mlir.constant(4096 : i64)
+// CHECK: %[[ELEMENT:.*]] = llvm.add %arg7, %[[SECOND]]
+// CHECK: %[[P:.*]] = llvm.getelementptr inbounds %arg6[%[[ELEMENT]]] : (!llvm.ptr, i64) -> !llvm.ptr, i32
+// CHECK: %[[WORD:.*]] = llvm.load %[[P]] invariant {alignment = 4 : i64} : !llvm.ptr -> i32
+// CHECK: llvm.icmp "ne" %[[WORD]]
+// CHECK-LABEL: llvm.func @attnjit_lane_rows(%arg0: i64, %arg1: i64, %arg2: i64, %arg3: i64, %arg4: !llvm.ptr
+// CHECK-SAME: llvm.dereferenceable = 176
+// CHECK-SAME: %arg5: !llvm.ptr)
+// CHECK-NOT: llvm.fadd
+// CHECK: %[[SLOT:.*]] = llvm.getelementptr inbounds %arg5[256]
+// CHECK: llvm.mul %arg2
+// CHECK: %[[DP:.*]] = llvm.getelementptr inbounds %arg4[88]
+// CHECK: %[[DATA:.*]] = llvm.load %[[DP]]
+// CHECK: %[[ROW:.*]] = llvm.getelementptr inbounds %[[DATA]][{{.*}}i8
+// CHECK: llvm.store %[[ROW]], %[[SLOT]]
+// CHECK: llvm.return
+func.func @score_mod(%s: f32) -> (f32, i1) {
+  %q = attnjit.index q_idx
+  %kv = attnjit.index kv_idx
+  %sum = arith.addf %s, %s : f32
+  %r = attnjit.read 1[%q, %kv] extents [64, 96] strides [-1, 1] in_bounds [true, true] staged 1 : i1 -> i1
+  return %sum, %r : f32, i1
+}
+
+// -----
+
 // Functions are calls, rounding and roots instructions; a minimum propagates NaN.
 // CHECK: llvm.func @attnjit_mod
 // CHECK: llvm.call @attnjit_tanh(%arg0)
