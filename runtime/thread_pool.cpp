@@ -76,7 +76,9 @@ ThreadPool::~ThreadPool() {
   if (getpid() != process_) {
     // The threads are the parent's. Their handles point into stacks that fork may have unmapped here: given up, not
     // joined.
-    for (auto& worker : workers_) static_cast<void>(worker.release());
+    for (auto& worker : workers_) {
+      [[maybe_unused]] Worker* const given_up = worker.release();
+    }
     return;
   }
   for (const auto& worker : workers_) {
