@@ -3,6 +3,8 @@
 add_library(attnjit_options INTERFACE)
 target_compile_options(attnjit_options INTERFACE
   -Wall -Wextra -Wno-unused-parameter
+  # A designated initialiser names what differs from the defaults.
+  -Wno-missing-field-initializers
   $<$<BOOL:${ATTNJIT_WARNINGS_AS_ERRORS}>:-Werror>)
 if(ATTNJIT_SANITIZE)
   target_compile_options(attnjit_options INTERFACE -fsanitize=${ATTNJIT_SANITIZE} -fno-omit-frame-pointer
