@@ -427,8 +427,9 @@ TEST(CompilerCpu, DumpsEachIntermediateText) {
       compile_cpu_tile(Mod("softcap(30)").problem, {.dump = [&](std::string_view kind, std::string_view text) {
                          kinds.emplace_back(kind);
                          EXPECT_FALSE(text.empty());
-                         if (kind == "llvm")
+                         if (kind == "llvm") {
                            EXPECT_EQ(text.find("call float @attnjit_tanh"), std::string_view::npos) << "not inlined";
+                         }
                        }});
   ASSERT_FALSE(tile.error);
   EXPECT_EQ(kinds, (std::vector<std::string>{"mlir", "llvm", "asm"}));

@@ -61,7 +61,9 @@ TEST(DslBind, TypesEveryNodeAndSharesConversions) {
   for (std::size_t n = 0; n < expr->nodes.size(); ++n) {
     const Node& node = expr->nodes[n];
     for (const NodeId arg : node.args) EXPECT_LT(arg, static_cast<NodeId>(n));
-    if (node.args.size() == 2) EXPECT_EQ((*expr)[node.args[0]].type, (*expr)[node.args[1]].type);
+    if (node.args.size() == 2) {
+      EXPECT_EQ((*expr)[node.args[0]].type, (*expr)[node.args[1]].type);
+    }
   }
 }
 

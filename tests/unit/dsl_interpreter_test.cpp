@@ -282,7 +282,9 @@ TEST(DslInterpreter, DropsElementsByTheRule) {
   for (const KeepCase& c : cases) {
     const Element element = evaluate(c.text, kPoint);
     EXPECT_EQ(element.keep, c.keep) << c.text;
-    if (!c.keep) EXPECT_EQ(element.value, -kInf) << c.text;
+    if (!c.keep) {
+      EXPECT_EQ(element.value, -kInf) << c.text;
+    }
   }
 }
 
