@@ -5,8 +5,9 @@ target_compile_options(attnjit_options INTERFACE
   -Wall -Wextra -Wno-unused-parameter
   # A designated initialiser names what differs from the defaults.
   -Wno-missing-field-initializers
-  # g++ 12 sees overlaps in std::string's + and overruns in std::sort of short arrays that are not there.
-  $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict;-Wno-array-bounds>
+  # g++ 12 sees overlaps in std::string's + and overruns in std::sort of short arrays that are not there; the pragmas are
+  # clang's.
+  $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict;-Wno-array-bounds;-Wno-unknown-pragmas>
   $<$<BOOL:${ATTNJIT_WARNINGS_AS_ERRORS}>:-Werror>)
 if(ATTNJIT_SANITIZE)
   target_compile_options(attnjit_options INTERFACE -fsanitize=${ATTNJIT_SANITIZE} -fno-omit-frame-pointer
