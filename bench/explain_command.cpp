@@ -89,8 +89,7 @@ std::string explain_text(const Json& json) {
 int explain_expression(const ExplainOptions& options) {
   const Shape shape = parse_shape(options.shape);
   const ElementType type = parse_dtype(options.dtype);
-  std::vector<CaptureSpec> specs;
-  for (const std::string& text : options.captures) specs.push_back(parse_capture(text));
+  const std::vector<CaptureSpec> specs = parse_captures(options.captures);
 
   const ContextPtr context = make_context(0);
   const char* mask_mod = options.mask_mod.empty() ? nullptr : options.mask_mod.c_str();

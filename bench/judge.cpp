@@ -58,6 +58,8 @@ double error_bound(const RowTruth& truth, std::size_t d, ElementType type) {
   return 2 * (unit + unit) * truth.value_mass[d] + 8 * 0x1p-24 * truth.score_mass[d] + smallest(type);
 }
 
+double lse_bound(double lse) { return 1e-4 + 1e-5 * std::fabs(lse); }
+
 Verdict judge_row(std::span<const double> o, double lse, const RowTruth& truth, ElementType type,
                   const std::string& where) {
   Verdict verdict;
@@ -78,10 +80,10 @@ Verdict judge_row(std::span<const double> o, double lse, const RowTruth& truth, 
           fmt::format("o[{}] is {:.9g}, the oracle has {:.9g}, allowed difference {:.3g}", i, o[i], truth.o[i], bound));
     }
   }
-  const double lse_bound = 1e-4 + 1e-5 * std::fabs(truth.lse);
-  verdict.lse_of_bound = of_bound(lse, truth.lse, lse_bound, std::numeric_limits<float>::max());
+  const double allowed_lse = lse_bound(truth.lse);
+  verdict.lse_of_bound = of_bound(lse, truth.lse, allowed_lse, std::numeric_limits<float>::max());
   if (!(verdict.lse_of_bound <= 1.0)) {
-    fail(fmt::format("lse is {:.9g}, the oracle has {:.9g}, allowed difference {:.3g}", lse, truth.lse, lse_bound));
+    fail(fmt::format("lse is {:.9g}, the oracle has {:.9g}, allowed difference {:.3g}", lse, truth.lse, allowed_lse));
   }
   return verdict;
 }

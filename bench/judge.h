@@ -28,6 +28,9 @@ struct Verdict {
 // and O, both of `type`, and the type's smallest step, where relative precision ends. 0 in a fully masked row.
 double error_bound(const RowTruth& truth, std::size_t d, ElementType type);
 
+// What the LSE may be off, `lse` being right.
+double lse_bound(double lse);
+
 // `o` (Dv) is the row that was computed, widened; `type` its element type. `where` names the row in `why`.
 // |o - gold| <= error_bound for every element; NaN and infinity stand where the oracle has them; a fully masked row is
 // exactly zero, its LSE -inf; the LSE is within 1e-4 + 1e-5 |lse|. The rule's allowance for approximate functions is

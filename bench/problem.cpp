@@ -227,12 +227,22 @@ CaptureSpec parse_capture(const std::string& text) {
   const std::optional<ElementType> type = element_type_named(parts[1]);
   if (!type) throw bad(fmt::format("{} is not one of {}", in_quotes(parts[1]), element_type_names()));
   spec.type = *type;
-  if (spec.value && unit_roundoff(spec.type) == 0.0 &&
-      (*spec.value != std::floor(*spec.value) || std::fabs(*spec.value) > 0x1p53)) {
+  if (spec.value && !holds(spec.type, *spec.value)) {
     throw bad(fmt::format("the value {} is not a whole number that {} holds", *spec.value, info(spec.type).name));
   }
   if (parts.size() == 3 && !parts[2].empty()) spec.dims = split(parts[2], ',');
   return spec;
+}
+
+std::vector<CaptureSpec> parse_captures(std::span<const std::string> texts) {
+  std::vector<CaptureSpec> specs;
+  for (const std::string& text : texts) {
+    specs.push_back(parse_capture(text));
+    if (std::ranges::count(specs, specs.back().name, &CaptureSpec::name) > 1) {
+      throw user_error(fmt::format("--captures {}: {} is given twice", in_quotes(text), in_quotes(specs.back().name)));
+    }
+  }
+  return specs;
 }
 
 std::vector<RegisteredMod> registered_mods(attnjit_context* context) {

@@ -33,6 +33,8 @@ struct CaptureSpec {
   std::optional<double> value{};    // of every element
 };
 CaptureSpec parse_capture(const std::string& text);
+// All of an option's; two for one name are an error.
+std::vector<CaptureSpec> parse_captures(std::span<const std::string> texts);
 
 // A mod as attnjit_list_mods describes it.
 struct RegisteredMod {

@@ -79,7 +79,7 @@ std::string verdict_text(const Verdict& verdict) { return verdict.ok ? "pass" : 
 
 std::string github_report(const Report& report) {
   std::string text;
-  for (const auto& [name, value] : report.header) text += fmt::format("{}: {}\n", name, value);
+  for (const auto& [name, value] : report.header) text += fmt::format("- {}: {}\n", name, value);
   text += "\n";
 
   std::vector<std::vector<std::string>> rows;
@@ -101,7 +101,7 @@ std::string github_report(const Report& report) {
       rows.push_back(
           {name, fmt::format("{:.3f}", cell->speedup()), escape_bars(cell->mod), cell->shape.text(), cell->dtype});
     }
-    text += "\nForward speedups\n\n";
+    text += "\n### Forward speedups\n\n";
     text += github_table({"Type", "Speedup", "score_mod", std::string(kShapeName), "dtype"},
                          {false, true, false, false, false}, rows);
   }
@@ -112,7 +112,7 @@ std::string github_report(const Report& report) {
                     row.new_shape > 0 ? fmt::format("{:.2f}", row.new_shape) : "-", fmt::format("{:.4f}", row.cached),
                     fmt::format("{}", row.prepared), fmt::format("{}", row.compiles)});
   }
-  text += "\nCompile time\n\n";
+  text += "\n### Compile time\n\n";
   text += github_table({"score_mod", "cold (ms)", "further shape (ms)", "cached (ms)", "shapes", "compiles"},
                        {false, true, true, true, true, true}, rows);
 

@@ -119,6 +119,27 @@ double unit_roundoff(ElementType type) {
   }
 }
 
+bool holds(ElementType type, double value) {
+  if (unit_roundoff(type) > 0.0) return true;
+  const auto whole_between = [&](double low, double high) {
+    return value == std::floor(value) && value >= low && value <= high;
+  };
+  switch (type) {
+    case ElementType::kBool:
+      return whole_between(0, 1);
+    case ElementType::kUInt8:
+      return whole_between(0, 255);
+    case ElementType::kInt8:
+      return whole_between(-128, 127);
+    case ElementType::kInt16:
+      return whole_between(-0x1p15, 0x1p15 - 1);
+    case ElementType::kInt32:
+      return whole_between(-0x1p31, 0x1p31 - 1);
+    default:
+      return whole_between(-0x1p53, 0x1p53);
+  }
+}
+
 void Tensor::Free::operator()(std::byte* memory) const { ::operator delete[](memory, kAlignment); }
 
 Tensor::Tensor(ElementType type, std::vector<std::int64_t> shape) : type_(type), shape_(std::move(shape)) {

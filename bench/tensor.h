@@ -39,6 +39,10 @@ std::uint16_t float_to_float16(float value);  // round to nearest even, overflow
 // Unit roundoff of a floating type: 2^-24, 2^-11, 2^-8. 0 for the others.
 double unit_roundoff(ElementType type);
 
+// Whether Tensor::set stores `value` as it is: any number in a floating type (rounded), a whole one in the range of an
+// integer type (of int64: up to 2^53, where doubles end), 0 or 1 in a bool.
+bool holds(ElementType type, double value);
+
 // A tensor with memory of its own (64-byte aligned). Movable; a DLTensor lent out points into it and is good for as
 // long as the object stays where it is.
 class Tensor {

@@ -327,7 +327,7 @@ class Bench(Tool):
     @unittest.skipIf(WRONG_RESULT is None, "sanitizers are loaded first themselves")
     def test_a_wrong_result_is_shown(self):
         for wrong, expected in [("", None), ("half_percent", "the oracle has"), ("lse", "lse is"),
-                                ("one_element", "eager has"), ("not_written", "o[")]:
+                                ("one_element", "the oracle has"), ("one_lse", "lse is"), ("not_written", "o[")]:
             with self.subTest(wrong=wrong):
                 done = subprocess.run([TOOL, "bench", "score-mod", "-b", "1", "-nh", "2", "-s", "200", "-d", "32",
                                        "-dtype", "float32", "-mods", "noop", "causal", "--reps", "1"],
@@ -340,6 +340,31 @@ class Bench(Tool):
                     self.assertNotIn("Average", done.stdout)
                 else:
                     self.assertIn("All 2 cells pass", done.stdout)
+
+    def test_rows_that_are_not_sampled_may_have_other_bounds(self):
+        # The one sampled row is masked: nothing may be off in it.
+        for mod in "where(q_idx > 5, score, -inf)", "where(q_idx > 5, 1000 * score, 0 * score)":
+            text = self.tool("bench", "score-mod", *self.SMALL[:-1], "1", "-dtype", "float32", "-mods", mod)
+            self.assertIn("All 2 cells pass", text)
+
+    def test_no_progress_bar_without_a_terminal_or_in_ci(self):
+        command = [TOOL, "bench", "score-mod", *self.SMALL, "-mods", "noop"]
+        for variables, expected in [({}, True), ({"CI": "true"}, False), ({"TERM": "dumb"}, False)]:
+            with self.subTest(variables=variables):
+                environment = {k: v for k, v in os.environ.items() if k != "CI"}
+                controller, terminal = os.openpty()
+                done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=terminal,
+                                      env={**environment, "TERM": "xterm", **variables})
+                os.close(terminal)
+                try:
+                    shown = os.read(controller, 1 << 16)
+                except OSError:  # nothing was written
+                    shown = b""
+                os.close(controller)
+                self.assertEqual(done.returncode, 0)
+                self.assertEqual(b"noop" in shown, expected, shown)
+        done = subprocess.run(command, capture_output=True)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     def test_every_registered_kind(self):
         text = self.tool("bench", "score-mod", *self.SMALL, "-mods", "alibi", "sliding_window(16)", "prefix_lm(8)",
@@ -355,6 +380,10 @@ class Bench(Tool):
                 (["--baseline", "torch"], 1, "math"),
                 (["--format", "html"], 1, "github, csv and json"),
                 (["--captures", "x:float32:4"], 1, "'x'"),
+                (["--captures", "x:uint8:4=-1"], 1, "uint8"),
+                (["--captures", "x:int8:4=128"], 1, "int8"),
+                (["--captures", "x:float32:4", "--captures", "x:int8:4"], 1, "twice"),
+                (["--seed", "-1"], 1, "--seed"),
                 (["-mods", "score + x[b, h, q_idx, kv_idx]", "-s", "4096", "-nh", "64"], 1, "--captures x"),
                 (["-b", "1000000", "-s", "65536"], 2, "GiB"),
                 (["--device", "cuda"], 2, "no CUDA backend"),

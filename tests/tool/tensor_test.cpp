@@ -49,6 +49,26 @@ TEST(Tensor, SequenceMajorStridesAreThoseOfAProjection) {
   EXPECT_EQ(tensor.strides(), (std::vector<std::int64_t>{5 * 3 * 7, 7, 3 * 7, 1}));
 }
 
+TEST(Tensor, HoldsWhatSetStores) {
+  for (const ElementTypeInfo& row : element_types()) {
+    Tensor one(row.type, {});
+    for (const double value : {0.0, 1.0, 2.0, -1.0, 127.0, 128.0, -128.0, -129.0, 255.0, 256.0, 32767.0, 32768.0,
+                               0x1p31 - 1, 0x1p31, -0x1p31, 0x1p53, 0x1p54, 1.5}) {
+      if (unit_roundoff(row.type) > 0.0 || !holds(row.type, value)) continue;
+      one.set(0, value);
+      EXPECT_EQ(one.get(0), value) << row.name;
+    }
+  }
+  EXPECT_TRUE(holds(ElementType::kInt8, -128));
+  EXPECT_FALSE(holds(ElementType::kInt8, 128));
+  EXPECT_FALSE(holds(ElementType::kUInt8, -1));
+  EXPECT_TRUE(holds(ElementType::kInt32, 0x1p31 - 1));
+  EXPECT_FALSE(holds(ElementType::kInt64, 0x1p60));
+  EXPECT_FALSE(holds(ElementType::kInt32, NAN));
+  EXPECT_FALSE(holds(ElementType::kBool, 2));
+  EXPECT_TRUE(holds(ElementType::kFloat16, INFINITY));
+}
+
 TEST(Tensor, TypesAreFoundByEveryName) {
   for (const ElementTypeInfo& row : element_types()) EXPECT_EQ(element_type_named(row.name), row.type);
   EXPECT_EQ(element_type_named("bf16"), ElementType::kBFloat16);

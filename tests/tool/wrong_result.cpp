@@ -37,6 +37,8 @@ extern "C" __attribute__((visibility("default"))) attnjit_status attnjit_run(att
     for (std::int64_t i = 0; i < size_of(attention->lse); ++i) values(attention->lse)[i] += 0.001f;
   } else if (wrong == "one_element") {
     values(attention->o)[size / 3] += 0.5f;  // in a row that is most likely not sampled
+  } else if (wrong == "one_lse") {
+    values(attention->lse)[size_of(attention->lse) / 3] += 0.01f;
   } else if (wrong == "not_written") {
     values(attention->o)[size / 3] = NAN;
   }
