@@ -1,5 +1,4 @@
 // Reads and writes safetensors files: 8 bytes of little-endian header length, a JSON header, the tensors' bytes.
-// https://huggingface.co/docs/safetensors
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Builds everything and runs every test: tests/run.sh [PRESET] [CTEST ARGUMENT...]
-# Without a preset: ThreadSanitizer on the runtime's concurrent parts, the fuzzer for a minute, then all tests of the
-# dev build. With one (dev, release, gcc, asan): the tests of that build. Labels: unit, lit, numerics, fuzz, slow.
+# Without a preset: the format of all sources, clang-tidy on those changed since origin/main, ThreadSanitizer on the
+# runtime's concurrent parts, the fuzzer for a minute, then all tests of the dev build. With one (dev, release, gcc,
+# asan): the tests of that build. Labels: unit, lit, numerics, fuzz, slow.
+# tests/run.sh tidy [FILE...]: clang-tidy on these sources, or all (half an hour of one core).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash cmake/setup.sh
@@ -10,18 +12,41 @@ preset=${1:-all}
 [ $# -gt 0 ] && shift
 jobs=$(nproc)
 
-build() {
+configure() {
   cmake --preset "$1" >"build-$1.log" 2>&1 || { cat "build-$1.log" >&2; return 1; }
   rm -f "build-$1.log"
+}
+
+build() {
+  configure "$1"
   cmake --build --preset "$1" -j "$jobs" -- --quiet
 }
 
+# Needs a dev build, for the generated headers.
+tidy() {
+  printf '%s\0' "$@" | xargs -0 -r -n 1 -P "$jobs" clang-tidy-22 -p build/dev --quiet
+}
+
+if [ "$preset" = tidy ]; then
+  build dev
+  # Those that are compiled by themselves; headers are checked along with them.
+  [ $# -gt 0 ] || mapfile -t sources < <(git ls-files '*.cpp' ':!kernels_templates' ':!examples/embedding' ':!tests/fuzz')
+  tidy "${@:-${sources[@]}}"
+  exit
+fi
+
 if [ "$preset" = all ]; then
-  git ls-files '*.h' '*.hpp' '*.cpp' 2>/dev/null | xargs -r clang-format-22 --dry-run --Werror
+  git ls-files -z '*.c' '*.h' '*.hpp' '*.cpp' '*.inc' | xargs -0 clang-format-22 --dry-run --Werror
   for extra in tsan fuzz; do
     build "$extra"
     ctest --preset "$extra" -j 1
   done
+  build dev
+  if base=$(git merge-base HEAD origin/main 2>/dev/null); then
+    mapfile -t sources < <(git diff --name-only --diff-filter=d "$base" -- '*.cpp' ':!kernels_templates' \
+      ':!examples/embedding' ':!tests/fuzz')
+    [ ${#sources[@]} -eq 0 ] || tidy "${sources[@]}"
+  fi
   preset=dev
 fi
 build "$preset"
