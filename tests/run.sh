@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds everything and runs every test: tests/run.sh [PRESET] [CTEST ARGUMENT...]
-# Without a preset: the format of all sources, clang-tidy on those changed since origin/main, ThreadSanitizer on the
-# runtime's concurrent parts, the fuzzer for a minute, then all tests of the dev build. With one (dev, release, gcc,
-# asan): the tests of that build. Labels: unit, lit, numerics, fuzz, slow.
-# tests/run.sh tidy [FILE...]: clang-tidy on these sources, or all (half an hour of one core).
+# Without a preset: the format of all sources, ThreadSanitizer on the runtime's concurrent parts, the fuzzer for a
+# minute, then all tests of the dev build. With one (dev, release, gcc, asan): the tests of that build. Labels: unit,
+# lit, numerics, fuzz, slow.
+# tests/run.sh tidy [FILE...]: clang-tidy on these sources, or on all. Apart, because all take a core 8 s a file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash cmake/setup.sh
@@ -41,12 +41,6 @@ if [ "$preset" = all ]; then
     build "$extra"
     ctest --preset "$extra" -j 1
   done
-  build dev
-  if base=$(git merge-base HEAD origin/main 2>/dev/null); then
-    mapfile -t sources < <(git diff --name-only --diff-filter=d "$base" -- '*.cpp' ':!kernels_templates' \
-      ':!examples/embedding' ':!tests/fuzz')
-    [ ${#sources[@]} -eq 0 ] || tidy "${sources[@]}"
-  fi
   preset=dev
 fi
 build "$preset"
