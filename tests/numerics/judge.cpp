@@ -52,7 +52,8 @@ Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome) 
       }
       const double error = std::fabs(ours - expected);
       if (row.bound[d] > 0.0) verdict.worst = std::max(verdict.worst, error / row.bound[d]);
-      if (error > row.bound[d]) {
+      // Written so that a NaN bound fails as well.
+      if (!(error <= row.bound[d])) {
         return reject(
             fmt::format("rule 2, element: o at {} d={} is {:.9g}, expected {:.9g}: off by {:.3g}, allowed {:.3g}",
                         place, d, ours, expected, error, row.bound[d]));

@@ -128,10 +128,13 @@ TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
     spec.head_dim = std::min<std::int64_t>(spec.head_dim, 64);
     spec.head_dim_v = std::min<std::int64_t>(spec.head_dim_v, 64);
     spec.rows = 32;
-    spec = with_generated_expression(spec, seed, static_cast<int>(seed % 3));
+    const int style = static_cast<int>(seed % 3);
+    spec = with_generated_expression(spec, seed, style);
     spec.backend = seed % 4 == 0 ? "math" : "cpu";
     const Check check = check_case(spec);
     EXPECT_TRUE(check.accepted) << check.message;
+    // Moderate values without jumps: nothing may be left out.
+    if (style == 0) EXPECT_EQ(check.verdict.undecided, 0) << check.message;
   }
 }
 
