@@ -258,6 +258,12 @@ TEST(CApi, ScaleAndOptionalOutputs) {
     p.attention.scale = &scale;
     expect_oracle(context, p);
   }
+  // Times log2(e) it is beyond float's range.
+  Problem huge;
+  const float scale = 3e38f;
+  huge.attention.scale = &scale;
+  std::fill(huge.q_data.begin(), huge.q_data.end(), 0.0f);
+  expect_oracle(context, huge);
   Problem with, without;
   without.attention.lse = nullptr;
   without.attention.row_max = nullptr;
