@@ -23,6 +23,7 @@ using dsl::Type;
 using mlir::Value;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr std::uint64_t kLargestSquaredPower = 255;  // up to here: as quick to compile as any function
 
 class Builder {
  public:
@@ -136,8 +137,11 @@ class Builder {
     return arith::CmpIOp::create(b_, loc_, p, a, b);
   }
 
-  // int ** non-negative int literal, by squaring; wraps as every integer product.
+  // int ** non-negative int literal; wraps as every integer product. Written out by squaring it vectorises, but the
+  // largest exponents would take 125 products, and a text of many such powers minutes to compile.
   Value int_power(Value base, std::uint64_t exponent) {
+    if (exponent > kLargestSquaredPower)
+      return math::IPowIOp::create(b_, loc_, base, i64(static_cast<std::int64_t>(exponent)));
     Value result;
     for (Value square = base; exponent != 0;) {
       if (exponent & 1) result = result ? Value(arith::MulIOp::create(b_, loc_, result, square)) : square;

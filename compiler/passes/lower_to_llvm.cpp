@@ -94,13 +94,13 @@ class Lowering {
   }
 
   // A function of kernels_templates/cpu/functions.cpp.
-  Value call(llvm::StringRef name, mlir::ValueRange arguments) {
+  Value call(llvm::StringRef name, mlir::ValueRange arguments, mlir::Type result) {
     auto module = function_->getParentOfType<mlir::ModuleOp>();
     auto callee = module.lookupSymbol<mlir::func::FuncOp>(name);
     if (!callee) {
       mlir::OpBuilder::InsertionGuard guard(b_);
       b_.setInsertionPointToEnd(module.getBody());
-      callee = mlir::func::FuncOp::create(b_, loc_, name, b_.getFunctionType(arguments.getTypes(), {b_.getF32Type()}));
+      callee = mlir::func::FuncOp::create(b_, loc_, name, b_.getFunctionType(arguments.getTypes(), {result}));
       callee.setPrivate();
     }
     return mlir::func::CallOp::create(b_, loc_, callee, arguments).getResult(0);
@@ -131,7 +131,7 @@ class Lowering {
       return mlir::success();
     }
     if (llvm::isa<arith::RemFOp, GeluOp>(op)) {
-      replacement = call(llvm::isa<GeluOp>(op) ? "attnjit_gelu" : "attnjit_fmod", op.getOperands());
+      replacement = call(llvm::isa<GeluOp>(op) ? "attnjit_gelu" : "attnjit_fmod", op.getOperands(), b_.getF32Type());
       return mlir::success();
     }
     if (!llvm::isa<math::MathDialect>(op.getDialect()))
@@ -155,9 +155,10 @@ class Lowering {
     } else if (llvm::isa<math::RsqrtOp>(op)) {
       replacement = arith::DivFOp::create(b_, loc_, f32(1.0f), LLVM::SqrtOp::create(b_, loc_, type, x));
     } else if (llvm::isa<math::ExpOp, math::Exp2Op, math::LogOp, math::Log2Op, math::Log1pOp, math::TanhOp, math::ErfOp,
-                         math::SinOp, math::CosOp, math::PowFOp>(op)) {
+                         math::SinOp, math::CosOp, math::PowFOp, math::IPowIOp>(op)) {
       const llvm::StringRef name = op.getName().stripDialect();
-      replacement = call(llvm::isa<math::PowFOp>(op) ? "attnjit_pow" : ("attnjit_" + name).str(), op.getOperands());
+      replacement =
+          call(llvm::isa<math::PowFOp>(op) ? "attnjit_pow" : ("attnjit_" + name).str(), op.getOperands(), type);
     } else {
       return mlir::failure();
     }
@@ -275,7 +276,7 @@ class Lowering {
       const Value high = arith::ShLIOp::create(b_, loc_, wide, integer(b_.getI32Type(), 16));
       return arith::BitcastOp::create(b_, loc_, b_.getF32Type(), high);
     }
-    if (element.isF16()) return call("attnjit_widen_f16", {loaded});
+    if (element.isF16()) return call("attnjit_widen_f16", {loaded}, b_.getF32Type());
     if (bits == 64) return loaded;
     return element.isUnsignedInteger() ? Value(arith::ExtUIOp::create(b_, loc_, i64_type, loaded))
                                        : Value(arith::ExtSIOp::create(b_, loc_, i64_type, loaded));

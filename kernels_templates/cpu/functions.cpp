@@ -300,6 +300,17 @@ ATTNJIT_FUNCTION float attnjit_pow(float x, float y) {
   return one ? 1.0f : with_nan;
 }
 
+// For exponents too large to write the products out. A call with a loop, so a mod that has one is not widened, unless
+// its base is the same for all elements of a loop.
+extern "C" long long attnjit_ipowi(long long base, long long exponent) {
+  uint64 result = 1, square = static_cast<uint64>(base);
+  for (uint64 rest = static_cast<uint64>(exponent); rest != 0; rest >>= 1) {
+    if (rest & 1) result *= square;
+    square *= square;
+  }
+  return static_cast<long long>(result);
+}
+
 ATTNJIT_FUNCTION float attnjit_fmod(float x, float y) { return __builtin_fmodf(x, y); }
 
 ATTNJIT_FUNCTION float attnjit_widen_f16(unsigned short bits) {
