@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "compiler/cuda.h"
 #include "dsl/expr.h"
 #include "kernels_templates/cpu/tile_abi.h"
 
@@ -23,6 +24,7 @@ struct CaptureInfo {
   dsl::DType dtype = dsl::DType::kF32;
   std::vector<std::int64_t> extent;       // rank entries
   std::vector<StrideClass> stride_class;  // rank entries
+  bool offsets_fit_32 = false;            // the offset in elements of every element fits a signed 32-bit integer
 };
 
 // A score_mod (and mask_mod) with everything its code may depend on. Indices run over [0, extent).
@@ -50,7 +52,8 @@ CpuIsa host_cpu_isa();
 
 struct CompileOptions {
   CpuIsa isa = host_cpu_isa();
-  // Receives each intermediate text when set: kind is "mlir" (canonical), "llvm" (optimised IR) or "asm".
+  // Receives each intermediate text when set: kind is "mlir" (canonical), "llvm" (optimised IR), "asm", "cuda" (the
+  // translation unit), "ptx" or "cubin" (bytes).
   std::function<void(std::string_view kind, std::string_view text)> dump;
 };
 
@@ -98,5 +101,23 @@ CompileResult<ModFacts> analyze(const ModProblem& problem, const CompileOptions&
 // Compiles the tile for the CPU. Deterministic; safe to call from several threads at once.
 CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,
                                                                const CompileOptions& options = {});
+
+// The mod as CUDA around a template, formatted, headed by the expression, the problem and the config. `problem`'s
+// sequence lengths are rounded up to what the kernel's tiles reach, as for the CPU. Deterministic; safe to call from
+// several threads at once.
+struct EmittedCuda {
+  CudaSource source;
+  ModFacts facts;
+  PhaseTimes phases;
+};
+// The fused forward kernel; entry `attnjit_forward(cuda::ForwardParams)`.
+CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm80::ForwardConfig& config,
+                                             const CompileOptions& options = {});
+// The eager path's kernels of kernels_templates/math/kernels.cuh: the mod over materialised scores, and softmax.
+CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, dsl::DType dtype,
+                                          const CompileOptions& options = {});
+// Runs NVRTC. Nothing is cached here. Appends its phases to `phases` where given.
+CompileResult<CudaBinary> compile_cuda(const Nvrtc& nvrtc, const CudaSource& source, CudaArch arch,
+                                       const CompileOptions& options = {}, PhaseTimes* phases = nullptr);
 
 }  // namespace attnjit::compiler

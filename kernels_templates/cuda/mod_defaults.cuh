@@ -1,0 +1,43 @@
+// The identity mod: what a kernel sees of an expression where the compiler emitted nothing of its own.
+//
+// The compiler emits `struct Mod : ModDefaults` and overrides what the expression needs. Values are computed where what
+// they depend on is known: of the batch and head (Block), of the query (Row), of the key (Column), of the score. The
+// templates call block(), then row() and column() with logical positions, then score() and keep() for each element.
+namespace attnjit::cuda {
+
+struct ModDefaults {
+  // score() takes the scaled score times log2(e), not the scaled score. It returns log2 units in either case.
+  static constexpr bool kScoresInLog2 = true;
+  // keep() may be false. Where it is, score()'s value means nothing and the element counts as -inf.
+  static constexpr bool kHasMask = false;
+  // keep() depends on the score.
+  static constexpr bool kMaskReadsScore = false;
+  // Some captured tensor is read.
+  static constexpr bool kReadsCaptured = false;
+
+  struct Block {};
+  struct Row {};
+  struct Column {};
+
+  static __device__ __forceinline__ Block block(const CapturedView* captured, int b, int h) { return {}; }
+  template <typename B>
+  static __device__ __forceinline__ Row row(const CapturedView* captured, const B& block, int q_idx) {
+    return {};
+  }
+  template <typename B>
+  static __device__ __forceinline__ Column column(const CapturedView* captured, const B& block, int kv_idx) {
+    return {};
+  }
+  template <typename B, typename R, typename C>
+  static __device__ __forceinline__ float score(const CapturedView* captured, float s, const B& block, const R& row,
+                                                const C& column) {
+    return s;
+  }
+  template <typename B, typename R, typename C>
+  static __device__ __forceinline__ bool keep(const CapturedView* captured, float s, const B& block, const R& row,
+                                              const C& column) {
+    return true;
+  }
+};
+
+}  // namespace attnjit::cuda

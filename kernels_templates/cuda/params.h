@@ -1,0 +1,35 @@
+// What a CUDA kernel is launched with: plain data that host and device agree on. NVRTC compiles it in front of every
+// kernel, so it includes nothing. Its text is part of every binary's key: a changed struct never meets an old binary.
+#pragma once
+
+namespace attnjit::cuda {
+
+inline constexpr int kMaxCaptureRank = 5;
+inline constexpr int kMaxCaptures = 16;
+
+// A captured tensor. Strides in elements.
+struct CapturedView {
+  const void* data;          // device memory; null for a scalar that is passed by value
+  unsigned long long value;  // that scalar's element in its lowest bytes
+  long long stride[kMaxCaptureRank];
+  int extent[kMaxCaptureRank];
+};
+
+// One forward call. Pointers are to device memory; strides in elements, of batch, head and sequence; the innermost
+// stride of q, k, v and o is 1.
+struct ForwardParams {
+  const void* q;   // (B, Hq, Sq, D)
+  const void* k;   // (B, Hkv, Skv, D)
+  const void* v;   // (B, Hkv, Skv, Dv)
+  void* o;         // (B, Hq, Sq, Dv)
+  float* lse;      // (B, Hq, Sq), natural logarithm; null where not wanted
+  float* row_max;  // (B, Hq, Sq), natural units; null where not wanted
+  long long q_stride[3], k_stride[3], v_stride[3], o_stride[3], lse_stride[3], row_max_stride[3];
+  int batch, num_heads, num_heads_kv;
+  int seqlen_q, seqlen_kv;
+  int q_idx_origin, kv_idx_origin;  // logical positions of the first query and key
+  float score_scale;                // on q . k: the scale, times log2(e) where Mod::kScoresInLog2
+  CapturedView captured[kMaxCaptures];
+};
+
+}  // namespace attnjit::cuda

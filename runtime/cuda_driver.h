@@ -1,0 +1,53 @@
+// The CUDA driver, opened at run time: devices with their primary context, loaded kernels, launches. The only file of
+// the runtime that knows the driver's functions is cuda_driver.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "runtime/status.h"
+
+namespace attnjit::runtime {
+
+using CudaStream = void*;  // a CUstream; null is the legacy default stream
+
+// One GPU and its primary context, which is retained while the object lives and pushed only around calls. One object
+// per ordinal and process at a time.
+class CudaDevice {
+ public:
+  // ATTNJIT_ENVIRONMENT where there is no driver or the device cannot be used, with the reason.
+  static Result<std::shared_ptr<CudaDevice>> get(int ordinal);
+  static int count();  // 0 where there is no driver
+
+  virtual ~CudaDevice() = default;
+  virtual int ordinal() const = 0;
+  virtual const std::string& name() const = 0;
+  virtual int arch() const = 0;  // 10 * major + minor of the compute capability
+  virtual int num_sms() const = 0;
+  virtual std::size_t max_shared_memory() const = 0;  // of one block, opted in
+
+  // True while `stream` is being captured into a graph (and for a legacy stream that a capture forbids to touch).
+  virtual bool is_capturing(CudaStream stream) const = 0;
+  // Stream-ordered. `size` in bytes, `value` a 32-bit pattern; address and size are multiples of 4.
+  virtual Check fill(void* address, std::uint32_t value, std::size_t size, CudaStream stream) const = 0;
+};
+
+// One kernel of a loaded binary, ready to launch: loaded for real, its shared memory opted into. Keeps binary and
+// device alive.
+class CudaKernel {
+ public:
+  // `entry` of `cubin`. `shared_memory`: dynamic, in bytes. ATTNJIT_ENVIRONMENT with the driver's message on failure.
+  static Result<std::shared_ptr<const CudaKernel>> load(std::shared_ptr<CudaDevice> device, const std::string& cubin,
+                                                        const std::string& entry, std::size_t shared_memory);
+  virtual ~CudaKernel() = default;
+
+  struct Grid {
+    unsigned x = 1, y = 1, z = 1;
+  };
+  // `params`: the kernel's one parameter, copied before the call returns. Does not allocate or synchronise.
+  virtual Check launch(Grid grid, unsigned threads, const void* params, CudaStream stream) const = 0;
+};
+
+}  // namespace attnjit::runtime
