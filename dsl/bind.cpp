@@ -60,7 +60,7 @@ class Binder {
       at_ = capture.location;
       const std::string use =
           capture.rank == 0 ? "used as a scalar" : "read with " + counted(capture.rank, "index", "indices");
-      return fail("'" + capture.name + "' is " + use + ", but what is bound to it has " +
+      return fail("'" + shortened(capture.name) + "' is " + use + ", but what is bound to it has " +
                   counted(bindings_[i].rank, "dimension", "dimensions"));
     }
     return true;
@@ -190,7 +190,8 @@ class Binder {
     const auto capture = static_cast<std::size_t>(node.capture);
     for (const NodeId arg : args) {
       if (type_of(arg) != Type::kFloat) continue;
-      fail("an index of '" + in_.captures[capture].name + "' must be an int, this one is a float; write int(x)");
+      fail("an index of '" + shortened(in_.captures[capture].name) +
+           "' must be an int, this one is a float; write int(x)");
       return -1;
     }
     return add_converted(node, std::move(args), Type::kInt, value_type(bindings_[capture].dtype));

@@ -177,6 +177,11 @@ bool same_structure(const Expr& a, const Expr& b) {
   return true;
 }
 
+std::string shortened(std::string_view name) {
+  constexpr std::size_t kLongest = 60;
+  return name.size() <= kLongest ? std::string(name) : std::string(name.substr(0, kLongest - 3)) + "...";
+}
+
 std::string format_error(const Error& error, std::string_view text) {
   std::size_t begin = 0;
   for (int line = 1; line < error.location.line; ++line) {

@@ -142,6 +142,9 @@ struct Error {
   SourceLocation location = {};
 };
 
+// `name` for a message: of one longer than 60 characters its start and `...`, as names can be as long as texts.
+std::string shortened(std::string_view name);
+
 // `message` with line and column, the line of `text` it happened in and a caret below it. Tabs and control characters
 // of the text are shown as spaces, bytes beyond ASCII as `?`, and a long line is cut around the place.
 std::string format_error(const Error& error, std::string_view text);

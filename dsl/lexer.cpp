@@ -116,7 +116,8 @@ class Lexer {
     const std::string_view digits = text_.substr(begin, at_ - begin);
     if (is_float) return floating(token, digits) && ends(begin);
     if (digits.size() > 1 && digits[0] == '0' && ends(begin)) {
-      return fail("leading zeros in '" + shorten(digits) + "'; write the number without them, or hexadecimal as 0x...");
+      return fail("leading zeros in '" + shortened(digits) +
+                  "'; write the number without them, or hexadecimal as 0x...");
     }
     return integer(token, digits, 10) && ends(begin);
   }
@@ -125,7 +126,7 @@ class Lexer {
     token.kind = TokenKind::kInt;
     const auto [end, status] = std::from_chars(digits.data(), digits.data() + digits.size(), token.int_value, base);
     if (status == std::errc()) return true;
-    return fail("the integer '" + shorten(digits) + "' does not fit in 64 bits");
+    return fail("the integer '" + shortened(digits) + "' does not fit in 64 bits");
   }
 
   bool floating(Token& token, std::string_view digits) {
@@ -136,7 +137,7 @@ class Lexer {
       token.float_value = 0.0;
       return true;
     }
-    return fail("the number '" + shorten(digits) + "' is too large for a float; write inf for infinity");
+    return fail("the number '" + shortened(digits) + "' is too large for a float; write inf for infinity");
   }
 
   // Of a literal that is out of range: whether it is too small rather than too large.
@@ -162,12 +163,8 @@ class Lexer {
     if (!continues_name(peek(0)) && peek(0) != '.') return true;
     std::size_t end = at_;
     while (end < text_.size() && (continues_name(text_[end]) || text_[end] == '.')) ++end;
-    return fail("'" + shorten(text_.substr(begin, end - begin)) +
+    return fail("'" + shortened(text_.substr(begin, end - begin)) +
                 "' is not a number; numbers are 12, 0x1f, 1.5, .5 and 1e-3");
-  }
-
-  static std::string shorten(std::string_view text) {
-    return text.size() <= 40 ? std::string(text) : std::string(text.substr(0, 37)) + "...";
   }
 
   bool fail(std::string message) {

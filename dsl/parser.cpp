@@ -114,10 +114,7 @@ const ElementName* find_element_name(std::string_view name) {
   return found == std::end(kElementNames) ? nullptr : found;
 }
 
-// Long names of hostile texts do not make long messages.
-std::string quoted(std::string_view name) {
-  return "'" + (name.size() <= 60 ? std::string(name) : std::string(name.substr(0, 57)) + "...") + "'";
-}
+std::string quoted(std::string_view name) { return "'" + shortened(name) + "'"; }
 
 std::string counted(std::size_t count, std::string_view noun) {
   return std::to_string(count) + " " + std::string(noun) + (count == 1 ? "" : "s");

@@ -48,7 +48,7 @@ const Registry& Registry::builtin() {
 }
 
 std::optional<Error> Registry::add(RegistryEntry entry) {
-  const auto quoted = [](const std::string& name) { return "'" + name.substr(0, 60) + "'"; };
+  const auto quoted = [](const std::string& name) { return "'" + shortened(name) + "'"; };
   if (!is_name(entry.name)) {
     return refuse("the mod's name " + quoted(entry.name) + " is not a name: letters, digits and _, no digit first");
   }

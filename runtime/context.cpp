@@ -39,7 +39,8 @@ Check Context::register_mod(dsl::RegistryEntry entry) {
   std::lock_guard lock(registry_mutex_);
   auto next = std::make_shared<dsl::Registry>(*registry_.registry);
   if (const std::optional<dsl::Error> error = next->add(std::move(entry))) {
-    return Failure{ATTNJIT_INVALID_EXPRESSION, fmt::format("mod '{}', {}", name, dsl::format_error(*error, body))};
+    return Failure{ATTNJIT_INVALID_EXPRESSION,
+                   fmt::format("mod '{}', {}", dsl::shortened(name), dsl::format_error(*error, body))};
   }
   registry_ = {std::move(next), registry_.generation + 1};
   return {};

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <ranges>
+#include <span>
 #include <string_view>
 #include <utility>
 
@@ -23,20 +25,6 @@ Failure expression_failure(std::string_view argument, const dsl::Error& error, s
 
 std::string indices(int rank) {
   return rank == 0 ? "without an index" : fmt::format("with {} {}", rank, rank == 1 ? "index" : "indices");
-}
-
-std::string names_of(const std::vector<dsl::Capture>& captures) {
-  std::string names;
-  for (const dsl::Capture& capture : captures) {
-    if (!names.empty()) names += ", ";
-    names += capture.name;
-  }
-  return names.empty() ? "none" : names;
-}
-
-std::string names_of(const CheckedCall& call) {
-  const auto count = static_cast<std::ptrdiff_t>(call.forward.num_captures);
-  return count == 0 ? "none" : fmt::format("{}", fmt::join(call.capture_names, call.capture_names + count, ", "));
 }
 
 // Replaces the expression's own table by the joint one.
@@ -74,8 +62,8 @@ Result<Mods> parse_mods(const char* score_mod, const char* mask_mod, const dsl::
       const auto [it, added] = by_name.emplace(capture.name, capture);
       if (!added && it->second.rank != capture.rank) {
         return Failure{ATTNJIT_INVALID_EXPRESSION,
-                       fmt::format("captured '{}' is read {} by score_mod and {} by mask_mod", capture.name,
-                                   indices(it->second.rank), indices(capture.rank))};
+                       fmt::format("captured '{}' is read {} by score_mod and {} by mask_mod",
+                                   dsl::shortened(capture.name), indices(it->second.rank), indices(capture.rank))};
       }
     }
   }
@@ -101,17 +89,19 @@ Result<Mods> bind_mods(const Mods& parsed, const char* score_mod, const char* ma
     if (!found) {
       const std::vector<std::string> others(call.capture_names, call.capture_names + given);
       const std::string nearest = dsl::nearest_name(capture.name, others, registry);
-      return Failure{ATTNJIT_INVALID_ARGUMENT,
-                     fmt::format("captures lacks '{}', which the expression reads {}; given: {}{}", capture.name,
-                                 indices(capture.rank), names_of(call),
-                                 nearest.empty() ? "" : fmt::format("; did you mean '{}'?", nearest))};
+      return Failure{
+          ATTNJIT_INVALID_ARGUMENT,
+          fmt::format("captures lacks '{}', which the expression reads {}; given: {}{}", dsl::shortened(capture.name),
+                      indices(capture.rank), given == 0 ? "none" : listed(std::span(call.capture_names, given)),
+                      nearest.empty() ? "" : fmt::format("; did you mean '{}'?", dsl::shortened(nearest)))};
     }
   }
   for (std::size_t i = 0; i < given; ++i) {
     const std::string_view name = call.capture_names[i];
     if (std::none_of(names.begin(), names.end(), [&](const dsl::Capture& c) { return c.name == name; })) {
       return Failure{ATTNJIT_INVALID_ARGUMENT,
-                     fmt::format("captures has '{}', which no expression reads; read: {}", name, names_of(names))};
+                     fmt::format("captures has '{}', which no expression reads; read: {}", dsl::shortened(name),
+                                 names.empty() ? "none" : listed(names | std::views::transform(&dsl::Capture::name)))};
     }
   }
   // Both sides are sorted by name and hold the same names now.
@@ -119,9 +109,9 @@ Result<Mods> bind_mods(const Mods& parsed, const char* score_mod, const char* ma
   for (std::size_t i = 0; i < given; ++i) {
     const dsl::CaptureView& tensor = call.captures[i];
     if (tensor.rank != names[i].rank) {
-      return Failure{ATTNJIT_INVALID_ARGUMENT,
-                     fmt::format("captured {} has {} dimension{}; the expression reads it {}", names[i].name,
-                                 tensor.rank, tensor.rank == 1 ? "" : "s", indices(names[i].rank))};
+      return Failure{ATTNJIT_INVALID_ARGUMENT, fmt::format("captured {} has {} dimension{}; the expression reads it {}",
+                                                           dsl::shortened(names[i].name), tensor.rank,
+                                                           tensor.rank == 1 ? "" : "s", indices(names[i].rank))};
     }
     bindings.push_back({.dtype = tensor.dtype, .rank = tensor.rank});
   }

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "dsl/expr.h"
@@ -29,5 +30,13 @@ Result<Mods> parse_mods(const char* score_mod, const char* mask_mod, const dsl::
 // `score_mod` and `mask_mod` are the texts that were parsed and `registry` what with, for messages.
 Result<Mods> bind_mods(const Mods& parsed, const char* score_mod, const char* mask_mod, const dsl::Registry& registry,
                        const CheckedCall& call);
+
+// Names for a message, shortened: `a, b`.
+template <typename Names>
+std::string listed(const Names& names) {
+  std::string text;
+  for (const std::string_view name : names) text += (text.empty() ? "" : ", ") + dsl::shortened(name);
+  return text;
+}
 
 }  // namespace attnjit::runtime

@@ -13,6 +13,7 @@
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -340,9 +341,10 @@ Failure difference(const Plan& plan, const CheckedCall& call, const attnjit_atte
                    shown_text(attention.mask_mod, attention.mask_mod ? attention.mask_mod : ""));
   }
   const std::size_t given = call.forward.num_captures;
-  const std::string was_names = fmt::format("({})", fmt::join(plan.names, ", "));
-  const std::string names = fmt::format("({})", fmt::join(call.capture_names, call.capture_names + given, ", "));
-  if (was_names != names) return changed("the names in captures", was_names, names);
+  const std::span names(call.capture_names, given);
+  if (!std::ranges::equal(plan.names, names)) {
+    return changed("the names in captures", "(" + listed(plan.names) + ")", "(" + listed(names) + ")");
+  }
 
   const Signature& was = plan.signature;
   const Signature& is = call.signature;
@@ -385,7 +387,7 @@ Failure difference(const Plan& plan, const CheckedCall& call, const attnjit_atte
   for (std::size_t i = 0; i < given; ++i) {
     const Signature::Capture& a = was.captures[i];
     const Signature::Capture& b = is.captures[i];
-    const std::string& name = plan.names[i];
+    const std::string name = dsl::shortened(plan.names[i]);
     if (a.dtype != b.dtype) return changed(fmt::format("captured {}'s dtype", name), dtype(a.dtype), dtype(b.dtype));
     const std::string was_shape = dimensions(a.extent, a.rank);
     const std::string shape = dimensions(b.extent, b.rank);

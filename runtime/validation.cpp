@@ -220,7 +220,8 @@ bool provably_apart(const Tensor& a, const Tensor& b) {
 
 Check check_apart(const Tensor& output, const Tensor& other) {
   if (provably_apart(output, other)) return {};
-  return invalid(fmt::format("{} shares memory with {}; an output must lie apart", output.name, other.name));
+  return invalid(
+      fmt::format("{} shares memory with {}; an output must lie apart", output.name, dsl::shortened(other.name)));
 }
 
 std::uint8_t stride_class(std::int64_t extent, std::int64_t stride) {
@@ -252,7 +253,7 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, Checke
     std::size_t place = i;
     for (; place > 0; --place) {
       const int order = std::strcmp(sorted[place - 1]->name, capture.name);
-      if (order == 0) return invalid(fmt::format("captures has '{}' twice", capture.name));
+      if (order == 0) return invalid(fmt::format("captures has '{}' twice", dsl::shortened(capture.name)));
       if (order < 0) break;
       sorted[place] = sorted[place - 1];
     }
@@ -268,7 +269,8 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, Checke
           fmt::format("{} has shape {}; a captured tensor needs at least one element", t.name, show(t.extent, t.rank)));
     }
     if (failure) {
-      failure->message.insert(0, "captured ");
+      // It starts with the name.
+      failure->message.replace(0, std::strlen(sorted[i]->name), "captured " + dsl::shortened(sorted[i]->name));
       return failure;
     }
     Signature::Capture& signature = call->signature.captures[i];
@@ -470,7 +472,7 @@ Check check_workspace(const CheckedCall& call, const void* workspace, std::size_
   for (std::size_t i = 0; i < call.num_memory; ++i) {
     const CheckedCall::Memory& memory = call.memory[i];
     if (memory.begin < begin + needed && begin < memory.end) {
-      return invalid(fmt::format("workspace shares memory with {}; it must lie apart", memory.name));
+      return invalid(fmt::format("workspace shares memory with {}; it must lie apart", dsl::shortened(memory.name)));
     }
   }
   return {};

@@ -258,6 +258,28 @@ TEST_F(Errors, Captures) {
   expect_invalid({"captures is NULL, but num_captures is 1"});
 }
 
+TEST_F(Errors, LongNamesAreShortened) {
+  // As long as the text allows.
+  const std::string name(60'000, 'x'), start = "'" + name.substr(0, 57) + "...'", text = "score + " + name + "[h]";
+  float table[8] = {};
+  const auto expect_short = [this](const std::string& fragment) {
+    expect_invalid({fragment.c_str()});
+    EXPECT_LT(std::strlen(attnjit_last_error()), 300U);
+  };
+  p_.attention.score_mod = text.c_str();
+  expect_short("captures lacks " + start);
+  p_.capture(name.c_str(), table, {4, 2});
+  expect_short("captured " + start.substr(1, 60) + " has 2 dimensions");
+  p_.attention.score_mod = "score";
+  expect_short("captures has " + start + ", which no expression reads");
+  p_.captures[0].name = "table";
+  p_.attention.score_mod = text.c_str();
+  expect_short("given: table");
+  p_.capture("empty", table, {0});
+  p_.captures[1].name = name.c_str();
+  expect_short("captured " + start.substr(1, 60) + " has shape (0,)");
+}
+
 TEST_F(Errors, CapturedTensor) {
   float table[8] = {};
   p_.attention.score_mod = "score + table[h]";

@@ -81,6 +81,12 @@ TEST(DslBind, RefusesWithAReason) {
   EXPECT_THAT(typed("t"), HasSubstr("'t' is used as a scalar, but what is bound to it has 1 dimension"));
   EXPECT_THAT(typed("t[0, 1]"), HasSubstr("'t' is read with 2 indices, but what is bound to it has 1 dimension"));
   EXPECT_THAT(typed("f[0]"), HasSubstr("'f' is read with 1 index, but what is bound to it has 0 dimensions"));
+  const std::string name(1000, 'x');
+  const auto read = parse(name + "[score]");
+  ASSERT_TRUE(read);
+  const std::vector<CaptureBinding> bindings = {{.dtype = DType::kF32, .rank = 1}};
+  EXPECT_EQ(dsl::bind(*read, bindings, ModKind::kScoreMod).error().message,
+            "an index of '" + name.substr(0, 57) + "...' must be an int, this one is a float; write int(x)");
   const auto expr = parse("f + 1");
   ASSERT_TRUE(expr);
   EXPECT_THAT(bind(*expr, {}, ModKind::kScoreMod).error().message, HasSubstr("captures 1 value, but 0 are bound"));
