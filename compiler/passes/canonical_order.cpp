@@ -148,16 +148,13 @@ class CanonicalOrder : public impl::CanonicalOrderBase<CanonicalOrder> {
   void runOnOperation() override {
     mlir::func::FuncOp function = getOperation();
     if (function.isExternal()) return;
-    if (!function.getBody().hasOneBlock()) {
-      function.emitOpError("needs a body of one block");
-      return signalPassFailure();
-    }
+    mlir::Block* const block = only_block(function);
+    if (!block) return signalPassFailure();
     keys_.clear();
-    mlir::Block& block = function.front();
-    for (const auto& [i, argument] : llvm::enumerate(block.getArguments()))
+    for (const auto& [i, argument] : llvm::enumerate(block->getArguments()))
       keys_[argument] = {0, static_cast<std::uint64_t>(i)};
     mlir::OpBuilder builder(function);
-    for (mlir::Operation& op : llvm::make_early_inc_range(block.without_terminator())) {
+    for (mlir::Operation& op : llvm::make_early_inc_range(block->without_terminator())) {
       builder.setInsertionPoint(&op);
       if (const Value replacement = simplify(builder, op)) {
         op.getResult(0).replaceAllUsesWith(replacement);
@@ -166,7 +163,7 @@ class CanonicalOrder : public impl::CanonicalOrderBase<CanonicalOrder> {
         remember(op);
       }
     }
-    schedule(block);
+    schedule(*block);
   }
 
   const Key& key(Value value) { return keys_.find(value)->second; }

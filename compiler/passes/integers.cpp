@@ -49,17 +49,14 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
   void runOnOperation() override {
     mlir::func::FuncOp function = getOperation();
     if (function.isExternal()) return;
-    if (!function.getBody().hasOneBlock()) {
-      function.emitOpError("needs a body of one block");
-      return signalPassFailure();
-    }
+    mlir::Block* const block = only_block(function);
+    if (!block) return signalPassFailure();
     mlir::DataFlowSolver solver;
     if (mlir::failed(solve(solver, function))) return signalPassFailure();
     narrow_.clear();
     bool all_fit = true;
     mlir::OpBuilder builder(function);
-    mlir::Block& block = function.front();
-    for (mlir::Operation& op : llvm::make_early_inc_range(block.without_terminator())) {
+    for (mlir::Operation& op : llvm::make_early_inc_range(block->without_terminator())) {
       const Value result = op.getResult(0);
       builder.setInsertionPointAfter(&op);
       if (result.getType().isInteger(64)) {
@@ -73,7 +70,7 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
       }
     }
     if (all_fit) function->setAttr(kFits32Attr, builder.getUnitAttr());
-    erase_dead(block);
+    erase_dead(*block);
   }
 
   static bool fits(mlir::DataFlowSolver& solver, Value v) {

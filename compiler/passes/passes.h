@@ -23,6 +23,9 @@ void build_fact_pipeline(mlir::OpPassManager& passes);
 // The captured reads that attnjit-stage-reads numbered, in the order of their numbers.
 llvm::SmallVector<ReadOp> staged_reads(mlir::func::FuncOp function);
 
+// The block of `function`, which is no declaration. Where it has several: nullptr, and an error is emitted.
+mlir::Block* only_block(mlir::func::FuncOp function);
+
 // Erases every operation whose result nobody uses. All of them are pure.
 void erase_dead(mlir::Block& block);
 

@@ -4,6 +4,12 @@
 
 namespace attnjit::compiler {
 
+mlir::Block* only_block(mlir::func::FuncOp function) {
+  if (function.getBody().hasOneBlock()) return &function.front();
+  function.emitOpError("needs a body of one block");
+  return nullptr;
+}
+
 void erase_dead(mlir::Block& block) {
   // From the back, so that users go before what they use.
   for (mlir::Operation* op = block.getTerminator()->getPrevNode(); op;) {

@@ -23,15 +23,12 @@ class StageReads : public impl::StageReadsBase<StageReads> {
   void runOnOperation() override {
     mlir::func::FuncOp function = getOperation();
     if (function.isExternal()) return;
-    if (!function.getBody().hasOneBlock()) {
-      function.emitOpError("needs a body of one block");
-      return signalPassFailure();
-    }
+    mlir::Block* const block = only_block(function);
+    if (!block) return signalPassFailure();
     dependence_.clear();
-    mlir::Block& block = function.front();
-    for (const Value argument : block.getArguments()) dependence_[argument] = kOnScore;
+    for (const Value argument : block->getArguments()) dependence_[argument] = kOnScore;
     std::int32_t count = 0;
-    for (mlir::Operation& op : block.without_terminator()) {
+    for (mlir::Operation& op : block->without_terminator()) {
       Dependence all = 0;
       for (const Value operand : op.getOperands()) all |= dependence_[operand];
       if (auto index = llvm::dyn_cast<IndexOp>(op)) {
