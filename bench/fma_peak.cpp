@@ -1,8 +1,6 @@
 // Loops of independent multiply-adds in registers.
 #include "bench/fma_peak.h"
 
-#include <immintrin.h>
-
 namespace attnjit::tool {
 
 namespace {
@@ -14,64 +12,29 @@ float volatile sink;
 constexpr int kChains = 12;
 #define ATTNJIT_CHAINS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
 
+#define ATTNJIT_DECLARE(i) Vector x##i = Vector{} + float{i};
+#define ATTNJIT_STEP(i) x##i = x##i * a + b;
 // The empty statement makes each accumulator opaque, so that no iteration is folded into another.
 #define ATTNJIT_OPAQUE(i) __asm__ volatile("" : "+v"(x##i));
-#define ATTNJIT_OPAQUE_SSE(i) __asm__ volatile("" : "+x"(x##i));
+#define ATTNJIT_ADD(i) sum += x##i;
 
-__attribute__((target("avx512f"), noinline)) void run_avx512(long iterations) {
-#define ATTNJIT_DECLARE(i) __m512 x##i = _mm512_set1_ps(i);
-#define ATTNJIT_STEP(i) x##i = _mm512_fmadd_ps(x##i, a, b);
-#define ATTNJIT_ADD(i) sum = _mm512_add_ps(sum, x##i);
-  const __m512 a = _mm512_set1_ps(0.999f), b = _mm512_set1_ps(1e-3f);
-  ATTNJIT_CHAINS(ATTNJIT_DECLARE)
-  for (long n = 0; n < iterations; ++n) {
-    ATTNJIT_CHAINS(ATTNJIT_STEP)
-    ATTNJIT_CHAINS(ATTNJIT_OPAQUE)
+// A macro, as a template cannot take the target. SSE2 has no fused multiply-add: a product and a sum there.
+#define ATTNJIT_LOOP(name, width, isa)                                \
+  __attribute__((noinline, target(isa))) void name(long iterations) { \
+    typedef float Vector __attribute__((vector_size(4 * (width))));   \
+    const Vector a = Vector{} + 0.999f, b = Vector{} + 1e-3f;         \
+    ATTNJIT_CHAINS(ATTNJIT_DECLARE)                                   \
+    for (long n = 0; n < iterations; ++n) {                           \
+      ATTNJIT_CHAINS(ATTNJIT_STEP)                                    \
+      ATTNJIT_CHAINS(ATTNJIT_OPAQUE)                                  \
+    }                                                                 \
+    Vector sum = {};                                                  \
+    ATTNJIT_CHAINS(ATTNJIT_ADD)                                       \
+    sink = sum[0];                                                    \
   }
-  __m512 sum = _mm512_setzero_ps();
-  ATTNJIT_CHAINS(ATTNJIT_ADD)
-  sink = _mm512_cvtss_f32(sum);
-#undef ATTNJIT_DECLARE
-#undef ATTNJIT_STEP
-#undef ATTNJIT_ADD
-}
-
-__attribute__((target("avx2,fma"), noinline)) void run_avx2(long iterations) {
-#define ATTNJIT_DECLARE(i) __m256 x##i = _mm256_set1_ps(i);
-#define ATTNJIT_STEP(i) x##i = _mm256_fmadd_ps(x##i, a, b);
-#define ATTNJIT_ADD(i) sum = _mm256_add_ps(sum, x##i);
-  const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(1e-3f);
-  ATTNJIT_CHAINS(ATTNJIT_DECLARE)
-  for (long n = 0; n < iterations; ++n) {
-    ATTNJIT_CHAINS(ATTNJIT_STEP)
-    ATTNJIT_CHAINS(ATTNJIT_OPAQUE_SSE)
-  }
-  __m256 sum = _mm256_setzero_ps();
-  ATTNJIT_CHAINS(ATTNJIT_ADD)
-  sink = _mm256_cvtss_f32(sum);
-#undef ATTNJIT_DECLARE
-#undef ATTNJIT_STEP
-#undef ATTNJIT_ADD
-}
-
-// SSE2 has no fused multiply-add: a product and a sum.
-__attribute__((noinline)) void run_sse2(long iterations) {
-#define ATTNJIT_DECLARE(i) __m128 x##i = _mm_set1_ps(i);
-#define ATTNJIT_STEP(i) x##i = _mm_add_ps(_mm_mul_ps(x##i, a), b);
-#define ATTNJIT_ADD(i) sum = _mm_add_ps(sum, x##i);
-  const __m128 a = _mm_set1_ps(0.999f), b = _mm_set1_ps(1e-3f);
-  ATTNJIT_CHAINS(ATTNJIT_DECLARE)
-  for (long n = 0; n < iterations; ++n) {
-    ATTNJIT_CHAINS(ATTNJIT_STEP)
-    ATTNJIT_CHAINS(ATTNJIT_OPAQUE_SSE)
-  }
-  __m128 sum = _mm_setzero_ps();
-  ATTNJIT_CHAINS(ATTNJIT_ADD)
-  sink = _mm_cvtss_f32(sum);
-#undef ATTNJIT_DECLARE
-#undef ATTNJIT_STEP
-#undef ATTNJIT_ADD
-}
+ATTNJIT_LOOP(run_avx512, 16, "avx512f")
+ATTNJIT_LOOP(run_avx2, 8, "avx2,fma")
+ATTNJIT_LOOP(run_sse2, 4, "sse2")
 
 }  // namespace
 
