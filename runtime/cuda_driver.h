@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "runtime/status.h"
 
@@ -17,9 +18,10 @@ using CudaStream = void*;  // a CUstream; null is the legacy default stream
 // per ordinal and process at a time.
 class CudaDevice {
  public:
-  // ATTNJIT_ENVIRONMENT where there is no driver or the device cannot be used, with the reason.
-  static Result<std::shared_ptr<CudaDevice>> get(int ordinal);
-  static int count();  // 0 where there is no driver
+  // ATTNJIT_ENVIRONMENT where there is no driver or the device cannot be used, with the reason. `library` is a path or
+  // a name for the dynamic loader; empty: libcuda.so.1. It is opened once per process and stays open.
+  static Result<std::shared_ptr<CudaDevice>> get(int ordinal, std::string_view library = {});
+  static int count(std::string_view library = {});  // 0 where there is no driver
 
   virtual ~CudaDevice() = default;
   virtual int ordinal() const = 0;
@@ -28,17 +30,50 @@ class CudaDevice {
   virtual int num_sms() const = 0;
   virtual std::size_t max_shared_memory() const = 0;  // of one block, opted in
 
-  // True while `stream` is being captured into a graph (and for a legacy stream that a capture forbids to touch).
+  // True while `stream` is being captured into a graph (and for a legacy stream that a capture forbids to touch). Does
+  // not disturb the capture.
   virtual bool is_capturing(CudaStream stream) const = 0;
   // Stream-ordered. `size` in bytes, `value` a 32-bit pattern; address and size are multiples of 4.
   virtual Check fill(void* address, std::uint32_t value, std::size_t size, CudaStream stream) const = 0;
+
+ private:
+  friend class CudaScope;
+  // Makes the primary context the thread's current one; false where it already was.
+  virtual Check enter(bool* pushed) const = 0;
+  virtual void leave() const = 0;
+  // Sets how this thread's calls treat captures, and returns how they did. A driver's CUstreamCaptureMode.
+  virtual int exchange_capture_mode(int mode) const = 0;
+};
+
+// Makes a device's primary context current in this thread while it lives, and puts back what was.
+class CudaScope {
+ public:
+  enum class Use {
+    kCall,   // stream-ordered work
+    kSetup,  // loading, allocating: also allowed while some stream is captured, which then goes on undisturbed
+  };
+  explicit CudaScope(const CudaDevice& device, Use use = Use::kCall);
+  ~CudaScope();
+  CudaScope(const CudaScope&) = delete;
+  CudaScope& operator=(const CudaScope&) = delete;
+
+  // Why the context could not be made current.
+  const Check& failure() const { return failure_; }
+
+ private:
+  const CudaDevice& device_;
+  Check failure_;
+  bool pushed_ = false;
+  bool relaxed_ = false;
+  int capture_mode_ = 0;
 };
 
 // One kernel of a loaded binary, ready to launch: loaded for real, its shared memory opted into. Keeps binary and
 // device alive.
 class CudaKernel {
  public:
-  // `entry` of `cubin`. `shared_memory`: dynamic, in bytes. ATTNJIT_ENVIRONMENT with the driver's message on failure.
+  // `entry` of `cubin`. `shared_memory`: dynamic, in bytes. ATTNJIT_ENVIRONMENT with the driver's message on failure. A
+  // capture that is under way in this thread goes on undisturbed.
   static Result<std::shared_ptr<const CudaKernel>> load(std::shared_ptr<CudaDevice> device, const std::string& cubin,
                                                         const std::string& entry, std::size_t shared_memory);
   virtual ~CudaKernel() = default;

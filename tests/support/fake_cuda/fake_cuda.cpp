@@ -1,0 +1,274 @@
+// The functions of libcuda over FakeCuda's state.
+#include "support/fake_cuda/fake_cuda.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string_view>
+
+using attnjit::test::FakeCuda;
+
+namespace {
+
+constexpr int kInvalidValue = 1, kNoDevice = 100, kInvalidContext = 201, kInvalidImage = 200, kInvalidHandle = 400,
+              kNotFound = 500, kCaptureUnsupported = 900;
+constexpr int kRelaxed = 2;
+constexpr long kMaxDevices = 8;
+
+FakeCuda state;
+
+struct Module {
+  std::string image;
+  int device = 0;
+};
+struct Function {
+  Module* module = nullptr;
+  std::string entry;
+  bool loaded = false;
+  int shared = 48 * 1024;
+};
+std::vector<std::unique_ptr<Module>> modules;
+std::vector<std::unique_ptr<Function>> functions;
+
+thread_local std::vector<long> contexts;  // 1 + ordinal
+thread_local int capture_mode = 0;
+
+int failing(const char* name) {
+  if (state.failing.empty()) return 0;
+  const auto it = state.failing.find(name);
+  return it == state.failing.end() ? 0 : it->second;
+}
+
+// Work that may not happen while a stream is captured, unless the thread's mode allows it.
+int forbidden_in_capture() {
+  if (!state.capturing || capture_mode == kRelaxed) return 0;
+  state.capture_broken = true;
+  return kCaptureUnsupported;
+}
+
+long current() { return contexts.empty() ? 0 : contexts.back(); }
+
+template <typename T>
+T* known(const std::vector<std::unique_ptr<T>>& all, void* handle) {
+  const auto it = std::find_if(all.begin(), all.end(), [&](const auto& one) { return one.get() == handle; });
+  return it == all.end() ? nullptr : it->get();
+}
+
+}  // namespace
+
+#define FAKE extern "C" __attribute__((visibility("default")))
+#define MAY_FAIL(name)               \
+  std::lock_guard lock(state.mutex); \
+  if (const int result = failing(name)) return result
+
+FAKE FakeCuda* attnjit_fake_cuda() { return &state; }
+FAKE long attnjit_fake_cuda_current() { return current(); }
+
+FAKE int cuInit(unsigned) {
+  MAY_FAIL("cuInit");
+  return state.devices == 0 ? kNoDevice : 0;
+}
+FAKE int cuDeviceGetCount(int* count) {
+  MAY_FAIL("cuDeviceGetCount");
+  *count = state.devices;
+  return 0;
+}
+FAKE int cuDeviceGet(int* device, int ordinal) {
+  MAY_FAIL("cuDeviceGet");
+  if (ordinal < 0 || ordinal >= state.devices || ordinal >= kMaxDevices) return kInvalidValue;
+  *device = ordinal;
+  return 0;
+}
+FAKE int cuDeviceGetName(char* name, int size, int) {
+  MAY_FAIL("cuDeviceGetName");
+  std::strncpy(name, "Fake GPU", static_cast<std::size_t>(size));
+  return 0;
+}
+FAKE int cuDeviceGetAttribute(int* value, int attribute, int) {
+  MAY_FAIL("cuDeviceGetAttribute");
+  switch (attribute) {
+    case 16:
+      *value = state.sms;
+      return 0;
+    case 75:
+      *value = state.major;
+      return 0;
+    case 76:
+      *value = state.minor;
+      return 0;
+    case 97:
+      *value = state.shared_memory;
+      return 0;
+    default:
+      return kInvalidValue;
+  }
+}
+FAKE int cuDevicePrimaryCtxRetain(void** context, int device) {
+  MAY_FAIL("cuDevicePrimaryCtxRetain");
+  ++state.contexts_retained;
+  *context = reinterpret_cast<void*>(static_cast<std::intptr_t>(device) + 1);
+  return 0;
+}
+FAKE int cuDevicePrimaryCtxRelease_v2(int) {
+  MAY_FAIL("cuDevicePrimaryCtxRelease");
+  ++state.contexts_released;
+  return 0;
+}
+FAKE int cuCtxGetCurrent(void** context) {
+  *context = reinterpret_cast<void*>(current());
+  return 0;
+}
+FAKE int cuCtxPushCurrent_v2(void* context) {
+  MAY_FAIL("cuCtxPushCurrent");
+  contexts.push_back(reinterpret_cast<std::intptr_t>(context));
+  return 0;
+}
+FAKE int cuCtxPopCurrent_v2(void** context) {
+  std::lock_guard lock(state.mutex);
+  if (contexts.empty()) {
+    ++state.unbalanced_pops;
+    return kInvalidContext;
+  }
+  *context = reinterpret_cast<void*>(contexts.back());
+  contexts.pop_back();
+  return 0;
+}
+// An image is text here, or what the compiler made; anything that starts with "bad" is refused, with a log.
+FAKE int cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* options, void** values) {
+  MAY_FAIL("cuModuleLoadDataEx");
+  if (current() == 0) return kInvalidContext;
+  if (const int result = forbidden_in_capture()) return result;
+  const char* const text = static_cast<const char*>(image);
+  if (std::string_view(text).starts_with("bad")) {
+    char* log = nullptr;
+    std::size_t size = 0;
+    for (unsigned i = 0; i < count; ++i) {
+      if (options[i] == 5) log = static_cast<char*>(values[i]);
+      if (options[i] == 6) size = reinterpret_cast<std::size_t>(values[i]);
+    }
+    if (log) std::strncpy(log, "device kernel image is bad", size);
+    return kInvalidImage;
+  }
+  ++state.modules_loaded;
+  modules.push_back(std::make_unique<Module>(Module{text, static_cast<int>(current()) - 1}));
+  *module = modules.back().get();
+  return 0;
+}
+FAKE int cuModuleUnload(void* module) {
+  MAY_FAIL("cuModuleUnload");
+  if (const int result = forbidden_in_capture()) return result;
+  if (!known(modules, module)) return kInvalidHandle;
+  std::erase_if(functions, [&](const auto& function) { return function->module == module; });
+  std::erase_if(modules, [&](const auto& one) { return one.get() == module; });
+  ++state.modules_unloaded;
+  return 0;
+}
+FAKE int cuModuleGetFunction(void** function, void* module, const char* name) {
+  MAY_FAIL("cuModuleGetFunction");
+  Module* const found = known(modules, module);
+  if (!found) return kInvalidHandle;
+  if (std::string_view(name) == "no_such_entry") return kNotFound;
+  functions.push_back(std::make_unique<Function>(Function{found, name, !state.lazy}));
+  *function = functions.back().get();
+  return 0;
+}
+FAKE int cuFuncLoad(void* function) {
+  MAY_FAIL("cuFuncLoad");
+  Function* const found = known(functions, function);
+  if (!found) return kInvalidHandle;
+  if (const int result = forbidden_in_capture()) return result;
+  found->loaded = true;
+  return 0;
+}
+FAKE int cuFuncGetAttribute(int* value, int attribute, void* function) {
+  MAY_FAIL("cuFuncGetAttribute");
+  Function* const found = known(functions, function);
+  if (!found) return kInvalidHandle;
+  *value = attribute == 8 ? found->shared : 128;
+  return 0;
+}
+FAKE int cuFuncSetAttribute(void* function, int attribute, int value) {
+  MAY_FAIL("cuFuncSetAttribute");
+  Function* const found = known(functions, function);
+  if (!found) return kInvalidHandle;
+  if (attribute != 8 || value > state.shared_memory) return kInvalidValue;
+  found->shared = value;
+  return 0;
+}
+FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                        unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
+                        void** extra) {
+  MAY_FAIL("cuLaunchKernel");
+  Function* const found = known(functions, function);
+  if (!found) return kInvalidHandle;
+  if (current() != found->module->device + 1) return kInvalidContext;
+  if (grid_x == 0 || grid_y == 0 || grid_z == 0 || grid_y > 65535 || grid_z > 65535 || grid_x > 0x7fffffffu ||
+      block_x * block_y * block_z > 1024 || static_cast<int>(shared) > found->shared || extra || !parameters) {
+    return kInvalidValue;
+  }
+  const bool captured = state.capturing && stream == state.captured_stream;
+  if (!found->loaded) {
+    if (const int result = forbidden_in_capture()) return result;
+    found->loaded = true;
+  }
+  ++state.launched;
+  if (!state.record) return 0;
+  FakeCuda::Launch launch{.entry = found->entry,
+                          .image = found->module->image,
+                          .device = found->module->device,
+                          .grid = {grid_x, grid_y, grid_z},
+                          .block = block_x,
+                          .shared = shared,
+                          .stream = stream,
+                          .parameters = {},
+                          .captured = captured};
+  const auto* bytes = static_cast<const unsigned char*>(parameters[0]);
+  launch.parameters.assign(bytes, bytes + state.parameter_bytes);
+  state.launches.push_back(std::move(launch));
+  return 0;
+}
+FAKE int cuMemsetD32Async(unsigned long long address, unsigned value, std::size_t count, void*) {
+  MAY_FAIL("cuMemsetD32Async");
+  if (current() == 0) return kInvalidContext;
+  std::fill_n(reinterpret_cast<std::uint32_t*>(address), count, value);
+  return 0;
+}
+FAKE int cuStreamIsCapturing(void* stream, int* status) {
+  MAY_FAIL("cuStreamIsCapturing");
+  if (current() == 0) return kInvalidContext;
+  *status = state.capturing && stream == state.captured_stream ? 1 : 0;
+  return 0;
+}
+FAKE int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, capture_mode);
+  return 0;
+}
+FAKE int cuGetErrorName(int error, const char** name) {
+  switch (error) {
+    case kInvalidValue:
+      *name = "CUDA_ERROR_INVALID_VALUE";
+      return 0;
+    case 2:
+      *name = "CUDA_ERROR_OUT_OF_MEMORY";
+      return 0;
+    case kNoDevice:
+      *name = "CUDA_ERROR_NO_DEVICE";
+      return 0;
+    case kInvalidImage:
+      *name = "CUDA_ERROR_INVALID_IMAGE";
+      return 0;
+    case kInvalidHandle:
+      *name = "CUDA_ERROR_INVALID_HANDLE";
+      return 0;
+    case kNotFound:
+      *name = "CUDA_ERROR_NOT_FOUND";
+      return 0;
+    default:
+      *name = nullptr;
+      return kInvalidValue;
+  }
+}
+FAKE int cuGetErrorString(int error, const char** text) {
+  *text = error == kInvalidHandle ? "invalid resource handle" : nullptr;
+  return *text ? 0 : kInvalidValue;
+}
