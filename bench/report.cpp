@@ -75,7 +75,13 @@ std::string csv_line(const std::vector<std::string>& fields) {
 // JSON has no infinity; the field is null and `pass` says the rest.
 Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
 
-std::string verdict_text(const Verdict& verdict) { return verdict.ok ? "pass" : "WRONG"; }
+// What was not judged is said beside the verdict.
+std::string verdict_text(const Verdict& verdict) {
+  std::string text = verdict.ok ? "pass" : "WRONG";
+  if (verdict.left_out > 0) text += fmt::format(", {} of {} rows left out", verdict.left_out, verdict.rows);
+  if (verdict.unbounded > 0) text += fmt::format(", {} of {} rows without a bound", verdict.unbounded, verdict.rows);
+  return text;
+}
 
 std::string github_report(const Report& report) {
   std::string text;
@@ -131,10 +137,30 @@ std::string github_report(const Report& report) {
 std::string csv_report(const Report& report) {
   std::string text;
   for (const auto& [name, value] : report.header) text += fmt::format("# {}: {}\n", name, value);
-  text += csv_line(
-      {"score_mod",       "batch",   "heads_q",  "seqlen_q",     "heads_kv",     "seqlen_kv",    "head_dim",
-       "dtype",           "backend", "eager_ms", "eager_min_ms", "eager_max_ms", "compiled_ms",  "compiled_min_ms",
-       "compiled_max_ms", "speedup", "tflops",   "max_error",    "o_of_bound",   "lse_of_bound", "pass"});
+  text += csv_line({"score_mod",
+                    "batch",
+                    "heads_q",
+                    "seqlen_q",
+                    "heads_kv",
+                    "seqlen_kv",
+                    "head_dim",
+                    "dtype",
+                    "backend",
+                    "eager_ms",
+                    "eager_min_ms",
+                    "eager_max_ms",
+                    "compiled_ms",
+                    "compiled_min_ms",
+                    "compiled_max_ms",
+                    "speedup",
+                    "tflops",
+                    "max_error",
+                    "o_of_bound",
+                    "lse_of_bound",
+                    "rows",
+                    "rows_left_out",
+                    "rows_without_bound",
+                    "pass"});
   const auto number = [](double value) { return fmt::format("{:.6g}", value); };
   for (const Cell& cell : report.cells) {
     const Shape& s = cell.shape;
@@ -158,6 +184,9 @@ std::string csv_report(const Report& report) {
                       number(cell.verdict.max_error),
                       number(cell.verdict.o_of_bound),
                       number(cell.verdict.lse_of_bound),
+                      fmt::to_string(cell.verdict.rows),
+                      fmt::to_string(cell.verdict.left_out),
+                      fmt::to_string(cell.verdict.unbounded),
                       cell.verdict.ok ? "true" : "false"});
   }
   return text;
@@ -190,6 +219,9 @@ std::string json_report(const Report& report) {
     row["max_error"] = number(cell.verdict.max_error);
     row["o_of_bound"] = number(cell.verdict.o_of_bound);
     row["lse_of_bound"] = number(cell.verdict.lse_of_bound);
+    row["rows"] = cell.verdict.rows;
+    row["rows_left_out"] = cell.verdict.left_out;
+    row["rows_without_bound"] = cell.verdict.unbounded;
     row["pass"] = cell.verdict.ok;
     if (!cell.verdict.ok) row["why"] = cell.verdict.why;
     root["cells"].push_back(row);
