@@ -74,8 +74,9 @@ class CpuTile {
  public:
   virtual ~CpuTile() = default;
   virtual cpu::TileFn function() const = 0;
-  // True: the tile expects scores times log2(e) (identity and affine mods). False: plain scaled scores.
-  virtual bool scores_in_log2() const = 0;
+  // What the tile expects scaled scores to be multiplied by: log2(e) for identity and affine mods, a literal that the
+  // expression applies to the score first, or 1.
+  virtual double score_factor() const = 0;
   // Element types of the captured reads that have to be in TileParams::staged before a call of function(), at most
   // cpu::kMaxStagedReads; rows() says where to take them from, and is null where there are none.
   virtual std::span<const dsl::DType> staged() const = 0;
