@@ -171,7 +171,8 @@ class Call {
  private:
   attnjit_context* context_;
   attnjit_attention attention_ = ATTNJIT_ATTENTION_INIT;
-  DLTensor q_dl_, k_dl_, v_dl_, o_dl_{}, lse_dl_{};
+  DLTensor q_dl_, k_dl_, v_dl_;
+  DLTensor o_dl_ = q_dl_, lse_dl_ = q_dl_;  // until bind_outputs()
   PlanPtr plan_;
   Tensor workspace_;
 };
@@ -338,15 +339,9 @@ class Bench {
     std::set<std::string> read;
     for (const Shape& s : shapes_) {
       check_memory(s, tensor_bytes(s, type_), available);
-      std::int64_t q_shape[] = {s.batch, s.heads_q, s.seqlen_q, s.head_dim};
-      std::int64_t kv_shape[] = {s.batch, s.heads_kv, s.seqlen_kv, s.head_dim};
-      DLTensor q{};
-      q.device = {kDLCPU, 0};
-      q.ndim = 4;
-      q.dtype = {info(type_).code, info(type_).bits, 1};
-      q.shape = q_shape;
-      DLTensor kv = q, o = q;
-      kv.shape = kv_shape;
+      const std::vector q_shape = {s.batch, s.heads_q, s.seqlen_q, s.head_dim};
+      const std::vector kv_shape = {s.batch, s.heads_kv, s.seqlen_kv, s.head_dim};
+      DLTensor q = dl_without_data(type_, q_shape), kv = dl_without_data(type_, kv_shape), o = q;
       for (const std::string& mod : options_.mods) {
         const Captures captures =
             make_captures(context.get(), mod.c_str(), nullptr, specs_, mods_, s, std::nullopt, false);

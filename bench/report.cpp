@@ -16,25 +16,25 @@ using Json = nlohmann::ordered_json;
 constexpr std::string_view kShapeName = "shape(B,Hq,M,Hkv,N,D)";
 
 struct Summary {
-  double geometric = 0.0, arithmetic = 0.0;
-  const Cell* max = nullptr;
-  const Cell* min = nullptr;
+  double geometric, arithmetic;
+  const Cell &max, &min;
 };
 
 // Of the cells that are right: a wrong result's speed is no speedup.
 std::optional<Summary> summary_of(const Report& report) {
+  std::vector<const Cell*> right;
   std::vector<double> speedups;
-  Summary summary;
   for (const Cell& cell : report.cells) {
     if (!cell.verdict.ok) continue;
+    right.push_back(&cell);
     speedups.push_back(cell.speedup());
-    if (summary.max == nullptr || cell.speedup() > summary.max->speedup()) summary.max = &cell;
-    if (summary.min == nullptr || cell.speedup() < summary.min->speedup()) summary.min = &cell;
   }
-  if (speedups.empty()) return std::nullopt;
-  summary.geometric = geometric_mean(speedups);
-  summary.arithmetic = arithmetic_mean(speedups);
-  return summary;
+  if (right.empty()) return std::nullopt;
+  const auto max = std::ranges::max_element(speedups), min = std::ranges::min_element(speedups);
+  return Summary{.geometric = geometric_mean(speedups),
+                 .arithmetic = arithmetic_mean(speedups),
+                 .max = *right[static_cast<std::size_t>(max - speedups.begin())],
+                 .min = *right[static_cast<std::size_t>(min - speedups.begin())]};
 }
 
 std::size_t num_wrong(const Report& report) {
@@ -89,6 +89,7 @@ std::string github_report(const Report& report) {
   text += "\n";
 
   std::vector<std::vector<std::string>> rows;
+  rows.reserve(report.cells.size());
   for (const Cell& cell : report.cells) {
     rows.push_back({escape_bars(cell.mod), cell.shape.text(), cell.dtype, timing(cell.eager), timing(cell.compiled),
                     fmt::format("{:.3f}", cell.speedup()), fmt::format("{:.3f}", cell.tflops()),
@@ -103,7 +104,7 @@ std::string github_report(const Report& report) {
   if (const std::optional<Summary> summary = summary_of(report)) {
     rows = {{"Average (geometric)", fmt::format("{:.3f}", summary->geometric), "", "", ""},
             {"Average (arithmetic)", fmt::format("{:.3f}", summary->arithmetic), "", "", ""}};
-    for (const auto& [name, cell] : {std::pair("Max", summary->max), std::pair("Min", summary->min)}) {
+    for (const auto& [name, cell] : {std::pair("Max", &summary->max), std::pair("Min", &summary->min)}) {
       rows.push_back(
           {name, fmt::format("{:.3f}", cell->speedup()), escape_bars(cell->mod), cell->shape.text(), cell->dtype});
     }
@@ -227,9 +228,9 @@ std::string json_report(const Report& report) {
     root["cells"].push_back(row);
   }
   if (const std::optional<Summary> summary = summary_of(report)) {
-    const auto extreme = [&](const Cell* cell) {
-      Json row = json_config(*cell);
-      row["speedup"] = cell->speedup();
+    const auto extreme = [&](const Cell& cell) {
+      Json row = json_config(cell);
+      row["speedup"] = cell.speedup();
       return row;
     };
     root["summary"] = {{"geometric_mean_speedup", summary->geometric},
@@ -286,6 +287,7 @@ std::string format_report(const Report& report, ReportFormat format) {
 std::string github_table(const std::vector<std::string>& columns, const std::vector<bool>& right,
                          const std::vector<std::vector<std::string>>& rows) {
   std::vector<std::size_t> width;
+  width.reserve(columns.size());
   for (const std::string& column : columns) width.push_back(std::max<std::size_t>(column.size(), 3));
   for (const auto& row : rows) {
     for (std::size_t i = 0; i < row.size(); ++i) width[i] = std::max(width[i], row[i].size());
