@@ -115,7 +115,7 @@ class Frontend {
   }
 
   ModFacts facts;
-  double score_factor = 1.0;
+  bool scores_in_log2 = false;
   std::vector<dsl::DType> staged;
   std::string error;
 
@@ -131,8 +131,7 @@ class Frontend {
     facts.score_class = name == "identity" ? ScoreClass::kIdentity
                         : name == "affine" ? ScoreClass::kAffine
                                            : ScoreClass::kNonlinear;
-    if (const auto factor = function->getAttrOfType<mlir::FloatAttr>(kScoreFactorAttr))
-      score_factor = factor.getValueAsDouble();
+    scores_in_log2 = function->hasAttr(kScoresInLog2Attr);
     facts.mask_reads_score = function->hasAttr(kMaskReadsScoreAttr);
     facts.indices_fit_32 = function->hasAttr(kFits32Attr);
     const mlir::Value keep = function.front().getTerminator()->getOperand(1);
@@ -183,7 +182,7 @@ class CompiledTile : public CpuTile {
  public:
   explicit CompiledTile(CompiledMod compiled) : compiled_(std::move(compiled)) {}
   cpu::TileFn function() const override { return reinterpret_cast<cpu::TileFn>(compiled_.code->entry()); }
-  double score_factor() const override { return compiled_.score_factor; }
+  bool scores_in_log2() const override { return compiled_.scores_in_log2; }
   std::span<const dsl::DType> staged() const override { return compiled_.staged; }
   cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->rows_entry()); }
   const ModFacts& facts() const override { return compiled_.facts; }
@@ -212,7 +211,7 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
   std::unique_ptr<llvm::Module> mod = frontend.lower(problem, around.stages_reads, context);
   if (!mod) return fail(frontend.error);
   compiled.facts = std::move(frontend.facts);
-  compiled.score_factor = frontend.score_factor;
+  compiled.scores_in_log2 = frontend.scores_in_log2;
   compiled.staged = std::move(frontend.staged);
 
   const llvm::XXH128_hash_t hash = hash_text(printed(*mod));

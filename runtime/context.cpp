@@ -26,7 +26,8 @@ Context::Context(Environment environment, int num_threads)
       logger_(environment_.log),
       cpu_isa_(environment_.cpu_isa.value_or(compiler::host_cpu_isa())),
       registry_{std::make_shared<const dsl::Registry>(dsl::Registry::builtin()), 0},
-      pool_(choose_threads(num_threads, environment_)) {}
+      pool_(choose_threads(num_threads, environment_)),
+      binaries_(DiskCache(environment_.cache_dir, environment_.cache_max_bytes, environment_.cache_off), logger_) {}
 
 RegistrySnapshot Context::registry() const {
   std::lock_guard lock(registry_mutex_);
@@ -71,6 +72,11 @@ Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* o
   if (context->logger().enabled(LogLevel::kInfo)) {
     context->logger().log(LogLevel::kInfo, fmt::format("context: {} threads, {}", context->num_threads(),
                                                        compiler::cpu_isa_name(context->cpu_isa())));
+  }
+  const DiskCache& disk = context->binaries().disk();
+  if (const LogLevel level = disk.enabled() ? LogLevel::kDebug : LogLevel::kInfo; context->logger().enabled(level)) {
+    context->logger().log(level, disk.enabled() ? fmt::format("disk cache: {}", disk.directory().string())
+                                                : fmt::format("no disk cache: {}", disk.reason()));
   }
   return context;
 }

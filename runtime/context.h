@@ -1,4 +1,4 @@
-// What a context holds for all its calls: settings, registered mods, compiled plans.
+// What a context holds for all its calls: settings, registered mods, compiled plans and binaries.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "dsl/registry.h"
+#include "runtime/binary_cache.h"
 #include "runtime/environment.h"
 #include "runtime/logging.h"
 #include "runtime/plan_cache.h"
@@ -37,6 +38,7 @@ class Context {
   compiler::CpuIsa cpu_isa() const { return cpu_isa_; }
   ThreadPool& pool() { return pool_; }
   PlanCache<Result<std::shared_ptr<const Plan>>>& plans() { return plans_; }
+  BinaryCache& binaries() { return binaries_; }
 
   RegistrySnapshot registry() const;
   Check register_mod(dsl::RegistryEntry entry);
@@ -49,6 +51,7 @@ class Context {
   RegistrySnapshot registry_;
   ThreadPool pool_;
   PlanCache<Result<std::shared_ptr<const Plan>>> plans_{kMaxCachedPlans};
+  BinaryCache binaries_;
 };
 
 Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* options);

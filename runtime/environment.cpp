@@ -2,6 +2,9 @@
 #include "runtime/environment.h"
 
 #include <fmt/format.h>
+#include <pwd.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <array>
 #include <charconv>
@@ -48,6 +51,59 @@ const T* lookup(const std::array<std::pair<std::string_view, T>, N>& table, std:
   return nullptr;
 }
 
+// ~/.cache of the user whose rights this process has, or nothing. HOME may be another user's (sudo keeps it): files in
+// there would be in that user's way.
+std::filesystem::path home_cache() {
+  const auto is_ours = [](const char* directory) {
+    struct stat status;
+    return ::stat(directory, &status) == 0 && status.st_uid == ::geteuid();
+  };
+  std::string home(variable("HOME"));
+  if (!home.starts_with('/') || !is_ours(home.c_str())) {
+    passwd entry;
+    passwd* found = nullptr;
+    std::array<char, 16384> text;
+    home.clear();
+    if (::getpwuid_r(::geteuid(), &entry, text.data(), text.size(), &found) == 0 && found && entry.pw_dir &&
+        entry.pw_dir[0] == '/' && is_ours(entry.pw_dir)) {
+      home = entry.pw_dir;
+    }
+  }
+  return home.empty() ? std::filesystem::path() : std::filesystem::path(home) / ".cache";
+}
+
+Check read_cache(Environment* environment) {
+  if (const std::string_view value = variable("ATTNJIT_CACHE_MAX_BYTES"); !value.empty()) {
+    const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), environment->cache_max_bytes);
+    if (error != std::errc() || end != value.data() + value.size()) {
+      return refused("ATTNJIT_CACHE_MAX_BYTES", value, "a whole number of bytes");
+    }
+  }
+  if (const std::string_view value = variable("ATTNJIT_DISABLE_CACHE"); !value.empty()) {
+    if (value != "0" && value != "1") return refused("ATTNJIT_DISABLE_CACHE", value, "0 or 1");
+    if (value == "1") {
+      environment->cache_off = "ATTNJIT_DISABLE_CACHE is 1";
+      return {};
+    }
+  }
+  if (const std::string_view value = variable("ATTNJIT_CACHE_DIR"); !value.empty()) {
+    // Absolute: the process may change its directory.
+    std::error_code error;
+    environment->cache_dir = std::filesystem::absolute(value, error);
+    if (error) return refused("ATTNJIT_CACHE_DIR", value, "a path that can be made absolute: " + error.message());
+    return {};
+  }
+  // The XDG specification has relative paths ignored.
+  const std::string_view xdg = variable("XDG_CACHE_HOME");
+  const std::filesystem::path base = xdg.starts_with('/') ? std::filesystem::path(xdg) : home_cache();
+  if (base.empty()) {
+    environment->cache_off = "this user has no home directory; ATTNJIT_CACHE_DIR names another";
+  } else {
+    environment->cache_dir = base / "attnjit";
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<Environment> read_environment() {
@@ -84,6 +140,8 @@ Result<Environment> read_environment() {
     if (!isa) return refused("ATTNJIT_CPU_ISA", value, "sse2, avx2, avx512, avx512bf16");
     environment.cpu_isa = *isa;
   }
+  environment.nvrtc = variable("ATTNJIT_NVRTC");
+  if (Check failure = read_cache(&environment)) return *failure;
   return environment;
 }
 

@@ -2,6 +2,8 @@
 // docs/environment.md is the table for users.
 #pragma once
 
+#include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <string>
 
@@ -19,6 +21,12 @@ struct Environment {
   std::string dump_dir = ".";               // ATTNJIT_DUMP_DIR: created when missing
   int num_threads = 0;                      // ATTNJIT_NUM_THREADS: 1 to kMaxThreads; 0: not set
   std::optional<compiler::CpuIsa> cpu_isa;  // ATTNJIT_CPU_ISA: sse2, avx2, avx512, avx512bf16; nothing: the host's
+  std::string nvrtc;                        // ATTNJIT_NVRTC: the library's path or name; empty: the usual names
+  // Where binaries are kept, absolute: ATTNJIT_CACHE_DIR, else $XDG_CACHE_HOME/attnjit, else ~/.cache/attnjit. Empty
+  // with ATTNJIT_DISABLE_CACHE=1 and for a user without a home, and then cache_off says why.
+  std::filesystem::path cache_dir;
+  std::string cache_off;
+  std::uint64_t cache_max_bytes = std::uint64_t{1} << 30;  // ATTNJIT_CACHE_MAX_BYTES
 };
 
 inline constexpr int kMaxThreads = 1024;
