@@ -46,7 +46,7 @@ void prepared_call(benchmark::State& state) {
   const PlanPtr plan = prepare(tiny.context.get(), tiny.attention);
   const std::size_t size = attnjit_plan_workspace_size(plan.get());
   Tensor workspace(ElementType::kUInt8, {static_cast<std::int64_t>(size)});
-  for (auto _ : state) check(attnjit_run(plan.get(), &tiny.attention, workspace.data(), size, nullptr));
+  while (state.KeepRunning()) check(attnjit_run(plan.get(), &tiny.attention, workspace.data(), size, nullptr));
 }
 BENCHMARK(prepared_call)->ArgNames({"threads", "captures"})->ArgsProduct({{1, 2}, {0, 1}})->UseRealTime();
 
@@ -54,7 +54,7 @@ void prepare_cached(benchmark::State& state) {
   Tiny tiny(1);
   tiny.attention.score_mod = "noop";
   const PlanPtr kept = prepare(tiny.context.get(), tiny.attention);
-  for (auto _ : state) prepare(tiny.context.get(), tiny.attention);
+  while (state.KeepRunning()) prepare(tiny.context.get(), tiny.attention);
 }
 BENCHMARK(prepare_cached);
 
@@ -62,7 +62,7 @@ BENCHMARK(prepare_cached);
 void prepare_cold(benchmark::State& state, const char* form) {
   Tiny tiny(1);
   static int serial = 0;
-  for (auto _ : state) {
+  while (state.KeepRunning()) {
     const std::string text = fmt::format(fmt::runtime(form), ++serial);
     tiny.attention.score_mod = text.c_str();
     prepare(tiny.context.get(), tiny.attention);

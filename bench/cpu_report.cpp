@@ -118,6 +118,7 @@ void report_forward(const ReportOptions& options, const Engines& engines, int th
         }
       }
       std::vector<std::function<void()>> candidates;
+      candidates.reserve(calls.size() + 1);
       for (const auto& call : calls) candidates.push_back([&call] { call->run(); });
       if (peak.run != nullptr) candidates.push_back([&] { peak.run(kPeakIterations); });
       const std::vector<Timing> times = time_interleaved(candidates, options.repetitions);

@@ -96,16 +96,9 @@ int explain_expression(const ExplainOptions& options) {
   const Captures captures = make_captures(context.get(), options.score_mod.c_str(), mask_mod, specs,
                                           registered_mods(context.get()), shape, std::nullopt, true);
 
-  // Nothing is run: shapes without memory.
-  std::vector<std::int64_t> q{shape.batch, shape.heads_q, shape.seqlen_q, shape.head_dim};
-  std::vector<std::int64_t> kv{shape.batch, shape.heads_kv, shape.seqlen_kv, shape.head_dim};
-  DLTensor q_dl{};
-  q_dl.device = {kDLCPU, 0};
-  q_dl.ndim = 4;
-  q_dl.dtype = {info(type).code, info(type).bits, 1};
-  q_dl.shape = q.data();
-  DLTensor kv_dl = q_dl, o_dl = q_dl;
-  kv_dl.shape = kv.data();
+  const std::vector q = {shape.batch, shape.heads_q, shape.seqlen_q, shape.head_dim};
+  const std::vector kv = {shape.batch, shape.heads_kv, shape.seqlen_kv, shape.head_dim};
+  DLTensor q_dl = dl_without_data(type, q), kv_dl = dl_without_data(type, kv), o_dl = q_dl;
 
   attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
   attention.score_mod = options.score_mod.c_str();

@@ -334,6 +334,7 @@ Captures make_captures(attnjit_context* context, const char* score_mod, const ch
     for (const CaptureSpec& spec : specs) {
       if (std::ranges::find(names, spec.name, &CapturedName::name) != names.end()) continue;
       std::vector<std::string> known;
+      known.reserve(names.size());
       for (const CapturedName& name : names) known.push_back(in_quotes(name.name));
       throw user_error(fmt::format("--captures: the expression reads no {}; it reads {}", in_quotes(spec.name),
                                    known.empty() ? "nothing captured" : fmt::format("{}", fmt::join(known, ", "))));
@@ -414,6 +415,7 @@ std::vector<attnjit_row> sample_rows(const Shape& shape, std::size_t count, std:
                    std::uniform_int_distribution<std::int64_t>(0, q)(random)});
   }
   std::vector<attnjit_row> rows;
+  rows.reserve(chosen.size());
   for (const auto& row : chosen) rows.push_back({row[0], row[1], row[2]});
   return rows;
 }

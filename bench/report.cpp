@@ -16,25 +16,25 @@ using Json = nlohmann::ordered_json;
 constexpr std::string_view kShapeName = "shape(B,Hq,M,Hkv,N,D)";
 
 struct Summary {
-  double geometric = 0.0, arithmetic = 0.0;
-  const Cell* max = nullptr;
-  const Cell* min = nullptr;
+  double geometric, arithmetic;
+  const Cell &max, &min;
 };
 
 // Of the cells that are right: a wrong result's speed is no speedup.
 std::optional<Summary> summary_of(const Report& report) {
+  std::vector<const Cell*> right;
   std::vector<double> speedups;
-  Summary summary;
   for (const Cell& cell : report.cells) {
     if (!cell.verdict.ok) continue;
+    right.push_back(&cell);
     speedups.push_back(cell.speedup());
-    if (summary.max == nullptr || cell.speedup() > summary.max->speedup()) summary.max = &cell;
-    if (summary.min == nullptr || cell.speedup() < summary.min->speedup()) summary.min = &cell;
   }
-  if (speedups.empty()) return std::nullopt;
-  summary.geometric = geometric_mean(speedups);
-  summary.arithmetic = arithmetic_mean(speedups);
-  return summary;
+  if (right.empty()) return std::nullopt;
+  const auto max = std::ranges::max_element(speedups), min = std::ranges::min_element(speedups);
+  return Summary{.geometric = geometric_mean(speedups),
+                 .arithmetic = arithmetic_mean(speedups),
+                 .max = *right[static_cast<std::size_t>(max - speedups.begin())],
+                 .min = *right[static_cast<std::size_t>(min - speedups.begin())]};
 }
 
 std::size_t num_wrong(const Report& report) {
@@ -75,7 +75,13 @@ std::string csv_line(const std::vector<std::string>& fields) {
 // JSON has no infinity; the field is null and `pass` says the rest.
 Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
 
-std::string verdict_text(const Verdict& verdict) { return verdict.ok ? "pass" : "WRONG"; }
+// What was not judged is said beside the verdict.
+std::string verdict_text(const Verdict& verdict) {
+  std::string text = verdict.ok ? "pass" : "WRONG";
+  if (verdict.left_out > 0) text += fmt::format(", {} of {} rows left out", verdict.left_out, verdict.rows);
+  if (verdict.unbounded > 0) text += fmt::format(", {} of {} rows without a bound", verdict.unbounded, verdict.rows);
+  return text;
+}
 
 std::string github_report(const Report& report) {
   std::string text;
@@ -83,6 +89,7 @@ std::string github_report(const Report& report) {
   text += "\n";
 
   std::vector<std::vector<std::string>> rows;
+  rows.reserve(report.cells.size());
   for (const Cell& cell : report.cells) {
     rows.push_back({escape_bars(cell.mod), cell.shape.text(), cell.dtype, timing(cell.eager), timing(cell.compiled),
                     fmt::format("{:.3f}", cell.speedup()), fmt::format("{:.3f}", cell.tflops()),
@@ -97,7 +104,7 @@ std::string github_report(const Report& report) {
   if (const std::optional<Summary> summary = summary_of(report)) {
     rows = {{"Average (geometric)", fmt::format("{:.3f}", summary->geometric), "", "", ""},
             {"Average (arithmetic)", fmt::format("{:.3f}", summary->arithmetic), "", "", ""}};
-    for (const auto& [name, cell] : {std::pair("Max", summary->max), std::pair("Min", summary->min)}) {
+    for (const auto& [name, cell] : {std::pair("Max", &summary->max), std::pair("Min", &summary->min)}) {
       rows.push_back(
           {name, fmt::format("{:.3f}", cell->speedup()), escape_bars(cell->mod), cell->shape.text(), cell->dtype});
     }
@@ -131,10 +138,30 @@ std::string github_report(const Report& report) {
 std::string csv_report(const Report& report) {
   std::string text;
   for (const auto& [name, value] : report.header) text += fmt::format("# {}: {}\n", name, value);
-  text += csv_line(
-      {"score_mod",       "batch",   "heads_q",  "seqlen_q",     "heads_kv",     "seqlen_kv",    "head_dim",
-       "dtype",           "backend", "eager_ms", "eager_min_ms", "eager_max_ms", "compiled_ms",  "compiled_min_ms",
-       "compiled_max_ms", "speedup", "tflops",   "max_error",    "o_of_bound",   "lse_of_bound", "pass"});
+  text += csv_line({"score_mod",
+                    "batch",
+                    "heads_q",
+                    "seqlen_q",
+                    "heads_kv",
+                    "seqlen_kv",
+                    "head_dim",
+                    "dtype",
+                    "backend",
+                    "eager_ms",
+                    "eager_min_ms",
+                    "eager_max_ms",
+                    "compiled_ms",
+                    "compiled_min_ms",
+                    "compiled_max_ms",
+                    "speedup",
+                    "tflops",
+                    "max_error",
+                    "o_of_bound",
+                    "lse_of_bound",
+                    "rows",
+                    "rows_left_out",
+                    "rows_without_bound",
+                    "pass"});
   const auto number = [](double value) { return fmt::format("{:.6g}", value); };
   for (const Cell& cell : report.cells) {
     const Shape& s = cell.shape;
@@ -158,6 +185,9 @@ std::string csv_report(const Report& report) {
                       number(cell.verdict.max_error),
                       number(cell.verdict.o_of_bound),
                       number(cell.verdict.lse_of_bound),
+                      fmt::to_string(cell.verdict.rows),
+                      fmt::to_string(cell.verdict.left_out),
+                      fmt::to_string(cell.verdict.unbounded),
                       cell.verdict.ok ? "true" : "false"});
   }
   return text;
@@ -190,14 +220,17 @@ std::string json_report(const Report& report) {
     row["max_error"] = number(cell.verdict.max_error);
     row["o_of_bound"] = number(cell.verdict.o_of_bound);
     row["lse_of_bound"] = number(cell.verdict.lse_of_bound);
+    row["rows"] = cell.verdict.rows;
+    row["rows_left_out"] = cell.verdict.left_out;
+    row["rows_without_bound"] = cell.verdict.unbounded;
     row["pass"] = cell.verdict.ok;
     if (!cell.verdict.ok) row["why"] = cell.verdict.why;
     root["cells"].push_back(row);
   }
   if (const std::optional<Summary> summary = summary_of(report)) {
-    const auto extreme = [&](const Cell* cell) {
-      Json row = json_config(*cell);
-      row["speedup"] = cell->speedup();
+    const auto extreme = [&](const Cell& cell) {
+      Json row = json_config(cell);
+      row["speedup"] = cell.speedup();
       return row;
     };
     root["summary"] = {{"geometric_mean_speedup", summary->geometric},
@@ -254,6 +287,7 @@ std::string format_report(const Report& report, ReportFormat format) {
 std::string github_table(const std::vector<std::string>& columns, const std::vector<bool>& right,
                          const std::vector<std::vector<std::string>>& rows) {
   std::vector<std::size_t> width;
+  width.reserve(columns.size());
   for (const std::string& column : columns) width.push_back(std::max<std::size_t>(column.size(), 3));
   for (const auto& row : rows) {
     for (std::size_t i = 0; i < row.size(); ++i) width[i] = std::max(width[i], row[i].size());

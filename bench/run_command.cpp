@@ -92,10 +92,13 @@ int run(const RunOptions& options) {
   require_four_dimensions(k, "k", "(B, Hkv, Skv, D)");
   require_four_dimensions(v, "v", "(B, Hkv, Skv, Dv)");
   std::vector<Tensor> captured;
+  captured.reserve(names.size());
   for (const CapturedName& name : names) captured.push_back(read_named(file, name.name, "captured by the expression"));
   std::vector<DLTensor> captured_dl;
+  captured_dl.reserve(names.size());
   for (const Tensor& tensor : captured) captured_dl.push_back(tensor.dl());
   std::vector<attnjit_capture> captures;
+  captures.reserve(names.size());
   for (std::size_t i = 0; i < names.size(); ++i) captures.push_back({names[i].name.c_str(), &captured_dl[i]});
 
   const DLTensor q_dl = q.dl(), k_dl = k.dl(), v_dl = v.dl();

@@ -336,6 +336,7 @@ SafetensorsReader::SafetensorsReader(std::string path) : path_(std::move(path)) 
       }
     }
     std::vector<const SafetensorsEntry*> by_offset;
+    by_offset.reserve(entries_.size());
     for (const SafetensorsEntry& entry : entries_) by_offset.push_back(&entry);
     std::ranges::sort(by_offset, {}, [](const SafetensorsEntry* e) { return std::pair(e->begin, e->end); });
     std::uint64_t covered = 0;

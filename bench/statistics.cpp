@@ -51,6 +51,7 @@ std::vector<Timing> time_interleaved(std::span<const std::function<void()>> cand
     }
   }
   std::vector<Timing> timings;
+  timings.reserve(samples.size());
   for (const auto& sample : samples) timings.push_back(summarize(sample));
   return timings;
 }

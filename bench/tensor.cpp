@@ -218,14 +218,20 @@ void Tensor::set(std::int64_t offset, double value) {
   }
 }
 
+DLTensor dl_without_data(ElementType type, const std::vector<std::int64_t>& shape) {
+  return {.data = nullptr,
+          .device = {kDLCPU, 0},
+          .ndim = static_cast<int>(shape.size()),
+          .dtype = {info(type).code, info(type).bits, 1},
+          // DLPack has no const; nothing behind these pointers is written.
+          .shape = const_cast<std::int64_t*>(shape.data()),
+          .strides = nullptr,
+          .byte_offset = 0};
+}
+
 DLTensor Tensor::dl() const {
-  DLTensor tensor{};
+  DLTensor tensor = dl_without_data(type_, shape_);
   tensor.data = data_.get();
-  tensor.device = {kDLCPU, 0};
-  tensor.ndim = static_cast<int>(shape_.size());
-  tensor.dtype = {info(type_).code, info(type_).bits, 1};
-  // DLPack has no const; nothing behind these pointers is written.
-  tensor.shape = const_cast<std::int64_t*>(shape_.data());
   tensor.strides = const_cast<std::int64_t*>(strides_.data());
   return tensor;
 }

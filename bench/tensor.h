@@ -43,6 +43,9 @@ double unit_roundoff(ElementType type);
 // integer type (of int64: up to 2^53, where doubles end), 0 or 1 in a bool.
 bool holds(ElementType type, double value);
 
+// A row-major tensor without memory, for a call that is prepared and not run. Points to `shape`.
+DLTensor dl_without_data(ElementType type, const std::vector<std::int64_t>& shape);
+
 // A tensor with memory of its own (64-byte aligned). Movable; a DLTensor lent out points into it and is good for as
 // long as the object stays where it is.
 class Tensor {

@@ -115,7 +115,7 @@ class Frontend {
   }
 
   ModFacts facts;
-  bool scores_in_log2 = false;
+  double score_factor = 1.0;
   std::vector<dsl::DType> staged;
   std::string error;
 
@@ -131,7 +131,8 @@ class Frontend {
     facts.score_class = name == "identity" ? ScoreClass::kIdentity
                         : name == "affine" ? ScoreClass::kAffine
                                            : ScoreClass::kNonlinear;
-    scores_in_log2 = function->hasAttr(kScoresInLog2Attr);
+    if (const auto factor = function->getAttrOfType<mlir::FloatAttr>(kScoreFactorAttr))
+      score_factor = factor.getValueAsDouble();
     facts.mask_reads_score = function->hasAttr(kMaskReadsScoreAttr);
     facts.indices_fit_32 = function->hasAttr(kFits32Attr);
     const mlir::Value keep = function.front().getTerminator()->getOperand(1);
@@ -182,7 +183,7 @@ class CompiledTile : public CpuTile {
  public:
   explicit CompiledTile(CompiledMod compiled) : compiled_(std::move(compiled)) {}
   cpu::TileFn function() const override { return reinterpret_cast<cpu::TileFn>(compiled_.code->entry()); }
-  bool scores_in_log2() const override { return compiled_.scores_in_log2; }
+  double score_factor() const override { return compiled_.score_factor; }
   std::span<const dsl::DType> staged() const override { return compiled_.staged; }
   cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->rows_entry()); }
   const ModFacts& facts() const override { return compiled_.facts; }
@@ -211,7 +212,7 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
   std::unique_ptr<llvm::Module> mod = frontend.lower(problem, around.stages_reads, context);
   if (!mod) return fail(frontend.error);
   compiled.facts = std::move(frontend.facts);
-  compiled.scores_in_log2 = frontend.scores_in_log2;
+  compiled.score_factor = frontend.score_factor;
   compiled.staged = std::move(frontend.staged);
 
   const llvm::XXH128_hash_t hash = hash_text(printed(*mod));

@@ -74,8 +74,9 @@ class CpuTile {
  public:
   virtual ~CpuTile() = default;
   virtual cpu::TileFn function() const = 0;
-  // True: the tile expects scores times log2(e) (identity and affine mods). False: plain scaled scores.
-  virtual bool scores_in_log2() const = 0;
+  // What the tile expects scaled scores to be multiplied by: log2(e) for identity and affine mods, a literal that the
+  // expression applies to the score first, or 1.
+  virtual double score_factor() const = 0;
   // Element types of the captured reads that have to be in TileParams::staged before a call of function(), at most
   // cpu::kMaxStagedReads; rows() says where to take them from, and is null where there are none.
   virtual std::span<const dsl::DType> staged() const = 0;
@@ -113,9 +114,12 @@ struct EmittedCuda {
 // The fused forward kernel; entry `attnjit_forward(cuda::ForwardParams)`.
 CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm80::ForwardConfig& config,
                                              const CompileOptions& options = {});
-// The eager path's kernels of kernels_templates/math/kernels.cuh: the mod over materialised scores, and softmax.
-CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, dsl::DType dtype,
-                                          const CompileOptions& options = {});
+// The eager path's mod over materialised scores, kernels_templates/math/mod.cuh; entry `attnjit_math_mod(math::ModParams)`.
+// One binary for all element types.
+CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, const CompileOptions& options = {});
+// The rest of the eager path, kernels_templates/math/kernels.cuh behind a definition of math::kConfig: softmax and what
+// the products need around it. `dtype`: of q, k, v and o. The expression is not in it: one binary per type.
+CudaSource cuda_math_kernels(dsl::DType dtype);
 // Runs NVRTC. Nothing is cached here. Appends its phases to `phases` where given.
 CompileResult<CudaBinary> compile_cuda(const Nvrtc& nvrtc, const CudaSource& source, CudaArch arch,
                                        const CompileOptions& options = {}, PhaseTimes* phases = nullptr);

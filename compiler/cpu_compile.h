@@ -11,7 +11,7 @@ namespace attnjit::compiler {
 
 struct CompiledMod {
   ModFacts facts;
-  bool scores_in_log2 = false;     // see CpuTile
+  double score_factor = 1.0;       // see CpuTile
   std::vector<dsl::DType> staged;  // see CpuTile
   PhaseTimes phases;
   std::shared_ptr<const NativeCode> code;  // entry: the template's

@@ -222,13 +222,13 @@ attnjit_status attnjit_reference(attnjit_context* context, const attnjit_attenti
   });
 }
 
-attnjit_status attnjit_reference_error_terms(attnjit_context* context, const attnjit_attention* attention,
-                                             const attnjit_row* rows, size_t num_rows, double* value_mass,
-                                             double* score_mass) {
+attnjit_status attnjit_reference_bounds(attnjit_context* context, const attnjit_attention* attention,
+                                        const attnjit_row* rows, size_t num_rows, double* o_bound, double* lse_bound,
+                                        unsigned char* decided) {
   return guarded([&] {
     return with_reference_call(context, attention, rows, num_rows, [&](const auto& call, const auto& mods) {
-      attnjit::runtime::reference_error_terms(call, mods, std::span(rows, num_rows), context->state->pool(), value_mass,
-                                              score_mass);
+      attnjit::runtime::reference_bounds(call, mods, std::span(rows, num_rows), context->state->pool(), o_bound,
+                                         lse_bound, decided);
     });
   });
 }

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numbers>
 #include <span>
 
 #include "kernels_templates/cpu/products.h"
@@ -322,7 +321,6 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
       captured[i].extent[d] = call.captures[i].extent[d];
     }
   }
-  const double log2e = tile.scores_in_log2() ? std::numbers::log2e : 1.0;
   constexpr double kLargest = std::numeric_limits<float>::max();
   const cpu::Products& products = cpu::products(static_cast<int>(isa));
   const cpu::Storage storage = storage_of(call.q.dtype);
@@ -337,7 +335,7 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .rows = tile.rows(),
                   .storage = storage,
                   // A finite scale stays finite: beyond float's range, 0 times it would be NaN.
-                  .factor = static_cast<float>(std::clamp(call.scale * log2e, -kLargest, kLargest)),
+                  .factor = static_cast<float>(std::clamp(call.scale * tile.score_factor(), -kLargest, kLargest)),
                   // An odd head dim has no pairs.
                   .bf16 = storage == cpu::Storage::kBF16 && products.qk_bf16 && call.q.shape[3] % 2 == 0};
   pool.parallel_for(s.tasks, [&pass](std::int64_t task, int thread) { run_task(pass, task, thread); });

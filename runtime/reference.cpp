@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "dsl/float32_row.h"
 #include "dsl/interpreter.h"
 
 namespace attnjit::runtime {
@@ -36,12 +37,15 @@ class Worker {
   Worker(const ForwardCall& call, const Mods& mods)
       : call_(call),
         score_mod_(mods.score_mod, {call.captures, call.num_captures}),
+        modified_scores_(mods.score_mod, {call.captures, call.num_captures}, mods.mask_mod ? &*mods.mask_mod : nullptr,
+                         {call.captures, call.num_captures}),
         q_(static_cast<std::size_t>(call.q.shape[3])),
         k_(static_cast<std::size_t>(call.k.shape[3])),
         v_(static_cast<std::size_t>(call.v.shape[3])),
         v_sum_(v_.size()),
         o_(v_.size()),
-        element_(static_cast<std::size_t>(call.k.shape[2])) {
+        element_(static_cast<std::size_t>(call.k.shape[2])),
+        scores_(element_.size()) {
     if (mods.mask_mod) mask_mod_.emplace(*mods.mask_mod, std::span(call.captures, call.num_captures));
   }
 
@@ -89,56 +93,51 @@ class Worker {
     if (row_max) *row_max = maximum;
   }
 
-  // The sums of attnjit_reference_error_terms.
-  void error_terms(const attnjit_row& at, double* value_mass, double* score_mass) {
+  void bounds(const attnjit_row& at, double* o_bound, double* lse_bound, unsigned char* decided) {
     const std::int64_t heads_kv = call_.k.shape[1];
     const std::int64_t h_kv = heads_kv > 0 ? at.h / (call_.q.shape[1] / heads_kv) : 0;
-    double lse = 0.0;
-    row(at, o_.data(), &lse, nullptr);
-    if (value_mass) std::fill_n(value_mass, v_.size(), 0.0);
-    if (score_mass) std::fill_n(score_mass, v_.size(), 0.0);
-    if (lse == -kInfinity) return;
-    for (std::size_t j = 0; j < element_.size(); ++j) {
+    row(at, o_.data(), nullptr, nullptr);
+    widen(call_.q, at.b, at.h, at.q_idx, &q_);
+    const auto scale = static_cast<double>(call_.scale);
+    for (std::size_t j = 0; j < scores_.size(); ++j) {
       const auto kv_idx = static_cast<std::int64_t>(j);
-      const double p = element_[j].keep ? std::exp(element_[j].value - lse) : 0.0;
-      if (p == 0.0) continue;
       widen(call_.k, at.b, h_kv, kv_idx, &k_);
-      widen(call_.v, at.b, h_kv, kv_idx, &v_);
       double product = 0.0, magnitude = 0.0;
       for (std::size_t d = 0; d < q_.size(); ++d) {
         product += q_[d] * k_[d];
         magnitude += std::fabs(q_[d] * k_[d]);
       }
-      const auto scale = static_cast<double>(call_.scale);
       const dsl::Point point{.score = product * scale, .b = at.b, .h = at.h, .q_idx = at.q_idx, .kv_idx = kv_idx};
-      const double weight = 1.0 + std::fabs(element_[j].value) + slope(point) * std::fabs(scale) * magnitude;
-      for (std::size_t d = 0; d < v_.size(); ++d) {
-        if (value_mass) value_mass[d] += p * std::fabs(v_[d]);
-        // The weight may be infinite; what stands at the mean cannot move it all the same.
-        if (score_mass && v_[d] != o_[d]) score_mass[d] += p * std::fabs(v_[d] - o_[d]) * weight;
+      scores_[j] = modified_scores_.at(point, std::fabs(scale) * magnitude);
+    }
+    const dsl::Float32Row reach(scores_);
+    if (decided) *decided = reach.undecided ? 0 : 1;
+    // A row that is NaN is that exactly; of one that float32 does not decide nothing can be said.
+    const bool has_bounds = !reach.undecided && !reach.poisoned;
+    const double otherwise = reach.undecided ? kInfinity : 0.0;
+    if (lse_bound) *lse_bound = has_bounds ? reach.lse_bound() : otherwise;
+    if (!o_bound) return;
+    sums_.assign(v_.size(), {});
+    if (has_bounds && !reach.empty()) {
+      for (std::size_t j = 0; j < scores_.size(); ++j) {
+        widen(call_.v, at.b, h_kv, static_cast<std::int64_t>(j), &v_);
+        for (std::size_t d = 0; d < v_.size(); ++d) sums_[d].add(reach.p[j], reach.change[j], v_[d], o_[d]);
       }
+    }
+    for (std::size_t d = 0; d < v_.size(); ++d) {
+      o_bound[d] = has_bounds ? reach.o_bound(call_.q.dtype, sums_[d]) : otherwise;
     }
   }
 
  private:
-  // |dm/ds| by central differences. Infinite where the expression starts to drop elements within the step: there, the
-  // float32 error of a score decides.
-  double slope(dsl::Point point) {
-    const double score = point.score;
-    const double step = 0x1p-20 * std::max(1.0, std::fabs(score));
-    point.score = score + step;
-    const dsl::Element above = score_mod_.score_mod(point);
-    point.score = score - step;
-    const dsl::Element below = score_mod_.score_mod(point);
-    if (!above.keep || !below.keep) return kInfinity;
-    return std::fabs(above.value - below.value) / (2.0 * step);
-  }
-
   const ForwardCall& call_;
   dsl::Interpreter score_mod_;
   std::optional<dsl::Interpreter> mask_mod_;
+  dsl::ModifiedScores modified_scores_;
   std::vector<double> q_, k_, v_, v_sum_, o_;
   std::vector<dsl::Element> element_;
+  std::vector<dsl::ModifiedScore> scores_;
+  std::vector<dsl::FeatureSums> sums_;
 };
 
 // Hands each row's number to `work` with a worker of the thread that it runs on.
@@ -155,7 +154,10 @@ void for_each_row(const ForwardCall& call, const Mods& mods, std::size_t num_row
 }
 
 // Row `i` of an array of rows, or null where there is no array.
-double* at(double* array, std::size_t i, std::size_t length) { return array ? array + i * length : nullptr; }
+template <typename T>
+T* at(T* array, std::size_t i, std::size_t length) {
+  return array ? array + i * length : nullptr;
+}
 
 }  // namespace
 
@@ -167,11 +169,11 @@ void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const a
   });
 }
 
-void reference_error_terms(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows,
-                           ThreadPool& pool, double* value_mass, double* score_mass) {
+void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
+                      double* o_bound, double* lse_bound, unsigned char* decided) {
   const auto dim = static_cast<std::size_t>(call.v.shape[3]);
   for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
-    worker.error_terms(rows[i], at(value_mass, i, dim), at(score_mass, i, dim));
+    worker.bounds(rows[i], at(o_bound, i, dim), at(lse_bound, i, 1), at(decided, i, 1));
   });
 }
 

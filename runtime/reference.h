@@ -16,8 +16,8 @@ namespace attnjit::runtime {
 void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
                     double* o, double* lse, double* row_max);
 
-// Likewise attnjit_reference_error_terms: `value_mass` and `score_mass` (rows, Dv), either null.
-void reference_error_terms(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows,
-                           ThreadPool& pool, double* value_mass, double* score_mass);
+// Likewise attnjit_reference_bounds: `o_bound` (rows, Dv), `lse_bound` and `decided` (rows); any of them null.
+void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
+                      double* o_bound, double* lse_bound, unsigned char* decided);
 
 }  // namespace attnjit::runtime

@@ -29,8 +29,9 @@ def ScoreInLog2 : Pass<"attnjit-score-in-log2", "::mlir::func::FuncOp"> {
   let summary = "Find how the value depends on the score and turn it to log2 units";
   let description = [{
     Sets `attnjit.score_class`. Where the value is the score or `a * score + c` with a and c free of it, the incoming
-    score is taken to be multiplied by log2(e) already, and only c is scaled. Otherwise the score comes plain and the
-    value is multiplied.
+    score is taken to be multiplied by log2(e) already, and only c is scaled. Otherwise the value is multiplied, and the
+    score comes plain, or times a literal: where only tanh sees `score / c` or `score * c`, the literal goes into the
+    scale. `attnjit.score_factor` says what the score is multiplied by.
   }];
   let dependentDialects = ["::mlir::arith::ArithDialect"];
 }

@@ -35,8 +35,8 @@ inline constexpr llvm::StringLiteral kOpaqueAttr = "attnjit.opaque";
 // Facts, as attributes of the function.
 // attnjit-score-in-log2: "identity", "affine" or "nonlinear".
 inline constexpr llvm::StringLiteral kScoreClassAttr = "attnjit.score_class";
-// attnjit-score-in-log2: present where the incoming score is multiplied by log2(e).
-inline constexpr llvm::StringLiteral kScoresInLog2Attr = "attnjit.scores_in_log2";
+// attnjit-score-in-log2: present where the incoming score is multiplied by a number, and which, an f64.
+inline constexpr llvm::StringLiteral kScoreFactorAttr = "attnjit.score_factor";
 // attnjit-score-in-log2: present where the condition to keep an element reads the score.
 inline constexpr llvm::StringLiteral kMaskReadsScoreAttr = "attnjit.mask_reads_score";
 // attnjit-narrow-integers: present where every integer fits in 32 bits.

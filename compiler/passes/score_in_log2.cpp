@@ -1,5 +1,6 @@
-// attnjit-score-in-log2: how the value depends on the score, and the fold of log2(e).
+// attnjit-score-in-log2: how the value depends on the score, and the folds of log2(e) and of a literal into the scale.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "compiler/dialect/dialect.h"
@@ -8,6 +9,7 @@
 #include "llvm/ADT/DenseMap.h"
 #include "llvm/ADT/DenseSet.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/Dialect/Math/IR/Math.h"
 #include "mlir/IR/Matchers.h"
 
 namespace attnjit::compiler {
@@ -18,6 +20,7 @@ namespace attnjit::compiler {
 namespace {
 
 namespace arith = mlir::arith;
+namespace math = mlir::math;
 using mlir::Value;
 
 constexpr double kLog2E = 1.44269504088896340736;
@@ -57,7 +60,7 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
     if (mask_reads_score) function->setAttr(kMaskReadsScoreAttr, builder.getUnitAttr());
     // A condition on the score wants the plain score: scaling back would move the place where it jumps.
     if (affine && !mask_reads_score) {
-      function->setAttr(kScoresInLog2Attr, builder.getUnitAttr());
+      function->setAttr(kScoreFactorAttr, builder.getF64FloatAttr(kLog2E));
       scaled_[score] = score;
       for (mlir::Operation& op : llvm::make_early_inc_range(block.without_terminator()))
         if (dependence(op.getResult(0)) == Dependence::kAffine) scale(builder, op);
@@ -66,8 +69,30 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
     } else {
       builder.setInsertionPoint(ret);
       ret.setOperand(0, times_log2e(builder, value));
+      if (const double factor = take_literal(score); factor != 1.0)
+        function->setAttr(kScoreFactorAttr, builder.getF64FloatAttr(factor));
     }
     erase_dead(block);
+  }
+
+  // Where all that reads the score is one product or quotient with a literal, and all that reads that is tanh, the
+  // literal can come with the scale: the operation goes, and its factor is returned. Nothing else may see the result:
+  // it is rounded once in the place of twice. tanh never enlarges a relative error, and its bound leaves room for this
+  // one.
+  double take_literal(Value score) {
+    // Far enough from float's ends for any sensible scale.
+    constexpr double kLargest = 0x1p64;
+    if (!score.hasOneUse()) return 1.0;
+    mlir::Operation* const op = *score.user_begin();
+    mlir::FloatAttr literal;
+    if (!llvm::isa<arith::MulFOp, arith::DivFOp>(op) || op->getOperand(0) != score ||
+        !mlir::matchPattern(op->getOperand(1), mlir::m_Constant(&literal)))
+      return 1.0;
+    const double x = literal.getValueAsDouble(), factor = llvm::isa<arith::DivFOp>(op) ? 1.0 / x : x;
+    const bool usual = std::abs(factor) >= 1.0 / kLargest && std::abs(factor) <= kLargest;
+    if (!usual || !llvm::all_of(op->getUsers(), llvm::IsaPred<math::TanhOp>)) return 1.0;
+    op->getResult(0).replaceAllUsesWith(score);
+    return factor;
   }
 
   Dependence dependence(Value value) {

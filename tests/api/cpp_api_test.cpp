@@ -172,6 +172,28 @@ TEST(CppApi, ErrorsAreValues) {
   const Row row = {0, 0, 0};
   EXPECT_THAT(context->reference(buffers.attention(), {&row, 1}, small).message(),
               HasSubstr("o has 3 elements; it needs 16"));
+  EXPECT_THAT(context->reference_bounds(buffers.attention(), {&row, 1}, small).message(),
+              HasSubstr("o_bound has 3 elements; it needs 16"));
+  EXPECT_THAT(context->reference_bounds(buffers.attention(), {&row, 1}, {}, small).message(),
+              HasSubstr("lse_bound has 3 elements; it needs 1"));
+}
+
+TEST(CppApi, ReferenceBounds) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  Attention attention = buffers.attention();
+  const Row row = {0, 1, 5};
+  std::vector<double> o_bound(Buffers::kHeadDim), lse_bound(1);
+  std::vector<unsigned char> decided(1);
+  for (const auto& [mod, expected] : {std::pair("softcap(2)", 1), std::pair("floor(score * 1e9) % 2", 0)}) {
+    attention.score_mod = mod;
+    const Status status = context->reference_bounds(attention, {&row, 1}, o_bound, lse_bound, decided);
+    ASSERT_TRUE(status) << status.message();
+    EXPECT_EQ(decided[0], expected) << mod;
+    EXPECT_EQ(std::isfinite(lse_bound[0]), expected == 1) << mod;
+    for (const double bound : o_bound) EXPECT_EQ(bound > 0.0 && bound < 1e-3, expected == 1) << mod << " " << bound;
+  }
 }
 
 TEST(CppApi, Json) {

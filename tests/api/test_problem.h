@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "../support/handles.h"
+
 namespace attnjit::test {
 
 inline constexpr DLDataType kF32 = {kDLFloat, 32, 1};
@@ -37,15 +39,6 @@ struct Tensor {
     dl.strides = strides.empty() ? nullptr : strides.data();
   }
 };
-
-struct ContextDeleter {
-  void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
-};
-struct PlanDeleter {
-  void operator()(attnjit_plan* plan) const { attnjit_plan_destroy(plan); }
-};
-using ContextPtr = std::unique_ptr<attnjit_context, ContextDeleter>;
-using PlanPtr = std::unique_ptr<attnjit_plan, PlanDeleter>;
 
 inline ContextPtr make_context(int num_threads = 2) {
   attnjit_context_options options = ATTNJIT_CONTEXT_OPTIONS_INIT;

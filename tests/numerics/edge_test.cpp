@@ -7,18 +7,10 @@
 #include <string>
 
 #include "tests/numerics/check.h"
+#include "tests/numerics/testing.h"
 
 namespace attnjit::numerics {
 namespace {
-
-constexpr const char* kBackends[] = {"cpu", "math"};
-
-Case parse(const std::string& line) {
-  Case spec;
-  std::string error;
-  EXPECT_TRUE(parse_case(line, &spec, &error)) << error << "\n" << line;
-  return spec;
-}
 
 void expect_accepted(const std::string& line) {
   const Check check = check_case(parse(line), nullptr, true);
@@ -29,10 +21,8 @@ void expect_accepted(const std::string& line) {
 TEST(NumericsEdge, NoKeysGiveZeroAndMinusInfinity) {
   for (const char* const backend : kBackends) {
     for (const char* const dtype : {"float32", "bfloat16"}) {
-      const Case spec = parse(std::string("b=2 hq=2 sq=33 skv=0 d=16 dv=9 dtype=") + dtype + " backend=" + backend);
-      Problem problem;
-      std::string error;
-      ASSERT_TRUE(make_problem(spec, &problem, &error)) << error;
+      Problem problem = make(std::string("b=2 hq=2 sq=33 skv=0 d=16 dv=9 dtype=") + dtype + " backend=" + backend);
+      const Case& spec = problem.spec;
       const RunResult result = run(problem);
       ASSERT_EQ(result.error, "") << to_line(spec);
       const auto is = [](double expected) { return [expected](double value) { return value == expected; }; };
@@ -50,11 +40,7 @@ TEST(NumericsEdge, EmptyOutputsAreNoOps) {
   for (const char* const backend : kBackends) {
     for (const char* const sizes :
          {"b=0 hq=2 sq=8 skv=8", "b=2 hq=0 hkv=0 sq=8 skv=8", "b=2 hq=2 sq=0 skv=8", "b=0 hq=0 hkv=0 sq=0 skv=0"}) {
-      Problem problem;
-      std::string error;
-      ASSERT_TRUE(
-          make_problem(parse(std::string(sizes) + " d=16 score_mod=\"causal\" backend=" + backend), &problem, &error))
-          << error;
+      Problem problem = make(std::string(sizes) + " d=16 score_mod=\"causal\" backend=" + backend);
       const RunResult result = run(problem);
       EXPECT_EQ(result.error, "") << to_line(problem.spec);
       EXPECT_TRUE(result.outcome.o.empty());
@@ -158,12 +144,7 @@ TEST(NumericsEdge, KeptNanReachesItsRows) {
   for (const char* const backend : kBackends) {
     for (const char* const mod : {"causal", "softcap(3)", "noop", "score + relu(score) + clamp(score, -1, 1)",
                                   "max(score, 0)", "where(q_idx >= kv_idx, abs(score) ** 2, -inf)"}) {
-      Problem problem;
-      std::string error;
-      ASSERT_TRUE(
-          make_problem(parse(std::string("b=1 hq=2 sq=40 skv=70 d=16 score_mod=\"") + mod + "\" backend=" + backend),
-                       &problem, &error))
-          << error;
+      Problem problem = make(std::string("b=1 hq=2 sq=40 skv=70 d=16 score_mod=\"") + mod + "\" backend=" + backend);
       problem.k.set({0, 0, 20, 3}, std::numeric_limits<double>::quiet_NaN());
       const Check check = check_problem(problem);
       EXPECT_TRUE(check.accepted) << check.message << " (with k[0, 0, 20, 3] NaN)";

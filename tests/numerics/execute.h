@@ -9,17 +9,12 @@
 
 #include "tests/numerics/judge.h"
 #include "tests/numerics/problem.h"
+#include "tests/support/handles.h"
 
 namespace attnjit::numerics {
 
-struct ContextDeleter {
-  void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
-};
-struct PlanDeleter {
-  void operator()(attnjit_plan* plan) const { attnjit_plan_destroy(plan); }
-};
-using ContextPtr = std::unique_ptr<attnjit_context, ContextDeleter>;
-using PlanPtr = std::unique_ptr<attnjit_plan, PlanDeleter>;
+using test::ContextPtr;
+using test::PlanPtr;
 
 // One context per number of threads, kept for the whole program. `isa`: the value of ATTNJIT_CPU_ISA, "" for the host's
 // best. Null where the library refuses.

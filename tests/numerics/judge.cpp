@@ -80,10 +80,9 @@ Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome) 
           return reject(fmt::format("rule 3, pattern: lse at {} is {}, expected {}", place, ours, row.lse));
         }
       } else {
-        const double allowed = 1e-4 + 1e-5 * std::fabs(row.lse) + row.lse_slack;
-        if (std::fabs(ours - row.lse) > allowed) {
+        if (!(std::fabs(ours - row.lse) <= row.lse_bound)) {
           return reject(fmt::format("rule 4, lse: at {} is {:.9g}, expected {:.9g}, allowed {:.3g}", place, ours,
-                                    row.lse, allowed));
+                                    row.lse, row.lse_bound));
         }
       }
     }

@@ -8,6 +8,7 @@
 
 #include "tests/numerics/expressions.h"
 #include "tests/numerics/simulated_kernel.h"
+#include "tests/numerics/testing.h"
 
 namespace attnjit::numerics {
 namespace {
@@ -17,17 +18,8 @@ struct FlawCase {
   const char* line;  // a problem on which this flaw changes something
 };
 
-Problem problem_of(const char* line) {
-  Case spec;
-  Problem problem;
-  std::string error;
-  EXPECT_TRUE(parse_case(line, &spec, &error)) << error;
-  EXPECT_TRUE(make_problem(spec, &problem, &error)) << error;
-  return problem;
-}
-
 Verdict judge_simulated(const char* line, Flaw flaw) {
-  const Problem problem = problem_of(line);
+  const Problem problem = make(line);
   return judge(problem, compute_gold(problem, sample_rows(problem.spec)), simulate(problem, flaw));
 }
 
@@ -93,7 +85,7 @@ TEST_P(NumericsJudgeExpression, RightResultIsAccepted) {
                                      .dtype = dsl::DType::kF16,
                                      .rows = 400},
                                     GetParam().fields);
-  const Problem problem = problem_of(to_line(spec).c_str());
+  const Problem problem = make(to_line(spec).c_str());
   const Verdict verdict =
       judge(problem, compute_gold(problem, sample_rows(problem.spec)), simulate(problem, Flaw::kNone));
   EXPECT_TRUE(verdict.accepted) << summary(verdict) << "\n" << to_line(spec);
@@ -135,10 +127,10 @@ TEST(NumericsJudge, ResultOfAnotherExpressionIsRejected) {
                                      "where(q_idx >= kv_idx, score, -inf)", "score + 0.01 * (kv_idx % 2)"};
   for (const char* const dtype : {"float32", "float16"}) {
     const std::string line = std::string("b=1 hq=2 sq=64 skv=64 d=64 rows=400 dtype=") + dtype;
-    const Problem problem = problem_of(line.c_str());
+    const Problem problem = make(line.c_str());
     const Gold gold = compute_gold(problem, sample_rows(problem.spec));
     for (const char* const other : kOthers) {
-      const Problem stale = problem_of((line + " score_mod=\"" + other + "\"").c_str());
+      const Problem stale = make((line + " score_mod=\"" + other + "\"").c_str());
       const Verdict verdict = judge(problem, gold, simulate(stale, Flaw::kNone));
       EXPECT_FALSE(verdict.accepted) << dtype << ", " << other << ": " << summary(verdict);
     }
@@ -146,31 +138,31 @@ TEST(NumericsJudge, ResultOfAnotherExpressionIsRejected) {
 }
 
 TEST(NumericsJudge, OutputOfWrongSizeIsRejected) {
-  const Problem problem = problem_of(kPlainF32);
+  const Problem problem = make(kPlainF32);
   EXPECT_FALSE(judge(problem, compute_gold(problem, sample_rows(problem.spec)), Outcome{}).accepted);
 }
 
 // Rows within float32 error of a jump are left out, and few are.
 TEST(NumericsJudge, RowsAtAJumpAreLeftOutAndFew) {
   const Problem problem =
-      problem_of("b=2 hq=4 sq=64 skv=64 d=32 rows=600 score_mod=\"where(score > 0.25, score, floor(score * 4))\"");
+      make("b=2 hq=4 sq=64 skv=64 d=32 rows=600 score_mod=\"where(score > 0.25, score, floor(score * 4))\"");
   const Gold gold = compute_gold(problem, sample_rows(problem.spec));
   const Verdict verdict = judge(problem, gold, simulate(problem, Flaw::kNone));
   EXPECT_TRUE(verdict.accepted) << summary(verdict);
   EXPECT_LE(verdict.undecided, 5) << summary(verdict);
 
   // With q = 0 every score is exactly at the jump of sign(), but exactly so: nothing is left out.
-  const Problem exact = problem_of("b=1 hq=1 sq=8 skv=8 d=8 inputs=zero score_mod=\"score + sign(score)\"");
+  const Problem exact = make("b=1 hq=1 sq=8 skv=8 d=8 inputs=zero score_mod=\"score + sign(score)\"");
   EXPECT_EQ(judge(exact, compute_gold(exact, sample_rows(exact.spec)), simulate(exact, Flaw::kNone)).undecided, 0);
 
   // A jump at a large multiple of the score is within reach of some element of every row.
-  const Problem steep = problem_of("b=1 hq=1 sq=32 skv=64 d=64 score_mod=\"floor(score * 1e6) % 2\"");
+  const Problem steep = make("b=1 hq=1 sq=32 skv=64 d=64 score_mod=\"floor(score * 1e6) % 2\"");
   EXPECT_EQ(judge(steep, compute_gold(steep, sample_rows(steep.spec)), simulate(steep, Flaw::kNone)).judged, 0);
 }
 
 // What overflows in float32 and not in double is no one's fault.
 TEST(NumericsJudge, Float32OverflowIsLeftOut) {
-  const Problem problem = problem_of("b=1 hq=1 sq=8 skv=8 d=8 score_mod=\"log(exp(score + 100))\"");
+  const Problem problem = make("b=1 hq=1 sq=8 skv=8 d=8 score_mod=\"log(exp(score + 100))\"");
   EXPECT_EQ(judge(problem, compute_gold(problem, sample_rows(problem.spec)), simulate(problem, Flaw::kNone)).judged, 0);
 }
 
@@ -178,8 +170,8 @@ TEST(NumericsJudge, IllConditionedExpressionGetsItsFloat32Error) {
   // (score + 1e6) - 1e6 keeps four bits of the score's fraction: far from exact, and yet all float32 can do.
   const char* const line = "b=1 hq=1 sq=16 skv=16 d=16 score_mod=\"(score + 1e3) - 1e3\"";
   EXPECT_TRUE(judge_simulated(line, Flaw::kNone).accepted);
-  const Problem problem = problem_of("b=1 hq=1 sq=16 skv=16 d=16 score_mod=\"score\"");
-  const Problem lossy = problem_of("b=1 hq=1 sq=16 skv=16 d=16 score_mod=\"floor(score * 1024) / 1024\"");
+  const Problem problem = make("b=1 hq=1 sq=16 skv=16 d=16 score_mod=\"score\"");
+  const Problem lossy = make("b=1 hq=1 sq=16 skv=16 d=16 score_mod=\"floor(score * 1024) / 1024\"");
   EXPECT_FALSE(judge(problem, compute_gold(problem, sample_rows(problem.spec)), simulate(lossy, Flaw::kNone)).accepted);
 }
 

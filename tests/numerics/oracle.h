@@ -19,7 +19,7 @@ struct GoldRow {
   bool poisoned = false;   // some kept element is NaN or +infinity: the row is NaN
   double lse = 0.0, row_max = 0.0;
   double row_max_lo = 0.0, row_max_hi = 0.0;  // where a float32 evaluation's maximum may lie
-  double lse_slack = 0.0;                     // what the expression's own rounding errors can move LSE by
+  double lse_bound = 0.0;                     // of |lse - gold|
   std::vector<double> o;
   std::vector<double> ideal;    // rounded where a fused kernel must round
   std::vector<double> eager;    // rounded to the input type after every step, as eager code does

@@ -9,20 +9,10 @@
 #include <thread>
 
 #include "tests/numerics/execute.h"
+#include "tests/numerics/testing.h"
 
 namespace attnjit::numerics {
 namespace {
-
-constexpr const char* kBackends[] = {"cpu", "math"};
-
-Problem make(const std::string& line) {
-  Case spec;
-  Problem problem;
-  std::string error;
-  EXPECT_TRUE(parse_case(line, &spec, &error)) << error << "\n" << line;
-  EXPECT_TRUE(make_problem(spec, &problem, &error)) << error << "\n" << line;
-  return problem;
-}
 
 Outcome run_or_fail(Problem& problem, attnjit_context* context = nullptr) {
   RunResult result = run(problem, context);

@@ -87,13 +87,6 @@ double round_to(dsl::DType dtype, double x) {
   return std::fabs(rounded) > format.max ? std::copysign(std::numeric_limits<double>::infinity(), x) : rounded;
 }
 
-double unit_roundoff(dsl::DType dtype) { return std::ldexp(1.0, -format_of(dtype).precision); }
-
-double half_subnormal(dsl::DType dtype) {
-  const Format format = format_of(dtype);
-  return std::ldexp(1.0, format.min_exponent - format.precision);
-}
-
 Buffer::Buffer(std::size_t bytes, bool sparse) : size_(bytes), sparse_(sparse) {
   if (sparse) {
     void* const memory = mmap(nullptr, std::max<std::size_t>(bytes, 1), PROT_READ | PROT_WRITE,

@@ -17,10 +17,6 @@ namespace attnjit::numerics {
 
 // `x` rounded to nearest even in the element type's format; overflow gives infinity. Floats only.
 double round_to(dsl::DType dtype, double x);
-// The unit roundoff: the largest relative error of round_to for a normal result.
-double unit_roundoff(dsl::DType dtype);
-// Half the smallest positive value: the largest absolute error of round_to for a subnormal result.
-double half_subnormal(dsl::DType dtype);
 
 // Bytes between two guards, all 0xff at first: a NaN in every float type, so that whatever is read unwritten shows.
 class Buffer {

@@ -1,5 +1,4 @@
 // The library made to compute something else than it was asked, and the judge, which has to notice.
-#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,18 +7,10 @@
 #include <string>
 
 #include "tests/numerics/check.h"
+#include "tests/numerics/testing.h"
 
 namespace attnjit::numerics {
 namespace {
-
-constexpr const char* kBackends[] = {"cpu", "math"};
-
-Case parse(const std::string& line) {
-  Case spec;
-  std::string error;
-  EXPECT_TRUE(parse_case(line, &spec, &error)) << error << "\n" << line;
-  return spec;
-}
 
 // Runs `wrong`, made of the same seed as `right` and hence of the same values, and judges it as `right`.
 struct Swap {
@@ -68,10 +59,7 @@ TEST_P(NumericsWrong, IsRejected) {
       if (fine && std::string(dtype) != "float32") continue;
       const std::string rest = std::string(" b=1 rows=400 dtype=") + dtype + " backend=" + backend;
       const std::string heads = std::string(GetParam().right).starts_with("hq") ? "" : "hq=2 hkv=1 ";
-      Problem right, wrong;
-      std::string error;
-      ASSERT_TRUE(make_problem(parse(fmt::format("{}{}{}", heads, GetParam().right, rest)), &right, &error)) << error;
-      ASSERT_TRUE(make_problem(parse(fmt::format("{}{}{}", heads, GetParam().wrong, rest)), &wrong, &error)) << error;
+      Problem right = make(heads + GetParam().right + rest), wrong = make(heads + GetParam().wrong + rest);
       const Gold gold = compute_gold(right, sample_rows(right.spec));
       const RunResult good = run(right), bad = run(wrong);
       ASSERT_EQ(good.error, "");
@@ -111,12 +99,8 @@ TEST(NumericsWrongOutput, IsRejected) {
   };
   for (const char* const backend : kBackends) {
     for (const char* const dtype : {"float32", "bfloat16", "float16"}) {
-      Problem problem;
-      std::string error;
-      ASSERT_TRUE(make_problem(parse(std::string("b=2 hq=2 sq=70 skv=90 d=64 rows=400 score_mod=\"causal\" dtype=") +
-                                     dtype + " backend=" + backend),
-                               &problem, &error))
-          << error;
+      Problem problem = make(std::string("b=2 hq=2 sq=70 skv=90 d=64 rows=400 score_mod=\"causal\" dtype=") + dtype +
+                             " backend=" + backend);
       const Gold gold = compute_gold(problem, sample_rows(problem.spec));
       const RunResult result = run(problem);
       ASSERT_EQ(result.error, "");

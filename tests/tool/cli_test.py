@@ -341,6 +341,29 @@ class Bench(Tool):
                 else:
                     self.assertIn("All 2 cells pass", done.stdout)
 
+    def bench_cell(self, mod, *arguments, code=0):
+        done = subprocess.run([TOOL, "bench", "score-mod", "-b", "1", "-nh", "1", "-d", "32", "-dtype", "float32", "-mods",
+                               mod, "--reps", "1", "--format", "json", *map(str, arguments)], capture_output=True,
+                              text=True)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        return json.loads(done.stdout)["cells"][0]
+
+    def test_rows_that_float32_does_not_decide_are_left_out(self):
+        # Some scores are within their rounding error of a jump: where they carry little of a row, its bound grows; where
+        # they carry much, the row is left out.
+        cell = self.bench_cell("round(score)*3", "-s", 8192, "--rows", 200)
+        self.assertTrue(cell["pass"])
+        cell = self.bench_cell("round(score * 1000)", "-s", 4096, "--rows", 400)
+        self.assertTrue(cell["pass"])
+        self.assertGreater(cell["rows_left_out"], 0)
+        self.assertLessEqual(cell["rows_left_out"], cell["rows"] // 100)
+        self.assertEqual(cell["rows_without_bound"], 0)
+        # Few are; were it all of them, nothing would have been shown.
+        cell = self.bench_cell("floor(score * 1e7) % 2", "-s", 256, code=1)
+        self.assertIn("float32 does not decide 16 of 16 sampled rows", cell["why"])
+        # And nothing is left out without a reason.
+        self.assertEqual(self.bench_cell("softcap(3)", "-s", 256)["rows_left_out"], 0)
+
     def test_rows_that_are_not_sampled_may_have_other_bounds(self):
         # The one sampled row is masked: nothing may be off in it.
         for mod in "where(q_idx > 5, score, -inf)", "where(q_idx > 5, 1000 * score, 0 * score)":

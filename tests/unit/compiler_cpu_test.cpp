@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <random>
 #include <thread>
 
@@ -217,7 +218,7 @@ TEST(CompilerCpu, MaskModIsOneMoreCondition) {
   mod.problem.mask_mod = *dsl::bind(*mask, {}, dsl::ModKind::kMaskMod);
   const Elementwise compiled(mod);
   EXPECT_TRUE(compiled.compiled.facts.has_mask);
-  EXPECT_TRUE(compiled.compiled.scores_in_log2);
+  EXPECT_EQ(compiled.compiled.score_factor, std::numbers::log2e);
   const std::vector<Point> where = points({});
   const std::vector<float> values = compiled.log2_values(where);
   for (std::size_t i = 0; i < where.size(); ++i) {
@@ -284,7 +285,7 @@ void expect_tile_equal(const std::string& text, const std::vector<Tensor>& tenso
     for (std::int64_t kv_idx = 0; kv_idx < shape.seqlen_kv; kv_idx += cpu::kTileRows) {
       const std::int64_t rows = std::min<std::int64_t>(cpu::kTileRows, shape.seqlen_kv - kv_idx);
       test::PanelBuffer scores(rows), row_max(1), row_sum(1), rescale(1), scratch(2 * cpu::kTileRows);
-      const float units = tile.scores_in_log2() ? 1.44269504f : 1.0f;
+      const float units = static_cast<float>(tile.score_factor());
       for (std::int64_t i = 0; i < rows * cpu::kPanelLanes; ++i) scores[i] = static_cast<float>(i % 7) * 0.5f * units;
       for (int lane = 0; lane < cpu::kPanelLanes; ++lane) {
         row_max[lane] = static_cast<float>(-kInfinity);

@@ -109,7 +109,7 @@ class Elementwise {
     std::vector<long long> indices(4 * n);
     for (std::size_t i = 0; i < n; ++i) {
       const double score = static_cast<float>(points[i].score);
-      scores[i] = static_cast<float>(compiled.scores_in_log2 ? score * 1.4426950408889634 : score);
+      scores[i] = static_cast<float>(score * compiled.score_factor);
       indices[i] = points[i].b;
       indices[n + i] = points[i].h;
       indices[2 * n + i] = points[i].q_idx;

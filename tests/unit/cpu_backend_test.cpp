@@ -62,7 +62,7 @@ class ScalarTile : public compiler::CpuTile {
     g_largest_q = 0;
   }
   cpu::TileFn function() const override { return scalar_tile; }
-  bool scores_in_log2() const override { return log2_; }
+  double score_factor() const override { return log2_ ? std::numbers::log2e : 1.0; }
   std::span<const dsl::DType> staged() const override { return {}; }
   cpu::RowsFn rows() const override { return nullptr; }
   const compiler::ModFacts& facts() const override { return facts_; }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <random>
 #include <string>
 #include <vector>
@@ -59,7 +60,7 @@ class KernelsTile : public testing::TestWithParam<int> {
     auto compiled = compiler::compile_cpu_tile(problem, {.isa = static_cast<compiler::CpuIsa>(GetParam()), .dump = {}});
     if (compiled.error) FAIL() << compiled.error->message;
     compiled_ = compiled.value;
-    ASSERT_TRUE(compiled_->scores_in_log2());
+    ASSERT_EQ(compiled_->score_factor(), std::numbers::log2e);
   }
   TileFn tile() const { return compiled_ ? compiled_->function() : attnjit_tile; }
 

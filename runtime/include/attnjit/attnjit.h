@@ -137,14 +137,17 @@ ATTNJIT_API attnjit_status attnjit_reference(attnjit_context* context, const att
                                              const attnjit_row* rows, size_t num_rows, double* o, double* lse,
                                              double* row_max);
 
-/* The two sums that the error of a fused float32 kernel is bounded by (docs/numerics.md), in double precision, for the
- * rows of attnjit_reference. With p the probabilities, s the scaled scores, m the modified ones:
- * value_mass (num_rows, Dv): sum_j p_j |v_j|, what rounding p and o can move;
- * score_mass (num_rows, Dv): sum_j p_j |v_j - o| (1 + |m_j| + |dm_j/ds_j| scale sum_d |q_d k_jd|), what rounding scores
- * can move. Dropped elements (p_j = 0) count nothing. Either may be NULL. */
-ATTNJIT_API attnjit_status attnjit_reference_error_terms(attnjit_context* context, const attnjit_attention* attention,
-                                                         const attnjit_row* rows, size_t num_rows, double* value_mass,
-                                                         double* score_mass);
+/* What a fused kernel that computes in float32 may be off by (docs/numerics.md), for the rows of attnjit_reference:
+ * o_bound (num_rows, Dv): of |o - gold|, for an o of q's element type;
+ * lse_bound (num_rows): of |lse - gold|;
+ * decided (num_rows): 0 where float32 does not decide the row, because an element is within its rounding error of a
+ * jump of the expression, because the expression overflows or because it is ill-conditioned; 1 elsewhere.
+ * A bound is infinite where nothing can be said: in rows that are not decided, and where a value of V that is not
+ * finite meets a probability of (nearly) 0. Any of the three may be NULL. attention->o, lse, row_max and backend are
+ * ignored. */
+ATTNJIT_API attnjit_status attnjit_reference_bounds(attnjit_context* context, const attnjit_attention* attention,
+                                                    const attnjit_row* rows, size_t num_rows, double* o_bound,
+                                                    double* lse_bound, unsigned char* decided);
 
 /* What the compiler makes of a problem, as JSON: canonical text, hash, types, facts, and, for a non-zero `dump`, MLIR,
  * LLVM IR and assembly. Free it with attnjit_free. */

@@ -367,19 +367,26 @@ class Context {
   // The double-precision oracle: o (rows, Dv), lse and row_max (rows), each of that size or empty.
   Status reference(const Attention& attention, std::span<const Row> rows, std::span<double> o,
                    std::span<double> lse = {}, std::span<double> row_max = {}) const {
-    const std::span<const std::int64_t> v = attention.v.shape();
-    const std::size_t head_dim_v = v.size() == 4 && v[3] > 0 ? static_cast<std::size_t>(v[3]) : 1;
-    const auto wrong = [](const char* name, std::size_t size, std::size_t needed) {
-      return Status(ATTNJIT_INVALID_ARGUMENT, std::string(name) + " has " + std::to_string(size) +
-                                                  " elements; it needs " + std::to_string(needed) + ", or none");
-    };
-    if (!o.empty() && o.size() != rows.size() * head_dim_v) return wrong("o", o.size(), rows.size() * head_dim_v);
-    if (!lse.empty() && lse.size() != rows.size()) return wrong("lse", lse.size(), rows.size());
-    if (!row_max.empty() && row_max.size() != rows.size()) return wrong("row_max", row_max.size(), rows.size());
+    const std::size_t o_size = rows.size() * head_dim_v(attention);
+    if (!fits(o, o_size)) return wrong_size("o", o.size(), o_size);
+    if (!fits(lse, rows.size())) return wrong_size("lse", lse.size(), rows.size());
+    if (!fits(row_max, rows.size())) return wrong_size("row_max", row_max.size(), rows.size());
     const detail::CAttention c(attention);
-    return Status::of(attnjit_reference(context_.get(), c.get(), rows.data(), rows.size(),
-                                        o.empty() ? nullptr : o.data(), lse.empty() ? nullptr : lse.data(),
-                                        row_max.empty() ? nullptr : row_max.data()));
+    return Status::of(attnjit_reference(context_.get(), c.get(), rows.data(), rows.size(), data_or_null(o),
+                                        data_or_null(lse), data_or_null(row_max)));
+  }
+
+  // What a float32 kernel may be off the oracle by: o_bound (rows, Dv), lse_bound and decided (rows), each of that size
+  // or empty. `decided` is 0 in rows that float32 does not decide; there the bounds are infinite.
+  Status reference_bounds(const Attention& attention, std::span<const Row> rows, std::span<double> o_bound,
+                          std::span<double> lse_bound = {}, std::span<unsigned char> decided = {}) const {
+    const std::size_t o_size = rows.size() * head_dim_v(attention);
+    if (!fits(o_bound, o_size)) return wrong_size("o_bound", o_bound.size(), o_size);
+    if (!fits(lse_bound, rows.size())) return wrong_size("lse_bound", lse_bound.size(), rows.size());
+    if (!fits(decided, rows.size())) return wrong_size("decided", decided.size(), rows.size());
+    const detail::CAttention c(attention);
+    return Status::of(attnjit_reference_bounds(context_.get(), c.get(), rows.data(), rows.size(), data_or_null(o_bound),
+                                               data_or_null(lse_bound), data_or_null(decided)));
   }
 
   // JSON: what the compiler makes of a problem; with `dump`, its intermediate texts too.
@@ -409,6 +416,23 @@ class Context {
     void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
   };
   explicit Context(attnjit_context* context) : context_(context) {}
+
+  static std::size_t head_dim_v(const Attention& attention) {
+    const std::span<const std::int64_t> v = attention.v.shape();
+    return v.size() == 4 && v[3] > 0 ? static_cast<std::size_t>(v[3]) : 1;
+  }
+  template <typename T>
+  static bool fits(std::span<T> values, std::size_t needed) {
+    return values.empty() || values.size() == needed;
+  }
+  static Status wrong_size(const char* name, std::size_t size, std::size_t needed) {
+    return Status(ATTNJIT_INVALID_ARGUMENT, std::string(name) + " has " + std::to_string(size) +
+                                                " elements; it needs " + std::to_string(needed) + ", or none");
+  }
+  template <typename T>
+  static T* data_or_null(std::span<T> values) {
+    return values.empty() ? nullptr : values.data();
+  }
 
   Status add(const std::string& name, const Mod& body, const std::vector<std::string>& parameters, int is_mask) {
     std::vector<const char*> names;

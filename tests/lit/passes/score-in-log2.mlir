@@ -1,7 +1,7 @@
 // RUN: attnjit-opt -attnjit-score-in-log2 %s | FileCheck %s
 
 // CHECK-LABEL: func.func @identity
-// CHECK-SAME: attributes {attnjit.score_class = "identity", attnjit.scores_in_log2}
+// CHECK-SAME: attributes {attnjit.score_class = "identity", attnjit.score_factor = 1.4426950408889634 : f64}
 // CHECK: return %arg0
 func.func @identity(%s: f32) -> (f32, i1) {
   %true = arith.constant true
@@ -10,7 +10,7 @@ func.func @identity(%s: f32) -> (f32, i1) {
 
 // a * score + c: a stays, c is multiplied.
 // CHECK-LABEL: func.func @affine
-// CHECK-SAME: attnjit.score_class = "affine", attnjit.scores_in_log2
+// CHECK-SAME: attnjit.score_class = "affine", attnjit.score_factor = 1.4426950408889634 : f64
 // CHECK: %[[H:.*]] = arith.sitofp
 // CHECK: %[[LOG2E:.*]] = arith.constant 1.4426950
 // CHECK: %[[C:.*]] = arith.mulf %[[H]], %[[LOG2E]]
@@ -43,10 +43,11 @@ func.func @choice(%s: f32) -> (f32, i1) {
   return %r, %true : f32, i1
 }
 
-// Nonlinear: the plain score comes in, a literal factor takes log2(e) in (30 * 1.4427).
+// Nonlinear: a literal factor of the value takes log2(e) in (30 * 1.4427), one of tanh's argument goes into the scale.
 // CHECK-LABEL: func.func @softcap
-// CHECK-SAME: attributes {attnjit.score_class = "nonlinear"}
-// CHECK: %[[T:.*]] = math.tanh
+// CHECK-SAME: attributes {attnjit.score_class = "nonlinear", attnjit.score_factor = 0.033333333333333333 : f64}
+// CHECK-NOT: arith.divf
+// CHECK: %[[T:.*]] = math.tanh %arg0
 // CHECK: %[[K:.*]] = arith.constant 43.28084
 // CHECK: %[[R:.*]] = arith.mulf %[[T]], %[[K]]
 // CHECK: return %[[R]]
@@ -56,6 +57,54 @@ func.func @softcap(%s: f32) -> (f32, i1) {
   %d = arith.divf %s, %cap : f32
   %t = math.tanh %d : f32
   %r = arith.mulf %t, %cap : f32
+  return %r, %true : f32, i1
+}
+
+// CHECK-LABEL: func.func @product
+// CHECK-SAME: attnjit.score_factor = 2.500000e-01 : f64
+// CHECK: math.tanh %arg0
+func.func @product(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %quarter = arith.constant 0.25 : f32
+  %p = arith.mulf %s, %quarter : f32
+  %r = math.tanh %p : f32
+  return %r, %true : f32, i1
+}
+
+// Where something else sees the quotient, or the score, the division stays what it is.
+// CHECK-LABEL: func.func @seen
+// CHECK-NOT: attnjit.score_factor
+// CHECK: arith.divf %arg0
+func.func @seen(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %cap = arith.constant 30.0 : f32
+  %d = arith.divf %s, %cap : f32
+  %t = math.tanh %d : f32
+  %f = math.floor %d : f32
+  %r = arith.addf %t, %f : f32
+  return %r, %true : f32, i1
+}
+
+// CHECK-LABEL: func.func @plain_beside
+// CHECK-NOT: attnjit.score_factor
+// CHECK: arith.divf %arg0
+func.func @plain_beside(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %cap = arith.constant 30.0 : f32
+  %d = arith.divf %s, %cap : f32
+  %t = math.tanh %d : f32
+  %r = arith.addf %t, %s : f32
+  return %r, %true : f32, i1
+}
+
+// CHECK-LABEL: func.func @capped_at_zero
+// CHECK-NOT: attnjit.score_factor
+// CHECK: arith.divf %arg0
+func.func @capped_at_zero(%s: f32) -> (f32, i1) {
+  %true = arith.constant true
+  %cap = arith.constant 0.0 : f32
+  %d = arith.divf %s, %cap : f32
+  %r = math.tanh %d : f32
   return %r, %true : f32, i1
 }
 

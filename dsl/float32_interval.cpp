@@ -1,5 +1,5 @@
 // Interval evaluation of an expression under float32 rounding.
-#include "tests/numerics/float32_interval.h"
+#include "dsl/float32_interval.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <limits>
 #include <numbers>
 
-namespace attnjit::numerics {
+namespace attnjit::dsl {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -193,41 +193,41 @@ std::int64_t int_power(std::int64_t a, std::int64_t b) {
   return wrap(result);
 }
 
-Interval compare_floats(dsl::Op op, const Interval& a, const Interval& b) {
+Interval compare_floats(Op op, const Interval& a, const Interval& b) {
   const auto apply = [op](double x, double y) {
     switch (op) {
-      case dsl::Op::kLt:
+      case Op::kLt:
         return x < y;
-      case dsl::Op::kLe:
+      case Op::kLe:
         return x <= y;
-      case dsl::Op::kGt:
+      case Op::kGt:
         return x > y;
-      case dsl::Op::kGe:
+      case Op::kGe:
         return x >= y;
-      case dsl::Op::kEq:
+      case Op::kEq:
         return x == y;
       default:
         return x != y;
     }
   };
   const bool value = apply(a.value, b.value);
-  if (is_nan(a) || is_nan(b)) return truth(op == dsl::Op::kNe);
+  if (is_nan(a) || is_nan(b)) return truth(op == Op::kNe);
   if (a.unsure || b.unsure) return truth(value, true);
   const bool apart = a.hi < b.lo || b.hi < a.lo;
   return truth(value, !apart && !(is_point(a) && is_point(b)));
 }
 
-bool compare_ints(dsl::Op op, std::int64_t a, std::int64_t b) {
+bool compare_ints(Op op, std::int64_t a, std::int64_t b) {
   switch (op) {
-    case dsl::Op::kLt:
+    case Op::kLt:
       return a < b;
-    case dsl::Op::kLe:
+    case Op::kLe:
       return a <= b;
-    case dsl::Op::kGt:
+    case Op::kGt:
       return a > b;
-    case dsl::Op::kGe:
+    case Op::kGe:
       return a >= b;
-    case dsl::Op::kEq:
+    case Op::kEq:
       return a == b;
     default:
       return a != b;
@@ -235,20 +235,20 @@ bool compare_ints(dsl::Op op, std::int64_t a, std::int64_t b) {
 }
 
 // `b` and `c` are `a` where the function has fewer arguments.
-Interval call_int(const dsl::Node& node, const Interval& a, const Interval& b, const Interval& c) {
+Interval call_int(const Node& node, const Interval& a, const Interval& b, const Interval& c) {
   const bool unsure = a.unsure || b.unsure || c.unsure;
   switch (node.function) {
-    case dsl::Function::kMin:
+    case Function::kMin:
       return whole(std::min(a.integer, b.integer), unsure);
-    case dsl::Function::kMax:
+    case Function::kMax:
       return whole(std::max(a.integer, b.integer), unsure);
-    case dsl::Function::kClamp:
+    case Function::kClamp:
       return whole(std::min(std::max(a.integer, b.integer), c.integer), unsure);
-    case dsl::Function::kAbs:
+    case Function::kAbs:
       return whole(a.integer < 0 ? wrap(0 - static_cast<std::uint64_t>(a.integer)) : a.integer, unsure);
-    case dsl::Function::kSign:
+    case Function::kSign:
       return whole((a.integer > 0) - (a.integer < 0), unsure);
-    case dsl::Function::kRelu:
+    case Function::kRelu:
       return whole(std::max<std::int64_t>(a.integer, 0), unsure);
     default:
       return whole(a.integer, unsure);  // floor, ceil, round of an int
@@ -258,65 +258,65 @@ Interval call_int(const dsl::Node& node, const Interval& a, const Interval& b, c
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 double gelu(double x) { return x * 0.5 * (1.0 + std::erf(x * std::numbers::sqrt2 / 2.0)); }
 
-Interval call_float(const dsl::Node& node, const Interval& a, const Interval& b, const Interval& c) {
+Interval call_float(const Node& node, const Interval& a, const Interval& b, const Interval& c) {
   constexpr double kError = kFunction * kUnit;
   const auto nan_outside = [](auto f, double least) {
     return [f, least](double x) { return x < least ? kNan : f(x); };
   };
   switch (node.function) {
-    case dsl::Function::kMin:
+    case Function::kMin:
       return minimum(a, b, false);
-    case dsl::Function::kMax:
+    case Function::kMax:
       return minimum(a, b, true);
-    case dsl::Function::kClamp:
+    case Function::kClamp:
       return minimum(minimum(a, b, true), c, false);
-    case dsl::Function::kAbs: {
+    case Function::kAbs: {
       Interval result = exact_step(a, [](double x) { return std::fabs(x); });
       if (!result.unsure && a.lo < 0.0 && a.hi > 0.0) result.lo = 0.0;
       return result;
     }
-    case dsl::Function::kRelu: {
+    case Function::kRelu: {
       // PyTorch's relu propagates NaN.
       return minimum(a, exactly(0.0), true);
     }
-    case dsl::Function::kExp:
+    case Function::kExp:
       return monotone(a, [](double x) { return std::exp(x); }, kError);
-    case dsl::Function::kExp2:
+    case Function::kExp2:
       return monotone(a, [](double x) { return std::exp2(x); }, kError);
     // Near one a logarithm loses its relative precision, not its absolute one.
-    case dsl::Function::kLog:
+    case Function::kLog:
       return monotone(a, [](double x) { return std::log(x); }, kError, kError);
-    case dsl::Function::kLog2:
+    case Function::kLog2:
       return monotone(a, [](double x) { return std::log2(x); }, kError, kError);
-    case dsl::Function::kLog1p:
+    case Function::kLog1p:
       return monotone(a, [](double x) { return std::log1p(x); }, kError, kError);
-    case dsl::Function::kSqrt:
+    case Function::kSqrt:
       return monotone(a, nan_outside([](double x) { return std::sqrt(x); }, 0.0), kError);
-    case dsl::Function::kRsqrt:
+    case Function::kRsqrt:
       if (!a.unsure && a.lo <= 0.0 && a.hi >= 0.0) return anything(1.0 / std::sqrt(a.value));
       return monotone(a, nan_outside([](double x) { return 1.0 / std::sqrt(x); }, 0.0), kError);
-    case dsl::Function::kTanh:
+    case Function::kTanh:
       return monotone(a, [](double x) { return std::tanh(x); }, kError);
-    case dsl::Function::kSigmoid:
+    case Function::kSigmoid:
       return monotone(a, sigmoid, kError);
-    case dsl::Function::kErf:
+    case Function::kErf:
       return monotone(a, [](double x) { return std::erf(x); }, kError);
     // The largest slopes: 1.0999 and 1.1290.
-    case dsl::Function::kSilu:
+    case Function::kSilu:
       return lipschitz(a, a.value * sigmoid(a.value), 1.1, kError * std::fabs(a.value) + kFloatMin);
-    case dsl::Function::kGelu:
+    case Function::kGelu:
       return lipschitz(a, gelu(a.value), 1.13, kError * std::fabs(a.value) + kFloatMin);
-    case dsl::Function::kSin:
+    case Function::kSin:
       return lipschitz(a, std::sin(a.value), 1.0, kError * (1.0 + std::fabs(a.value)));
-    case dsl::Function::kCos:
+    case Function::kCos:
       return lipschitz(a, std::cos(a.value), 1.0, kError * (1.0 + std::fabs(a.value)));
-    case dsl::Function::kFloor:
+    case Function::kFloor:
       return exact_step(a, [](double x) { return std::floor(x); });
-    case dsl::Function::kCeil:
+    case Function::kCeil:
       return exact_step(a, [](double x) { return std::ceil(x); });
-    case dsl::Function::kRound:
+    case Function::kRound:
       return exact_step(a, [](double x) { return std::nearbyint(x); });
-    case dsl::Function::kSign:
+    case Function::kSign:
       return exact_step(a, [](double x) { return std::isnan(x) ? x : static_cast<double>((x > 0) - (x < 0)); });
     default:
       return anything(kNan);
@@ -325,19 +325,19 @@ Interval call_float(const dsl::Node& node, const Interval& a, const Interval& b,
 
 }  // namespace
 
-Float32Interval::Float32Interval(const dsl::Expr& bound, const std::vector<Tensor>& captures)
-    : expr_(bound), captures_(captures), values_(bound.nodes.size()) {}
+Float32Interval::Float32Interval(const Expr& bound, std::span<const CaptureView> captures)
+    : expr_(bound), captures_(captures.begin(), captures.end()), values_(bound.nodes.size()) {}
 
-const Interval& Float32Interval::arg(const dsl::Node& node, int number) const {
+const Interval& Float32Interval::arg(const Node& node, int number) const {
   return values_[static_cast<std::size_t>(node.args[static_cast<std::size_t>(number)])];
 }
 
-Interval Float32Interval::evaluate(const dsl::Point& point, double score_error) {
+Interval Float32Interval::evaluate(const Point& point, double score_error) {
   point_ = point;
   score_error_ = score_error;
   for (std::size_t i = 0; i < expr_.nodes.size(); ++i) {
     values_[i] = node(expr_.nodes[i]);
-    if (expr_.nodes[i].type == dsl::Type::kFloat) values_[i].slack = slack(expr_.nodes[i], values_[i]);
+    if (expr_.nodes[i].type == Type::kFloat) values_[i].slack = slack(expr_.nodes[i], values_[i]);
   }
   Interval result = values_[static_cast<std::size_t>(expr_.root)];
   if (std::isfinite(result.slack)) {
@@ -349,29 +349,28 @@ Interval Float32Interval::evaluate(const dsl::Point& point, double score_error) 
 
 // A kernel may multiply the modified score by log2(e) at its end or, where it is a sum of multiples, in every term:
 // then what is exact in natural units is rounded in every term and every partial sum.
-double Float32Interval::slack(const dsl::Node& node, const Interval& result) const {
+double Float32Interval::slack(const Node& node, const Interval& result) const {
   const double own = std::isfinite(result.value) ? kUnit * std::fabs(result.value) : 0.0;
   switch (node.op) {
-    case dsl::Op::kAdd:
-    case dsl::Op::kSub:
+    case Op::kAdd:
+    case Op::kSub:
       return own + arg(node, 0).slack + arg(node, 1).slack;
-    case dsl::Op::kNeg:
+    case Op::kNeg:
       return arg(node, 0).slack;
-    case dsl::Op::kSelect:
+    case Op::kSelect:
       return arg(node, arg(node, 0).integer != 0 ? 1 : 2).slack;
-    case dsl::Op::kMul:
+    case Op::kMul:
       return own + arg(node, 0).slack * std::fabs(arg(node, 1).value) +
              arg(node, 1).slack * std::fabs(arg(node, 0).value);
-    case dsl::Op::kDiv:
+    case Op::kDiv:
       return own + arg(node, 0).slack / std::fabs(arg(node, 1).value);
     default:
       return own;
   }
 }
 
-Interval Float32Interval::node(const dsl::Node& node) const {
-  using dsl::Op;
-  const bool is_float = node.type == dsl::Type::kFloat;
+Interval Float32Interval::node(const Node& node) const {
+  const bool is_float = node.type == Type::kFloat;
   const auto type_of = [&](int number) { return expr_[node.args[static_cast<std::size_t>(number)]].type; };
   switch (node.op) {
     case Op::kScore:
@@ -390,22 +389,17 @@ Interval Float32Interval::node(const dsl::Node& node) const {
     case Op::kFloat:
       return rounded(exactly(node.float_value), true);
     case Op::kRead: {
-      const Tensor& tensor = captures_[static_cast<std::size_t>(node.capture)];
-      std::vector<std::int64_t> index(node.args.size());
+      const CaptureView& tensor = captures_[static_cast<std::size_t>(node.capture)];
       bool unsure = false;
-      for (std::size_t i = 0; i < index.size(); ++i) {
-        const Interval& position = arg(node, static_cast<int>(i));
-        unsure = unsure || (position.unsure && tensor.shape()[i] > 1);
-        index[i] = std::clamp<std::int64_t>(position.integer, 0, tensor.shape()[i] - 1);
-      }
-      if (is_float) {
-        const double value = tensor.at(index);
-        return unsure ? anything(value) : exactly(value);
-      }
-      const auto view = tensor.capture_view();
       std::int64_t offset = 0;
-      for (std::size_t i = 0; i < index.size(); ++i) offset += index[i] * view.stride[i];
-      return whole(dsl::read_as_int(view.data, view.dtype, offset), unsure);
+      for (std::size_t i = 0; i < node.args.size(); ++i) {
+        const Interval& position = arg(node, static_cast<int>(i));
+        unsure = unsure || (position.unsure && tensor.extent[i] > 1);
+        offset += std::clamp<std::int64_t>(position.integer, 0, tensor.extent[i] - 1) * tensor.stride[i];
+      }
+      if (!is_float) return whole(read_as_int(tensor.data, tensor.dtype, offset), unsure);
+      const double value = read_as_double(tensor.data, tensor.dtype, offset);
+      return unsure ? anything(value) : exactly(value);
     }
     case Op::kSelect: {
       const Interval& condition = arg(node, 0);
@@ -425,7 +419,7 @@ Interval Float32Interval::node(const dsl::Node& node) const {
       const Interval &a = arg(node, 0), &b = arg(node, 1);
       const bool conjunction = node.op == Op::kAnd || node.op == Op::kBitAnd;
       const std::int64_t value = conjunction ? a.integer & b.integer : a.integer | b.integer;
-      if (node.type == dsl::Type::kBool) {
+      if (node.type == Type::kBool) {
         // A sure false decides an `and`, a sure true an `or`.
         for (const Interval* side : {&a, &b}) {
           if (!side->unsure && (side->integer == 0) == conjunction) return truth(!conjunction);
@@ -435,7 +429,7 @@ Interval Float32Interval::node(const dsl::Node& node) const {
     }
     case Op::kBitNot: {
       const Interval& a = arg(node, 0);
-      if (node.type == dsl::Type::kBool) return truth(a.integer == 0, a.unsure);
+      if (node.type == Type::kBool) return truth(a.integer == 0, a.unsure);
       return whole(~a.integer, a.unsure);
     }
     case Op::kLt:
@@ -445,7 +439,7 @@ Interval Float32Interval::node(const dsl::Node& node) const {
     case Op::kEq:
     case Op::kNe: {
       const Interval &a = arg(node, 0), &b = arg(node, 1);
-      if (type_of(0) == dsl::Type::kFloat) return compare_floats(node.op, a, b);
+      if (type_of(0) == Type::kFloat) return compare_floats(node.op, a, b);
       return truth(compare_ints(node.op, a.integer, b.integer), a.unsure || b.unsure);
     }
     case Op::kNeg: {
@@ -502,23 +496,23 @@ Interval Float32Interval::node(const dsl::Node& node) const {
       const Interval& b = node.args.size() > 1 ? arg(node, 1) : a;
       const Interval& c = node.args.size() > 2 ? arg(node, 2) : a;
       switch (node.function) {
-        case dsl::Function::kToFloat:
-          if (type_of(0) == dsl::Type::kFloat) return a;
+        case Function::kToFloat:
+          if (type_of(0) == Type::kFloat) return a;
           if (a.unsure) return anything(static_cast<double>(a.integer));
           return rounded(exactly(static_cast<double>(a.integer)), true);
-        case dsl::Function::kToInt: {
-          if (type_of(0) != dsl::Type::kFloat) return whole(a.integer, a.unsure);
+        case Function::kToInt: {
+          if (type_of(0) != Type::kFloat) return whole(a.integer, a.unsure);
           const std::int64_t value = to_int(a.value);
           return whole(value, a.unsure || to_int(a.lo) != value || to_int(a.hi) != value);
         }
-        case dsl::Function::kToBool:
-          if (type_of(0) == dsl::Type::kFloat) return compare_floats(Op::kNe, a, exactly(0.0));
+        case Function::kToBool:
+          if (type_of(0) == Type::kFloat) return compare_floats(Op::kNe, a, exactly(0.0));
           return truth(a.integer != 0, a.unsure);
-        case dsl::Function::kIsNan:
-          if (type_of(0) != dsl::Type::kFloat) return truth(false);
+        case Function::kIsNan:
+          if (type_of(0) != Type::kFloat) return truth(false);
           return truth(std::isnan(a.value), a.unsure);
-        case dsl::Function::kIsInf: {
-          if (type_of(0) != dsl::Type::kFloat) return truth(false);
+        case Function::kIsInf: {
+          if (type_of(0) != Type::kFloat) return truth(false);
           const bool may = std::isinf(a.lo) || std::isinf(a.hi);
           return truth(std::isinf(a.value), a.unsure || (may && !is_point(a)));
         }
@@ -530,4 +524,4 @@ Interval Float32Interval::node(const dsl::Node& node) const {
   return anything(kNan);
 }
 
-}  // namespace attnjit::numerics
+}  // namespace attnjit::dsl

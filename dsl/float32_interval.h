@@ -1,16 +1,16 @@
 // Where a float32 evaluation of an expression can end: a running error analysis beside the exact value.
 //
-// Knows the tree and its types, and nothing of the interpreter, whose values it therefore also checks.
+// Knows the tree and its types, and nothing of how the interpreter evaluates them: it also checks its values.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "dsl/expr.h"
 #include "dsl/interpreter.h"
-#include "tests/numerics/tensor.h"
 
-namespace attnjit::numerics {
+namespace attnjit::dsl {
 
 // The unit roundoff of float32.
 inline constexpr double kUnit = 0x1p-24;
@@ -23,23 +23,23 @@ struct Interval {
   double slack = 0.0;  // floats: what evaluating sums and products in log2 units, term by term, may add to the error
 };
 
-// Evaluates one bound expression; not safe for concurrent use of one object.
+// Evaluates one bound expression, which must outlive it; not safe for concurrent use of one object.
 class Float32Interval {
  public:
-  Float32Interval(const dsl::Expr& bound, const std::vector<Tensor>& captures);
+  Float32Interval(const Expr& bound, std::span<const CaptureView> captures);
   // `score_error`: how far the kernel's score may be from `point.score`.
-  Interval evaluate(const dsl::Point& point, double score_error);
+  Interval evaluate(const Point& point, double score_error);
 
  private:
-  Interval node(const dsl::Node& node) const;
-  double slack(const dsl::Node& node, const Interval& result) const;
-  const Interval& arg(const dsl::Node& node, int number) const;
+  Interval node(const Node& node) const;
+  double slack(const Node& node, const Interval& result) const;
+  const Interval& arg(const Node& node, int number) const;
 
-  const dsl::Expr& expr_;
-  std::vector<Tensor> captures_;
+  const Expr& expr_;
+  std::vector<CaptureView> captures_;
   std::vector<Interval> values_;
-  dsl::Point point_;
+  Point point_;
   double score_error_ = 0.0;
 };
 
-}  // namespace attnjit::numerics
+}  // namespace attnjit::dsl

@@ -1,0 +1,162 @@
+// The error bounds of one row.
+#include "dsl/float32_row.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <map>
+
+namespace attnjit::dsl {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// A row is left out when float32 may move this share of its probability.
+constexpr double kUndecided = 0x1p-7;
+
+// The smallest float16: what is below may be rounded to zero.
+constexpr double kSurelyPositive = 0x1p-24;
+
+double unit_roundoff(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : dtype == DType::kBF16 ? 0x1p-8 : kUnit; }
+
+// Where a type has no more relative precision: half a step of float16's subnormal numbers; those of the other types
+// may be flushed to zero.
+double smallest(DType dtype) { return dtype == DType::kF16 ? 0x1p-25 : 0x1p-126; }
+
+// Only a condition drops, so without one that depends on the score `keep` does not, either.
+bool condition_reads_score(const Expr& expr) {
+  std::vector<bool> depends(expr.nodes.size(), false);
+  for (std::size_t i = 0; i < expr.nodes.size(); ++i) {
+    const Node& node = expr.nodes[i];
+    depends[i] = node.op == Op::kScore;
+    for (const NodeId arg : node.args) depends[i] = depends[i] || depends[static_cast<std::size_t>(arg)];
+    if (depends[i] && node.type == Type::kBool) return true;
+  }
+  return false;
+}
+
+bool same(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || a == b || std::fabs(a - b) <= 1e-9 * (1.0 + std::fabs(a));
+}
+
+// The standard deviation of a float32 sum of `terms`, in roundings of `sum`: independent ones grow like a square root.
+// Terms that differ by less than the sum's last place round alike, so theirs add up.
+double summation_roundoffs(std::span<const double> terms, double sum) {
+  std::map<std::int64_t, double> alike;
+  for (const double term : terms) {
+    if (term > 0.0) alike[static_cast<std::int64_t>(term / sum / (4.0 * kUnit))] += 1.0;
+  }
+  double squares = 0.0;
+  for (const auto& [bucket, count] : alike) squares += count * count;
+  return std::sqrt(squares);
+}
+
+}  // namespace
+
+ModifiedScores::ModifiedScores(const Expr& score_mod, std::span<const CaptureView> score_captures, const Expr* mask_mod,
+                               std::span<const CaptureView> mask_captures)
+    : score_mod_(score_mod, score_captures), condition_reads_score_(condition_reads_score(score_mod)) {
+  if (mask_mod) mask_mod_.emplace(*mask_mod, mask_captures);
+}
+
+// Whether an element's `keep` changes within the score's error.
+bool ModifiedScores::keep_varies(Point point, double error, bool keep) {
+  if (!condition_reads_score_) return false;
+  const double score = point.score;
+  for (const double moved : {score - error, score + error}) {
+    point.score = moved;
+    if (score_mod_.value.score_mod(point).keep != keep) return true;
+  }
+  return false;
+}
+
+ModifiedScore ModifiedScores::at(const Point& point, double magnitude) {
+  // Where the sum is not finite, the score's own NaN or infinity says it.
+  const double error = std::isfinite(magnitude) ? 8.0 * kUnit * magnitude : 0.0;
+  ModifiedScore result;
+  bool masked = false, undecided = false;
+  if (mask_mod_) {
+    masked = !mask_mod_->value.mask_mod(point);
+    const Interval mask = mask_mod_->interval.evaluate(point, 0.0);
+    result.agree = masked == (mask.integer == 0);
+    undecided = mask.unsure;
+  }
+  const Element element = score_mod_.value.score_mod(point);
+  const Interval interval = score_mod_.interval.evaluate(point, error);
+  // The keep rule drops an element whose plain value may be anything: what is kept is compared.
+  if (element.keep) result.agree = result.agree && same(interval.value, element.value);
+  result.keep = element.keep && !masked;
+  if (!result.keep) {
+    result.value = result.lo = result.hi = -kInfinity;
+    // Its own value does not matter, only whether it is dropped: if the mask did not do it, ask whether another score
+    // in reach would have kept it.
+    if (undecided || (!masked && keep_varies(point, error, false))) result.hi = kInfinity;
+    return result;
+  }
+  result.value = element.value;
+  const double softmax = 8.0 * kUnit * (1.0 + std::fabs(element.value));
+  result.lo = interval.lo - (std::isfinite(softmax) ? softmax : 0.0);
+  result.hi = interval.hi + (std::isfinite(softmax) ? softmax : 0.0);
+  undecided = undecided || interval.unsure || keep_varies(point, error, true);
+  // Infinite for float32, too, or just past its range?
+  const bool sure = std::isnan(element.value) || (element.value == kInfinity && interval.lo == kInfinity);
+  result.poison = !undecided && sure;
+  if (undecided) result.lo = -kInfinity, result.hi = kInfinity;
+  return result;
+}
+
+Float32Row::Float32Row(std::span<const ModifiedScore> scores)
+    : maximum(-kInfinity), maximum_lo(-kInfinity), maximum_hi(-kInfinity) {
+  for (const ModifiedScore& score : scores) {
+    poisoned = poisoned || score.poison;
+    // In this order a NaN is passed over.
+    maximum = std::max(maximum, score.value);
+    maximum_lo = std::max(maximum_lo, score.lo);
+    maximum_hi = std::max(maximum_hi, score.hi);
+  }
+  if (poisoned) return;
+  undecided = maximum_hi == kInfinity || maximum == kInfinity;
+  if (undecided || empty()) return;
+  p.resize(scores.size());
+  change.resize(scores.size());
+  double moved = 0.0;
+  for (std::size_t j = 0; j < scores.size(); ++j) {
+    p[j] = std::exp(scores[j].value - maximum);
+    sum += p[j];
+    change[j] = std::max(std::exp(scores[j].hi - maximum) - p[j], p[j] - std::exp(scores[j].lo - maximum));
+    moved += change[j];
+  }
+  share = moved / sum;
+  undecided = !(share <= kUndecided);
+  roundoffs = summation_roundoffs(p, sum);
+}
+
+void FeatureSums::add(double p, double change, double v, double o) {
+  if (!std::isfinite(v)) {
+    unspecified = unspecified || !(p >= kSurelyPositive);
+    return;
+  }
+  magnitude += p * std::fabs(v);
+  plain += p > 0.0 ? std::fabs(v) : 0.0;
+  spread += change * std::fabs(v - o);
+}
+
+bool Float32Row::empty() const { return maximum == -kInfinity; }
+
+double Float32Row::lse_bound() const {
+  if (empty()) return 0.0;
+  return 1e-4 + 1e-5 * std::fabs(maximum + std::log(sum)) + share / (1.0 - share);
+}
+
+double Float32Row::scatter(const FeatureSums& sums) const { return sums.spread / sum / (1.0 - share); }
+
+double Float32Row::o_bound(DType dtype, const FeatureSums& sums) const {
+  if (sums.unspecified) return kInfinity;
+  if (empty()) return 0.0;
+  const double u = unit_roundoff(dtype);
+  const double rounding = 2.0 * (u + u) + 2.0 * roundoffs * kUnit;
+  return rounding * sums.magnitude / sum + scatter(sums) + smallest(dtype) * (1.0 + sums.plain / sum);
+}
+
+}  // namespace attnjit::dsl
