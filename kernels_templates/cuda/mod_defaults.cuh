@@ -8,6 +8,8 @@ namespace attnjit::cuda {
 struct ModDefaults {
   // score() takes the scaled score times log2(e), not the scaled score. It returns log2 units in either case.
   static constexpr bool kScoresInLog2 = true;
+  // score() returns its argument, and takes it times log2(e).
+  static constexpr bool kIdentity = true;
   // keep() may be false. Where it is, score()'s value means nothing and the element counts as -inf.
   static constexpr bool kHasMask = false;
   // keep() depends on the score.

@@ -1,5 +1,5 @@
-// The configuration of the sm80 family's forward kernel: what its template is instantiated with. Shared by host and
-// device; includes nothing.
+// The configuration of the sm80 family's forward kernel: what its template is instantiated with, and how it lays out
+// shared memory. Shared by host and device; includes nothing.
 #pragma once
 
 namespace attnjit::sm80 {
@@ -15,10 +15,34 @@ struct ForwardConfig {
   int tile_m = 128;      // queries of one block; a multiple of 16 * warps
   int tile_n = 64;       // keys of one step; a multiple of 16
   int warps = 4;
-  int stages = 1;               // K and V tiles in flight, beside the one in use
-  bool q_in_registers = false;  // Q's fragments stay in registers; its shared memory is reused for K and V
+  int stages = 1;               // buffers for K and for V each: 1, or 2 for a step's load to have a whole step's time
+  bool q_in_registers = false;  // 16-bit elements: Q's fragments are read from shared memory once, not at every step
+  int min_blocks = 1;           // blocks that have to fit one multiprocessor: bounds the registers
   int load_bytes = 16;          // widest access that every row of q, k and v is aligned to: 2, 4, 8 or 16
   int store_bytes = 16;         // likewise for o
 };
+
+// Feature dimensions are computed in steps of 16.
+constexpr int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+// Bytes from row to row of a tile in shared memory: an odd number of 16-byte chunks, so that the same chunk of eight
+// rows, which is what ldmatrix reads at once, lies in eight different groups of banks.
+constexpr int row_bytes(Element element, int head_dim) { return padded(head_dim) * bytes_of(element) + 16; }
+
+// Shared memory of a block, in order: Q (later O), K and V by stage, and for f32 the probabilities.
+constexpr int q_bytes(const ForwardConfig& c) {
+  const int q = row_bytes(c.element, c.head_dim);
+  const int o = row_bytes(c.element, c.head_dim_v);
+  return c.tile_m * (q > o ? q : o);
+}
+constexpr int k_bytes(const ForwardConfig& c) { return c.tile_n * row_bytes(c.element, c.head_dim); }
+constexpr int v_bytes(const ForwardConfig& c) { return c.tile_n * row_bytes(c.element, c.head_dim_v); }
+constexpr int p_row_floats(const ForwardConfig& c) { return c.tile_n + 4; }
+constexpr int p_bytes(const ForwardConfig& c) {
+  return c.element == Element::kF32 ? c.tile_m * p_row_floats(c) * 4 : 0;
+}
+constexpr int forward_shared_memory(const ForwardConfig& c) {
+  return q_bytes(c) + c.stages * (k_bytes(c) + v_bytes(c)) + p_bytes(c);
+}
 
 }  // namespace attnjit::sm80

@@ -1,0 +1,601 @@
+// Fused attention forward for compute capability 8.0 and later: mma.sync, ldmatrix, cp.async, online softmax.
+//
+// Follows FlashAttention-2 (arXiv 2307.08691): a block owns tile_m queries of one head and walks over the keys, each warp
+// owning whole rows, so that the softmax needs no more than the four lanes that share a row. Scores never leave the
+// registers (f32 elements: probabilities pass through shared memory). Compiled behind params.h, mod_defaults.cuh,
+// config.h, the emitted Mod and kConfig.
+namespace attnjit::sm80 {
+
+using cuda::CapturedView;
+using cuda::ForwardParams;
+using cuda::Mod;
+
+constexpr Element kElement = kConfig.element;
+constexpr int kBytes = bytes_of(kElement);
+constexpr int kWarps = kConfig.warps;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTileM = kConfig.tile_m;
+constexpr int kTileN = kConfig.tile_n;
+constexpr int kD = padded(kConfig.head_dim);
+constexpr int kDv = padded(kConfig.head_dim_v);
+constexpr int kQRowBytes = row_bytes(kElement, kConfig.head_dim);
+constexpr int kVRowBytes = row_bytes(kElement, kConfig.head_dim_v);
+constexpr int kORowBytes = kVRowBytes;
+constexpr int kWarpRows = kTileM / kWarps;
+constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp
+constexpr int kRows = 2 * kMTiles;       // rows of a thread: lane / 4 + 8 * r of its warp's
+constexpr int kNTiles = kTileN / 8;      // n8 tiles of the scores; a thread has two neighbouring columns of each
+constexpr int kDvTiles = kDv / 8;        // n8 tiles of the output
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLn2 = 0.693147180559945309f;
+
+static_assert(kTileM % (16 * kWarps) == 0 && kTileN % 16 == 0);
+static_assert(kConfig.stages == 1 || kConfig.stages == 2);
+
+// ---- Shared memory and global memory
+
+using Address = unsigned;  // in the shared window
+
+__device__ __forceinline__ Address shared_address(const void* pointer) {
+  return static_cast<Address>(__cvta_generic_to_shared(pointer));
+}
+
+template <int kWidth>
+__device__ __forceinline__ void async_copy(Address to, const char* from, int valid) {
+  if constexpr (kWidth == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid));
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kWidth), "r"(valid));
+  }
+}
+__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;"); }
+template <int kPending>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// 16 bytes to shared memory, of which the first `valid` come from `from` and the rest are zero.
+__device__ __forceinline__ void copy_chunk(Address to, const char* from, int valid) {
+  constexpr int kWidth = kConfig.load_bytes < kBytes ? kBytes : kConfig.load_bytes;
+  if constexpr (kWidth >= 4) {
+#pragma unroll
+    for (int i = 0; i < 16; i += kWidth) {
+      const int left = valid - i;
+      async_copy<kWidth>(to + i, left > 0 ? from + i : from, left < 0 ? 0 : left > kWidth ? kWidth : left);
+    }
+  } else {
+    unsigned word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned short low = 4 * i < valid ? *reinterpret_cast<const unsigned short*>(from + 4 * i) : 0;
+      const unsigned short high = 4 * i + 2 < valid ? *reinterpret_cast<const unsigned short*>(from + 4 * i + 2) : 0;
+      word[i] = low | static_cast<unsigned>(high) << 16;
+    }
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                 "r"(word[3])
+                 : "memory");
+  }
+}
+
+// A tile of `kTileRows` rows of which `rows` exist; the others, and the columns that pad the head dim, become zero.
+template <int kTileRows, int kHeadDim, int kRowBytes>
+__device__ __forceinline__ void load_tile(Address to, const char* from, long long stride_bytes, int rows) {
+  constexpr int kChunks = padded(kHeadDim) * kBytes / 16;
+  constexpr int kTotal = kTileRows * kChunks;
+  constexpr bool kWhole = kHeadDim * kBytes % 16 == 0;
+#pragma unroll
+  for (int first = 0; first < kTotal; first += kThreads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    if (kTotal % kThreads != 0 && i >= kTotal) break;
+    const int row = i / kChunks;
+    const int chunk = i % kChunks;
+    int valid = kHeadDim * kBytes - 16 * chunk;
+    if (kWhole && padded(kHeadDim) == kHeadDim) {
+      valid = 16;
+    } else {
+      valid = valid < 0 ? 0 : valid > 16 ? 16 : valid;
+    }
+    if (row >= rows) valid = 0;
+    // What is not read still has to be an address inside the tensor.
+    const char* const source = from + (row < rows ? row : 0) * stride_bytes + (valid > 0 ? 16 * chunk : 0);
+    copy_chunk(to + row * kRowBytes + 16 * chunk, source, valid);
+  }
+}
+
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], Address address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], Address address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+__device__ __forceinline__ float4 load_float4(Address address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
+  return x;
+}
+__device__ __forceinline__ float2 load_float2(Address address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+  return x;
+}
+__device__ __forceinline__ void store_float2(Address address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
+// ---- Arithmetic
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two values rounded to the element type, the first in the low half.
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned word;
+  if constexpr (kElement == Element::kBF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
+// c += a * b for an m16n8k16 tile.
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  if constexpr (kElement == Element::kBF16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Accumulators as mma leaves them: of m tile m and n tile j, element 2 * r + e is row lane / 4 + 8 * r, column
+// 2 * (lane % 4) + e. The f32 loops keep to the same places.
+using Scores = float[kMTiles][kNTiles][4];
+using Output = float[kMTiles][kDvTiles][4];
+
+// ---- The two products, 16-bit elements
+
+constexpr int kKSteps = kD / 16;
+constexpr bool kQInRegisters = kConfig.q_in_registers && kElement != Element::kF32;
+// Q's fragments of all steps, or none.
+using QFragments = unsigned[kQInRegisters ? kMTiles : 1][kQInRegisters ? kKSteps : 1][4];
+
+// Where this lane points ldmatrix to for the left operand: rows 0 to 15 by chunks 0 and 1.
+__device__ __forceinline__ Address left_operand(Address tile, int row, int row_bytes) {
+  const int lane = threadIdx.x % 32;
+  return tile + (row + lane % 16) * row_bytes + lane / 16 * 16;
+}
+
+__device__ __forceinline__ void load_q(QFragments& fragments, Address q) {
+  if constexpr (kQInRegisters) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int k = 0; k < kKSteps; ++k) load_matrices(fragments[m][k], q + m * 16 * kQRowBytes + k * 32);
+    }
+  }
+}
+
+// s = Q K^T. `q` points to this warp's rows as left_operand says, `k` to the tile.
+__device__ __forceinline__ void multiply_qk(Scores& s, const QFragments& fragments, Address q, Address k) {
+  const int lane = threadIdx.x % 32;
+  // Two n tiles of 8 keys by two chunks.
+  const Address keys = k + (lane % 8 + lane / 16 * 8) * kQRowBytes + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int step = 0; step < kKSteps; ++step) {
+    unsigned a[kMTiles][4];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      if constexpr (kQInRegisters) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = fragments[m][step][i];
+      } else {
+        load_matrices(a[m], q + m * 16 * kQRowBytes + step * 32);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kNTiles; j += 2) {
+      unsigned b[4];
+      load_matrices(b, keys + j * 8 * kQRowBytes + step * 32);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        multiply(s[m][j], a[m], b[0], b[1]);
+        multiply(s[m][j + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// o += P V, P in the registers that held the scores: two n tiles of it are one left operand.
+__device__ __forceinline__ void multiply_pv(Output& o, const Scores& p, Address v) {
+  const int lane = threadIdx.x % 32;
+  const Address values = v + lane % 16 * kVRowBytes + lane / 16 * 16;
+#pragma unroll
+  for (int j = 0; j < kNTiles; j += 2) {
+    unsigned a[kMTiles][4];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      a[m][0] = pack(p[m][j][0], p[m][j][1]);
+      a[m][1] = pack(p[m][j][2], p[m][j][3]);
+      a[m][2] = pack(p[m][j + 1][0], p[m][j + 1][1]);
+      a[m][3] = pack(p[m][j + 1][2], p[m][j + 1][3]);
+    }
+#pragma unroll
+    for (int i = 0; i < kDvTiles; i += 2) {
+      unsigned b[4];
+      load_matrices_transposed(b, values + j * 8 * kVRowBytes + i * 16);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        multiply(o[m][i], a[m], b[0], b[1]);
+        multiply(o[m][i + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// ---- The two products, f32: fused multiply-adds, exact to f32 for every input, infinities included
+
+// `q` is the first of this thread's rows.
+__device__ __forceinline__ void multiply_qk_f32(Scores& s, Address q, Address k) {
+  const int lane = threadIdx.x % 32;
+  const Address keys = k + lane % 4 * 2 * kQRowBytes;
+#pragma unroll 1
+  for (int d = 0; d < kD; d += 4) {
+    float4 a[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) a[r] = load_float4(q + r * 8 * kQRowBytes + d * 4);
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float4 b = load_float4(keys + (j * 8 + e) * kQRowBytes + d * 4);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          float& sum = s[r / 2][j][r % 2 * 2 + e];
+          sum = fmaf(a[r].w, b.w, fmaf(a[r].z, b.z, fmaf(a[r].y, b.y, fmaf(a[r].x, b.x, sum))));
+        }
+      }
+    }
+  }
+}
+
+// Passes P through this warp's part of shared memory; `p_rows` is the first of this thread's rows there.
+__device__ __forceinline__ void multiply_pv_f32(Output& o, const Scores& p, Address p_rows, Address v) {
+  constexpr int kPRowBytes = p_row_floats(kConfig) * 4;
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j) {
+      store_float2(p_rows + r * 8 * kPRowBytes + (j * 8 + lane % 4 * 2) * 4, p[r / 2][j][r % 2 * 2],
+                   p[r / 2][j][r % 2 * 2 + 1]);
+    }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int kv = 0; kv < kTileN; kv += 4) {
+    float4 a[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) a[r] = load_float4(p_rows + r * 8 * kPRowBytes + kv * 4);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const Address values = v + (kv + n) * kVRowBytes + lane % 4 * 8;
+#pragma unroll
+      for (int i = 0; i < kDvTiles; ++i) {
+        const float2 b = load_float2(values + i * 32);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float x = n == 0 ? a[r].x : n == 1 ? a[r].y : n == 2 ? a[r].z : a[r].w;
+          float* const sum = &o[r / 2][i][r % 2 * 2];
+          sum[0] = fmaf(x, b.x, sum[0]);
+          sum[1] = fmaf(x, b.y, sum[1]);
+        }
+      }
+    }
+  }
+}
+
+// ---- The mod and the softmax
+
+// Scores are raised against this multiplier only inside the exponential where the mod leaves them as they are: one fused
+// operation each. Its sign must not turn the maximum round, so another multiplier is applied beforehand.
+constexpr bool kIdentity = Mod::kIdentity;
+
+struct RowState {
+  float max;  // of the modified scores, in units of log2 over `factor`
+  float sum;  // of the exponentials of this thread's columns
+};
+
+template <typename Block, typename Row>
+__device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params, const Block& block,
+                                          const Row (&rows)[kRows], int kv_base) {
+  const int kv_first = params.kv_idx_origin + kv_base + static_cast<int>(threadIdx.x) % 4 * 2;
+  if (kIdentity && params.score_scale <= 0) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int j = 0; j < kNTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[m][j][e] *= params.score_scale;
+      }
+    }
+  }
+  if constexpr (!kIdentity || Mod::kHasMask) {
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const auto column = Mod::column(params.captured, block, kv_first + j * 8 + e);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          float& element = s[r / 2][j][r % 2 * 2 + e];
+          const float score = kIdentity ? element : element * params.score_scale;
+          float value = score;
+          if constexpr (!kIdentity) value = Mod::score(params.captured, score, block, rows[r], column);
+          if constexpr (Mod::kHasMask) {
+            if (!Mod::keep(params.captured, score, block, rows[r], column)) value = -kInfinity;
+          }
+          element = value;
+        }
+      }
+    }
+  }
+  // The columns of the last tile that are not there.
+  const int keys_left = params.seqlen_kv - kv_base;
+  if (keys_left < kTileN) {
+    const int first = static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (first + j * 8 + e >= keys_left) {
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) s[r / 2][j][r % 2 * 2 + e] = -kInfinity;
+        }
+      }
+    }
+  }
+}
+
+// Turns scores into probabilities and rescales what was summed before. NaN loses against every maximum and shows in its
+// exponential.
+__device__ __forceinline__ void softmax(Scores& s, Output& o, RowState (&state)[kRows], float factor) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int m = r / 2, c = r % 2 * 2;
+    float max = state[r].max;
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j) max = fmaxf(max, fmaxf(s[m][j][c], s[m][j][c + 1]));
+    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
+    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+    // Every element so far dropped: any finite reference makes their exponentials 0.
+    const float reference = max == -kInfinity ? 0.0f : max * factor;
+    const float rescale = exp2_approx(kIdentity ? fmaf(state[r].max, factor, -reference) : state[r].max - reference);
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[m][j][c + e];
+        x = exp2_approx(kIdentity ? fmaf(x, factor, -reference) : x - reference);
+        sum += x;
+      }
+    }
+    state[r].sum = fmaf(state[r].sum, rescale, sum);
+    state[r].max = max;
+#pragma unroll
+    for (int i = 0; i < kDvTiles; ++i) {
+      o[m][i][c] *= rescale;
+      o[m][i][c + 1] *= rescale;
+    }
+  }
+}
+
+// ---- Epilogue
+
+template <int kWidth>
+__device__ __forceinline__ void store_pieces(char* to, const unsigned (&word)[4], int valid) {
+#pragma unroll
+  for (int i = 0; i < 16; i += kWidth) {
+    if (i >= valid) break;
+    if constexpr (kWidth == 16) {
+      *reinterpret_cast<uint4*>(to) = {word[0], word[1], word[2], word[3]};
+    } else if constexpr (kWidth == 8) {
+      *reinterpret_cast<uint2*>(to + i) = {word[i / 4], word[i / 4 + 1]};
+    } else if constexpr (kWidth == 4) {
+      *reinterpret_cast<unsigned*>(to + i) = word[i / 4];
+    } else {
+      *reinterpret_cast<unsigned short*>(to + i) = static_cast<unsigned short>(word[i / 4] >> i % 4 * 8);
+    }
+  }
+}
+
+// Normalises this warp's rows, passes them through its part of Q's memory, and writes o, lse and row_max.
+__device__ __forceinline__ void store_output(const ForwardParams& params, Output& o, RowState (&state)[kRows],
+                                             float factor, Address q, int b, int h, int first_row) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const Address rows = q + warp * kWarpRows * kORowBytes;
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    float sum = state[r].sum;
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const float max = state[r].max * factor;
+    const bool empty = state[r].max == -kInfinity && sum == 0.0f;
+    const float inverse = 1.0f / sum;
+    const int m = r / 2, c = r % 2 * 2;
+    const Address row = rows + (lane / 4 + r * 8) * kORowBytes + lane % 4 * 2 * kBytes;
+#pragma unroll
+    for (int i = 0; i < kDvTiles; ++i) {
+      // 0 times a V that is not finite stays out of an empty row.
+      const float x = empty ? 0.0f : o[m][i][c] * inverse;
+      const float y = empty ? 0.0f : o[m][i][c + 1] * inverse;
+      if constexpr (kElement == Element::kF32) {
+        store_float2(row + i * 32, x, y);
+      } else {
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + i * 16), "r"(pack(x, y)) : "memory");
+      }
+    }
+    const int query = first_row + lane / 4 + r * 8;
+    if (lane % 4 == 0 && query < params.seqlen_q) {
+      if (params.lse) {
+        params.lse[b * params.lse_stride[0] + h * params.lse_stride[1] + query * params.lse_stride[2]] =
+            empty ? -kInfinity : (max + log2_approx(sum)) * kLn2;
+      }
+      if (params.row_max) {
+        params.row_max[b * params.row_max_stride[0] + h * params.row_max_stride[1] +
+                       query * params.row_max_stride[2]] = sum != sum && max != kInfinity ? sum : max * kLn2;
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = kDv * kBytes / 16;
+  char* const to = static_cast<char*>(params.o) + (b * params.o_stride[0] + h * params.o_stride[1]) * kBytes;
+#pragma unroll 4
+  for (int i = lane; i < kWarpRows * kChunks; i += 32) {
+    const int row = i / kChunks;
+    const int chunk = i % kChunks;
+    const int query = first_row + row;
+    const int valid = kConfig.head_dim_v * kBytes - 16 * chunk;
+    if (query >= params.seqlen_q || valid <= 0) continue;
+    unsigned word[4];
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(rows + row * kORowBytes + 16 * chunk));
+    store_pieces<(kConfig.store_bytes < kBytes ? kBytes : kConfig.store_bytes)>(
+        to + query * params.o_stride[2] * kBytes + 16 * chunk, word, valid);
+  }
+}
+
+}  // namespace attnjit::sm80
+
+extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::sm80::kConfig.min_blocks)
+    attnjit_forward(const __grid_constant__ attnjit::cuda::ForwardParams params) {
+  using namespace attnjit::sm80;
+  extern __shared__ __align__(128) char shared[];
+  const Address q_tile = shared_address(shared);
+  const Address k_tiles = q_tile + q_bytes(kConfig);
+  const Address v_tiles = k_tiles + kConfig.stages * k_bytes(kConfig);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+
+  // Tiles of one head are neighbours: they share K and V in the L2 cache.
+  const int m_tiles = (params.seqlen_q + kTileM - 1) / kTileM;
+  const int head = blockIdx.x / m_tiles;
+  const int first_query = (blockIdx.x - head * m_tiles) * kTileM;
+  const int b = head / params.num_heads;
+  const int h = head - b * params.num_heads;
+  const int h_kv = h / (params.num_heads / params.num_heads_kv);
+
+  const auto start = [&](const void* data, const long long (&stride)[3], int head_of, int row) {
+    return static_cast<const char*>(data) + (b * stride[0] + head_of * stride[1] + row * stride[2]) * kBytes;
+  };
+  const char* k = start(params.k, params.k_stride, h_kv, 0);
+  const char* v = start(params.v, params.v_stride, h_kv, 0);
+  const long long k_stride = params.k_stride[2] * kBytes;
+  const long long v_stride = params.v_stride[2] * kBytes;
+  const auto load_k = [&](int tile) {
+    load_tile<kTileN, kConfig.head_dim, kQRowBytes>(k_tiles + tile % kConfig.stages * k_bytes(kConfig), k, k_stride,
+                                                    params.seqlen_kv - tile * kTileN);
+    k += kTileN * k_stride;
+  };
+  const auto load_v = [&](int tile) {
+    load_tile<kTileN, kConfig.head_dim_v, kVRowBytes>(v_tiles + tile % kConfig.stages * v_bytes(kConfig), v, v_stride,
+                                                      params.seqlen_kv - tile * kTileN);
+    v += kTileN * v_stride;
+  };
+
+  const int n_tiles = (params.seqlen_kv + kTileN - 1) / kTileN;
+  load_tile<kTileM, kConfig.head_dim, kQRowBytes>(q_tile, start(params.q, params.q_stride, h, first_query),
+                                                  params.q_stride[2] * kBytes, params.seqlen_q - first_query);
+  if (n_tiles > 0) load_k(0);
+  if (kConfig.stages == 2 && n_tiles > 0) load_v(0);
+  async_commit();
+
+  const int warp_query = first_query + warp * kWarpRows;
+  const auto block = Mod::block(params.captured, b, h);
+  decltype(Mod::row(params.captured, block, 0)) rows[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    rows[r] = Mod::row(params.captured, block, params.q_idx_origin + warp_query + lane / 4 + r * 8);
+  }
+  const float factor = !kIdentity ? 1.0f : params.score_scale > 0 ? params.score_scale : 1.0f;
+
+  RowState state[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) state[r] = {-kInfinity, 0.0f};
+  Output o = {};
+  const Address q_fragment = left_operand(q_tile, warp * kWarpRows, kQRowBytes);
+  const Address q_row = q_tile + (warp * kWarpRows + lane / 4) * kQRowBytes;
+  const Address p_row = v_tiles + kConfig.stages * v_bytes(kConfig) +
+                        (warp * kWarpRows + lane / 4) * p_row_floats(kConfig) * 4;
+  QFragments q_fragments;
+  if constexpr (kQInRegisters) {
+    async_wait<0>();
+    __syncthreads();
+    load_q(q_fragments, q_fragment);
+  }
+
+#pragma unroll 1
+  for (int tile = 0; tile < n_tiles; ++tile) {
+    // K of this tile is there, and everybody is done with what the next loads overwrite.
+    async_wait<0>();
+    __syncthreads();
+    if constexpr (kConfig.stages == 1) {
+      load_v(tile);
+    } else if (tile + 1 < n_tiles) {
+      load_k(tile + 1);
+      load_v(tile + 1);
+    }
+    async_commit();
+
+    Scores s = {};
+    const Address k_tile = k_tiles + tile % kConfig.stages * k_bytes(kConfig);
+    if constexpr (kElement == Element::kF32) {
+      multiply_qk_f32(s, q_row, k_tile);
+    } else {
+      multiply_qk(s, q_fragments, q_fragment, k_tile);
+    }
+    apply_mod(s, params, block, rows, tile * kTileN);
+
+    if constexpr (kConfig.stages == 1) {
+      async_wait<0>();
+      __syncthreads();
+      if (tile + 1 < n_tiles) load_k(tile + 1);
+      async_commit();
+    }
+    softmax(s, o, state, factor);
+    const Address v_tile = v_tiles + tile % kConfig.stages * v_bytes(kConfig);
+    if constexpr (kElement == Element::kF32) {
+      multiply_pv_f32(o, s, p_row, v_tile);
+    } else {
+      multiply_pv(o, s, v_tile);
+    }
+  }
+  // Q's memory becomes O's; each warp writes over rows of Q that others may read where O's rows are longer.
+  async_wait<0>();
+  __syncthreads();
+  store_output(params, o, state, factor, q_tile, b, h, warp_query);
+}
