@@ -1,8 +1,8 @@
 // Fused attention forward for compute capability 8.0 and later: mma.sync, ldmatrix, cp.async, online softmax.
 //
-// Follows FlashAttention-2 (arXiv 2307.08691): a block owns tile_m queries of one head and walks over the keys, each warp
-// owning whole rows, so that the softmax needs no more than the four lanes that share a row. Scores never leave the
-// registers (f32 elements: probabilities pass through shared memory). Compiled behind params.h, mod_defaults.cuh,
+// Follows FlashAttention-2 (arXiv 2307.08691): a block owns tile_m queries of one head and walks over the keys, each
+// warp owning whole rows, so that the softmax needs no more than the four lanes that share a row. Scores never leave
+// the registers (f32 elements: probabilities pass through shared memory). Compiled behind params.h, mod_defaults.cuh,
 // config.h, the emitted Mod and kConfig.
 namespace attnjit::sm80 {
 
@@ -21,6 +21,10 @@ constexpr int kDv = padded(kConfig.head_dim_v);
 constexpr int kQRowBytes = row_bytes(kElement, kConfig.head_dim);
 constexpr int kVRowBytes = row_bytes(kElement, kConfig.head_dim_v);
 constexpr int kORowBytes = kVRowBytes;
+constexpr int kPRowBytes = p_row_floats(kConfig) * 4;
+constexpr int kQTileBytes = q_bytes(kConfig);
+constexpr int kKTileBytes = k_bytes(kConfig);
+constexpr int kVTileBytes = v_bytes(kConfig);
 constexpr int kWarpRows = kTileM / kWarps;
 constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp
 constexpr int kRows = 2 * kMTiles;       // rows of a thread: lane / 4 + 8 * r of its warp's
@@ -31,6 +35,23 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 static_assert(kTileM % (16 * kWarps) == 0 && kTileN % 16 == 0);
 static_assert(kConfig.stages == 1 || kConfig.stages == 2);
+
+// ---- The block's place
+
+struct Place {
+  int b, h, first_query;
+};
+
+// Tiles of one head are neighbours: they share K and V in the L2 cache. Read anew by every caller, since what only the
+// epilogue needs would occupy registers all along.
+__device__ __forceinline__ Place place_of_block(const ForwardParams& params) {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  const int m_tiles = (params.seqlen_q + kTileM - 1) / kTileM;
+  const int head = index / m_tiles;
+  const int b = head / params.num_heads;
+  return {b, head - b * params.num_heads, (index - head * m_tiles) * kTileM};
+}
 
 // ---- Shared memory and global memory
 
@@ -54,14 +75,15 @@ __device__ __forceinline__ void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 16 bytes to shared memory, of which the first `valid` come from `from` and the rest are zero.
+// 16 bytes to shared memory, of which the first `valid` come from `from` and the rest are zero. Nothing is read behind
+// `valid`, wherever `from` points.
 __device__ __forceinline__ void copy_chunk(Address to, const char* from, int valid) {
   constexpr int kWidth = kConfig.load_bytes < kBytes ? kBytes : kConfig.load_bytes;
   if constexpr (kWidth >= 4) {
 #pragma unroll
     for (int i = 0; i < 16; i += kWidth) {
       const int left = valid - i;
-      async_copy<kWidth>(to + i, left > 0 ? from + i : from, left < 0 ? 0 : left > kWidth ? kWidth : left);
+      async_copy<kWidth>(to + i, from + i, left < 0 ? 0 : left > kWidth ? kWidth : left);
     }
   } else {
     unsigned word[4];
@@ -77,30 +99,58 @@ __device__ __forceinline__ void copy_chunk(Address to, const char* from, int val
   }
 }
 
-// A tile of `kTileRows` rows of which `rows` exist; the others, and the columns that pad the head dim, become zero.
+// Copies tile after tile of `kTileRows` rows. Rows that do not exist, and columns that pad the head dim, become zero.
 template <int kTileRows, int kHeadDim, int kRowBytes>
-__device__ __forceinline__ void load_tile(Address to, const char* from, long long stride_bytes, int rows) {
-  constexpr int kChunks = padded(kHeadDim) * kBytes / 16;
-  constexpr int kTotal = kTileRows * kChunks;
-  constexpr bool kWhole = kHeadDim * kBytes % 16 == 0;
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(const char* from, long long stride_bytes)
+      : source_(from + (kEven ? static_cast<int>(threadIdx.x) / kChunks * stride_bytes +
+                                    static_cast<int>(threadIdx.x) % kChunks * 16
+                              : 0)),
+        stride_(stride_bytes) {}
+
+  // The next tile, of which `rows` rows exist.
+  __device__ __forceinline__ void load(Address to, int rows) {
+    if constexpr (kEven) {
+      const int row = static_cast<int>(threadIdx.x) / kChunks;
+      const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+      to += row * kRowBytes + 16 * chunk;
 #pragma unroll
-  for (int first = 0; first < kTotal; first += kThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    if (kTotal % kThreads != 0 && i >= kTotal) break;
-    const int row = i / kChunks;
-    const int chunk = i % kChunks;
-    int valid = kHeadDim * kBytes - 16 * chunk;
-    if (kWhole && padded(kHeadDim) == kHeadDim) {
-      valid = 16;
+      for (int i = 0; i < kTotal / kThreads; ++i) {
+        copy_chunk(to + i * kStep * kRowBytes, source_, valid_bytes(row + i * kStep, chunk, rows));
+        source_ += kStep * stride_;
+      }
     } else {
-      valid = valid < 0 ? 0 : valid > 16 ? 16 : valid;
+#pragma unroll
+      for (int first = 0; first < kTotal; first += kThreads) {
+        const int i = first + static_cast<int>(threadIdx.x);
+        if (kTotal % kThreads != 0 && i >= kTotal) break;
+        const int row = i / kChunks;
+        const int chunk = i % kChunks;
+        copy_chunk(to + row * kRowBytes + 16 * chunk, source_ + row * stride_ + 16 * chunk,
+                   valid_bytes(row, chunk, rows));
+      }
+      source_ += kTileRows * stride_;
     }
-    if (row >= rows) valid = 0;
-    // What is not read still has to be an address inside the tensor.
-    const char* const source = from + (row < rows ? row : 0) * stride_bytes + (valid > 0 ? 16 * chunk : 0);
-    copy_chunk(to + row * kRowBytes + 16 * chunk, source, valid);
   }
-}
+
+ private:
+  static constexpr int kChunks = kRowBytes / 16 - 1;
+  static constexpr int kTotal = kTileRows * kChunks;
+  // A thread keeps to its chunk and walks down the rows where that comes out even.
+  static constexpr bool kEven = kThreads % kChunks == 0 && kTotal % kThreads == 0;
+  static constexpr int kStep = kThreads / kChunks;
+  static constexpr bool kUnpadded = kHeadDim * kBytes == 16 * kChunks;
+
+  static __device__ __forceinline__ int valid_bytes(int row, int chunk, int rows) {
+    int valid = kHeadDim * kBytes - 16 * chunk;
+    valid = kUnpadded || valid > 16 ? 16 : valid < 0 ? 0 : valid;
+    return row < rows ? valid : 0;
+  }
+
+  const char* source_;
+  const long long stride_;
+};
 
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], Address address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -154,7 +204,8 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   if constexpr (kElement == Element::kBF16) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, "
         "%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -280,7 +331,6 @@ __device__ __forceinline__ void multiply_qk_f32(Scores& s, Address q, Address k)
 
 // Passes P through this warp's part of shared memory; `p_rows` is the first of this thread's rows there.
 __device__ __forceinline__ void multiply_pv_f32(Output& o, const Scores& p, Address p_rows, Address v) {
-  constexpr int kPRowBytes = p_row_floats(kConfig) * 4;
   const int lane = threadIdx.x % 32;
   __syncwarp();
 #pragma unroll
@@ -317,8 +367,8 @@ __device__ __forceinline__ void multiply_pv_f32(Output& o, const Scores& p, Addr
 
 // ---- The mod and the softmax
 
-// Scores are raised against this multiplier only inside the exponential where the mod leaves them as they are: one fused
-// operation each. Its sign must not turn the maximum round, so another multiplier is applied beforehand.
+// Scores are raised against this multiplier only inside the exponential where the mod leaves them as they are: one
+// fused operation each. Its sign must not turn the maximum round, so another multiplier is applied beforehand.
 constexpr bool kIdentity = Mod::kIdentity;
 
 struct RowState {
@@ -349,7 +399,7 @@ __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           float& element = s[r / 2][j][r % 2 * 2 + e];
-          const float score = kIdentity ? element : element * params.score_scale;
+          const float score = kIdentity && !Mod::kMaskReadsScore ? element : element * params.score_scale;
           float value = score;
           if constexpr (!kIdentity) value = Mod::score(params.captured, score, block, rows[r], column);
           if constexpr (Mod::kHasMask) {
@@ -432,9 +482,11 @@ __device__ __forceinline__ void store_pieces(char* to, const unsigned (&word)[4]
 
 // Normalises this warp's rows, passes them through its part of Q's memory, and writes o, lse and row_max.
 __device__ __forceinline__ void store_output(const ForwardParams& params, Output& o, RowState (&state)[kRows],
-                                             float factor, Address q, int b, int h, int first_row) {
+                                             float factor, Address q) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
+  const auto [b, h, first_query] = place_of_block(params);
+  const int first_row = first_query + warp * kWarpRows;
   const Address rows = q + warp * kWarpRows * kORowBytes;
   __syncwarp();
 #pragma unroll
@@ -465,8 +517,8 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, Output
             empty ? -kInfinity : (max + log2_approx(sum)) * kLn2;
       }
       if (params.row_max) {
-        params.row_max[b * params.row_max_stride[0] + h * params.row_max_stride[1] +
-                       query * params.row_max_stride[2]] = sum != sum && max != kInfinity ? sum : max * kLn2;
+        params.row_max[b * params.row_max_stride[0] + h * params.row_max_stride[1] + query * params.row_max_stride[2]] =
+            sum != sum && max != kInfinity ? sum : max * kLn2;
       }
     }
   }
@@ -496,40 +548,32 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
   using namespace attnjit::sm80;
   extern __shared__ __align__(128) char shared[];
   const Address q_tile = shared_address(shared);
-  const Address k_tiles = q_tile + q_bytes(kConfig);
-  const Address v_tiles = k_tiles + kConfig.stages * k_bytes(kConfig);
+  const Address k_tiles = q_tile + kQTileBytes;
+  const Address v_tiles = k_tiles + kConfig.stages * kKTileBytes;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  // Tiles of one head are neighbours: they share K and V in the L2 cache.
-  const int m_tiles = (params.seqlen_q + kTileM - 1) / kTileM;
-  const int head = blockIdx.x / m_tiles;
-  const int first_query = (blockIdx.x - head * m_tiles) * kTileM;
-  const int b = head / params.num_heads;
-  const int h = head - b * params.num_heads;
+  const auto [b, h, first_query] = place_of_block(params);
   const int h_kv = h / (params.num_heads / params.num_heads_kv);
 
   const auto start = [&](const void* data, const long long (&stride)[3], int head_of, int row) {
     return static_cast<const char*>(data) + (b * stride[0] + head_of * stride[1] + row * stride[2]) * kBytes;
   };
-  const char* k = start(params.k, params.k_stride, h_kv, 0);
-  const char* v = start(params.v, params.v_stride, h_kv, 0);
-  const long long k_stride = params.k_stride[2] * kBytes;
-  const long long v_stride = params.v_stride[2] * kBytes;
+  Loader<kTileN, kConfig.head_dim, kQRowBytes> k(start(params.k, params.k_stride, h_kv, 0),
+                                                 params.k_stride[2] * kBytes);
+  Loader<kTileN, kConfig.head_dim_v, kVRowBytes> v(start(params.v, params.v_stride, h_kv, 0),
+                                                   params.v_stride[2] * kBytes);
   const auto load_k = [&](int tile) {
-    load_tile<kTileN, kConfig.head_dim, kQRowBytes>(k_tiles + tile % kConfig.stages * k_bytes(kConfig), k, k_stride,
-                                                    params.seqlen_kv - tile * kTileN);
-    k += kTileN * k_stride;
+    k.load(k_tiles + tile % kConfig.stages * kKTileBytes, params.seqlen_kv - tile * kTileN);
   };
   const auto load_v = [&](int tile) {
-    load_tile<kTileN, kConfig.head_dim_v, kVRowBytes>(v_tiles + tile % kConfig.stages * v_bytes(kConfig), v, v_stride,
-                                                      params.seqlen_kv - tile * kTileN);
-    v += kTileN * v_stride;
+    v.load(v_tiles + tile % kConfig.stages * kVTileBytes, params.seqlen_kv - tile * kTileN);
   };
 
   const int n_tiles = (params.seqlen_kv + kTileN - 1) / kTileN;
-  load_tile<kTileM, kConfig.head_dim, kQRowBytes>(q_tile, start(params.q, params.q_stride, h, first_query),
-                                                  params.q_stride[2] * kBytes, params.seqlen_q - first_query);
+  Loader<kTileM, kConfig.head_dim, kQRowBytes>(start(params.q, params.q_stride, h, first_query),
+                                               params.q_stride[2] * kBytes)
+      .load(q_tile, params.seqlen_q - first_query);
   if (n_tiles > 0) load_k(0);
   if (kConfig.stages == 2 && n_tiles > 0) load_v(0);
   async_commit();
@@ -549,8 +593,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
   Output o = {};
   const Address q_fragment = left_operand(q_tile, warp * kWarpRows, kQRowBytes);
   const Address q_row = q_tile + (warp * kWarpRows + lane / 4) * kQRowBytes;
-  const Address p_row = v_tiles + kConfig.stages * v_bytes(kConfig) +
-                        (warp * kWarpRows + lane / 4) * p_row_floats(kConfig) * 4;
+  const Address p_row = v_tiles + kConfig.stages * kVTileBytes + (warp * kWarpRows + lane / 4) * kPRowBytes;
   QFragments q_fragments;
   if constexpr (kQInRegisters) {
     async_wait<0>();
@@ -572,7 +615,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
     async_commit();
 
     Scores s = {};
-    const Address k_tile = k_tiles + tile % kConfig.stages * k_bytes(kConfig);
+    const Address k_tile = k_tiles + tile % kConfig.stages * kKTileBytes;
     if constexpr (kElement == Element::kF32) {
       multiply_qk_f32(s, q_row, k_tile);
     } else {
@@ -587,7 +630,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
       async_commit();
     }
     softmax(s, o, state, factor);
-    const Address v_tile = v_tiles + tile % kConfig.stages * v_bytes(kConfig);
+    const Address v_tile = v_tiles + tile % kConfig.stages * kVTileBytes;
     if constexpr (kElement == Element::kF32) {
       multiply_pv_f32(o, s, p_row, v_tile);
     } else {
@@ -597,5 +640,5 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
   // Q's memory becomes O's; each warp writes over rows of Q that others may read where O's rows are longer.
   async_wait<0>();
   __syncthreads();
-  store_output(params, o, state, factor, q_tile, b, h, warp_query);
+  store_output(params, o, state, factor, q_tile);
 }
