@@ -93,7 +93,9 @@ struct OutputTensors {
       : o(spec.dtype, {spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v}, spec.layout_o,
           spec.layout_o == Layout::kPadded ? 1 : 0),
         lse(dsl::DType::kF32, {spec.batch, spec.num_heads, spec.seqlen_q}, Layout::kPacked),
-        row_max(lse.dtype(), lse.shape(), Layout::kPacked) {}
+        row_max(lse.dtype(), lse.shape(), Layout::kPacked) {
+    o.poison();
+  }
 
   void give_to(attnjit_attention* call, Outputs outputs) {
     call->o = o.dl();

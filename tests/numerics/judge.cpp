@@ -18,6 +18,98 @@ struct Means {
   std::int64_t count = 0, eager_count = 0;
 };
 
+std::size_t flat_index(const Case& spec, const RowIndex& at) {
+  return static_cast<std::size_t>((at.b * spec.num_heads + at.h) * spec.seqlen_q + at.q_idx);
+}
+
+// Rules 2 to 4 for one row that float32 decides. Why it is rejected; empty where it is right.
+std::string judge_row(const Case& spec, const GoldRow& row, const Outcome& outcome, Means* means, double* worst) {
+  const auto features = static_cast<std::size_t>(spec.head_dim_v);
+  const std::size_t flat = flat_index(spec, row.at);
+  const std::string place = fmt::format("b={} h={} q_idx={}", row.at.b, row.at.h, row.at.q_idx);
+  for (std::size_t d = 0; d < features; ++d) {
+    const double ours = outcome.o[flat * features + d], expected = row.o[d];
+    if (row.bound[d] == kInfinity) continue;
+    if (!std::isfinite(expected) || !std::isfinite(ours)) {
+      const bool same = std::isnan(expected) ? std::isnan(ours) : ours == expected;
+      if (!same) {
+        return fmt::format("rule 3, pattern: o at {} d={} is {}, expected {}", place, d, ours, expected);
+      }
+      continue;
+    }
+    const double error = std::fabs(ours - expected);
+    if (row.bound[d] > 0.0) *worst = std::max(*worst, error / row.bound[d]);
+    // Written so that a NaN bound fails as well.
+    if (!(error <= row.bound[d])) {
+      return fmt::format("rule 2, element: o at {} d={} is {:.9g}, expected {:.9g}: off by {:.3g}, allowed {:.3g}",
+                         place, d, ours, expected, error, row.bound[d]);
+    }
+    means->ours += error;
+    means->ideal += std::fabs(row.ideal[d] - expected);
+    means->gold += std::fabs(expected);
+    means->scatter += row.scatter[d];
+    ++means->count;
+    if (std::isfinite(row.eager[d])) {
+      means->eager += std::fabs(row.eager[d] - expected);
+      ++means->eager_count;
+    }
+  }
+  if (!outcome.lse.empty()) {
+    const double ours = outcome.lse[flat];
+    if (row.poisoned) {
+      // exp of +infinity may also be taken at its word.
+      if (!std::isnan(ours) && ours != kInfinity) {
+        return fmt::format("rule 3, pattern: lse at {} is {}, expected NaN", place, ours);
+      }
+    } else if (!std::isfinite(row.lse) || !std::isfinite(ours)) {
+      if (ours != row.lse) {
+        return fmt::format("rule 3, pattern: lse at {} is {}, expected {}", place, ours, row.lse);
+      }
+    } else {
+      if (!(std::fabs(ours - row.lse) <= row.lse_bound)) {
+        return fmt::format("rule 4, lse: at {} is {:.9g}, expected {:.9g}, allowed {:.3g}", place, ours, row.lse,
+                           row.lse_bound);
+      }
+    }
+  }
+  if (!outcome.row_max.empty() && !row.poisoned) {
+    const double ours = outcome.row_max[flat];
+    // The maximum goes through log2 units and back: two more roundings than the score.
+    const double slack = std::isfinite(row.row_max) ? 8.0 * 0x1p-24 * (1.0 + std::fabs(row.row_max)) : 0.0;
+    if (!(ours >= row.row_max_lo - slack && ours <= row.row_max_hi + slack)) {
+      return fmt::format("rule 4, row maximum: at {} is {:.9g}, expected {:.9g}", place, ours, row.row_max);
+    }
+  }
+  return "";
+}
+
+// Rows that were not sampled and hold a NaN, as one that was never written does: outputs are NaN before a run.
+std::vector<RowIndex> other_nan_rows(const Case& spec, const Gold& gold, const Outcome& outcome) {
+  const auto features = static_cast<std::size_t>(spec.head_dim_v);
+  std::vector<bool> sampled(static_cast<std::size_t>(spec.batch * spec.num_heads * spec.seqlen_q), false);
+  for (const GoldRow& row : gold.row) sampled[flat_index(spec, row.at)] = true;
+  const auto has_nan = [](const std::vector<double>& values, std::size_t begin, std::size_t count) {
+    return !values.empty() &&
+           std::any_of(values.begin() + static_cast<std::ptrdiff_t>(begin),
+                       values.begin() + static_cast<std::ptrdiff_t>(begin + count), [](double x) { return x != x; });
+  };
+  std::vector<RowIndex> rows;
+  for (std::int64_t b = 0; b < spec.batch; ++b) {
+    for (std::int64_t h = 0; h < spec.num_heads; ++h) {
+      for (std::int64_t q_idx = 0; q_idx < spec.seqlen_q; ++q_idx) {
+        const RowIndex at{b, h, q_idx};
+        const std::size_t flat = flat_index(spec, at);
+        if (sampled[flat]) continue;
+        if (has_nan(outcome.o, flat * features, features) || has_nan(outcome.lse, flat, 1) ||
+            has_nan(outcome.row_max, flat, 1)) {
+          rows.push_back(at);
+        }
+      }
+    }
+  }
+  return rows;
+}
+
 }  // namespace
 
 Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome) {
@@ -28,9 +120,10 @@ Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome) 
     verdict.why = std::move(why);
     return verdict;
   };
-  const auto features = static_cast<std::size_t>(spec.head_dim_v);
   const auto rows = static_cast<std::size_t>(spec.batch * spec.num_heads * spec.seqlen_q);
-  if (outcome.o.size() != rows * features) return reject("the output has another size");
+  if (outcome.o.size() != rows * static_cast<std::size_t>(spec.head_dim_v)) {
+    return reject("the output has another size");
+  }
 
   Means means;
   for (const GoldRow& row : gold.row) {
@@ -39,61 +132,13 @@ Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome) 
       continue;
     }
     ++verdict.judged;
-    const auto flat = static_cast<std::size_t>((row.at.b * spec.num_heads + row.at.h) * spec.seqlen_q + row.at.q_idx);
-    const std::string place = fmt::format("b={} h={} q_idx={}", row.at.b, row.at.h, row.at.q_idx);
-    for (std::size_t d = 0; d < features; ++d) {
-      const double ours = outcome.o[flat * features + d], expected = row.o[d];
-      if (row.bound[d] == kInfinity) continue;
-      if (!std::isfinite(expected) || !std::isfinite(ours)) {
-        const bool same = std::isnan(expected) ? std::isnan(ours) : ours == expected;
-        if (!same)
-          return reject(fmt::format("rule 3, pattern: o at {} d={} is {}, expected {}", place, d, ours, expected));
-        continue;
-      }
-      const double error = std::fabs(ours - expected);
-      if (row.bound[d] > 0.0) verdict.worst = std::max(verdict.worst, error / row.bound[d]);
-      // Written so that a NaN bound fails as well.
-      if (!(error <= row.bound[d])) {
-        return reject(
-            fmt::format("rule 2, element: o at {} d={} is {:.9g}, expected {:.9g}: off by {:.3g}, allowed {:.3g}",
-                        place, d, ours, expected, error, row.bound[d]));
-      }
-      means.ours += error;
-      means.ideal += std::fabs(row.ideal[d] - expected);
-      means.gold += std::fabs(expected);
-      means.scatter += row.scatter[d];
-      ++means.count;
-      if (std::isfinite(row.eager[d])) {
-        means.eager += std::fabs(row.eager[d] - expected);
-        ++means.eager_count;
-      }
-    }
-    if (!outcome.lse.empty()) {
-      const double ours = outcome.lse[flat];
-      if (row.poisoned) {
-        // exp of +infinity may also be taken at its word.
-        if (!std::isnan(ours) && ours != kInfinity) {
-          return reject(fmt::format("rule 3, pattern: lse at {} is {}, expected NaN", place, ours));
-        }
-      } else if (!std::isfinite(row.lse) || !std::isfinite(ours)) {
-        if (ours != row.lse) {
-          return reject(fmt::format("rule 3, pattern: lse at {} is {}, expected {}", place, ours, row.lse));
-        }
-      } else {
-        if (!(std::fabs(ours - row.lse) <= row.lse_bound)) {
-          return reject(fmt::format("rule 4, lse: at {} is {:.9g}, expected {:.9g}, allowed {:.3g}", place, ours,
-                                    row.lse, row.lse_bound));
-        }
-      }
-    }
-    if (!outcome.row_max.empty() && !row.poisoned) {
-      const double ours = outcome.row_max[flat];
-      // The maximum goes through log2 units and back: two more roundings than the score.
-      const double slack = std::isfinite(row.row_max) ? 8.0 * 0x1p-24 * (1.0 + std::fabs(row.row_max)) : 0.0;
-      if (!(ours >= row.row_max_lo - slack && ours <= row.row_max_hi + slack)) {
-        return reject(fmt::format("rule 4, row maximum: at {} is {:.9g}, expected {:.9g}", place, ours, row.row_max));
-      }
-    }
+    if (std::string why = judge_row(spec, row, outcome, &means, &verdict.worst); !why.empty()) return reject(why);
+  }
+  // No part of the sample, so neither of its means nor of its counts.
+  Means ignored;
+  for (const GoldRow& row : compute_gold(problem, other_nan_rows(spec, gold, outcome)).row) {
+    if (row.undecided) continue;
+    if (std::string why = judge_row(spec, row, outcome, &ignored, &verdict.worst); !why.empty()) return reject(why);
   }
 
   if (means.count > 0) {

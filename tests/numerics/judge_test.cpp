@@ -36,6 +36,11 @@ constexpr const char* kPoisonedKeys =
     "b=1 hq=2 sq=40 skv=64 d=16 dtype=float32 inputs=poisoned score_mod=\"where(kv_idx < 50, score, -inf)\" rows=400";
 constexpr const char* kLogScore = "b=1 hq=2 sq=40 skv=64 d=16 dtype=float32 score_mod=\"log(score + 2)\" rows=400";
 
+constexpr const char* kFewSampled = "b=2 hq=2 sq=70 skv=40 d=16 dtype=float32 score_mod=\"causal\" rows=12";
+// Most rows are rightly NaN; the few that are not are found all the same.
+constexpr const char* kFewSampledNan =
+    "b=1 hq=2 sq=70 skv=40 d=16 dtype=float32 score_mod=\"where(q_idx > 2, log(score), score)\" rows=12";
+
 class NumericsJudgeFlaw : public testing::TestWithParam<FlawCase> {};
 
 TEST_P(NumericsJudgeFlaw, IsRejected) {
@@ -70,7 +75,8 @@ INSTANTIATE_TEST_SUITE_P(
                     FlawCase{Flaw::kLseWithoutMax, kPlainF32}, FlawCase{Flaw::kRowMaxOfScores, kBiasF16},
                     FlawCase{Flaw::kNanSwallowed, kLogScore}, FlawCase{Flaw::kDroppedNan, kPoisonedKeys},
                     FlawCase{Flaw::kMaskedRowNan, kMaskedRows}, FlawCase{Flaw::kMaskedLseZero, kMaskedRows},
-                    FlawCase{Flaw::kMaskIgnored, kMaskModBf16}),
+                    FlawCase{Flaw::kMaskIgnored, kMaskModBf16}, FlawCase{Flaw::kRowNotWritten, kFewSampled},
+                    FlawCase{Flaw::kLseNotWritten, kFewSampled}, FlawCase{Flaw::kRowNotWritten, kFewSampledNan}),
     [](const auto& info) { return std::string(flaw_name(info.param.flaw)) + std::to_string(info.index); });
 
 class NumericsJudgeExpression : public testing::TestWithParam<Expression> {};
@@ -207,6 +213,16 @@ TEST(NumericsJudgeTensor, StoresWhatItReads) {
       EXPECT_EQ(tensor.at({1, 2}), round_to(dtype, value)) << dsl::dtype_name(dtype) << " " << value;
     }
     EXPECT_TRUE(std::isnan(tensor.at({0, 0})));
+    EXPECT_TRUE(tensor.surroundings_intact());
+  }
+}
+
+TEST(NumericsJudgeTensor, PoisonIsNan) {
+  for (const Layout layout : {Layout::kPadded, Layout::kHuge}) {
+    Tensor tensor(dsl::DType::kBF16, {2, 1, 3, 4}, layout);
+    tensor.set({1, 0, 2, 3}, 1.0);
+    tensor.poison();
+    for_each_index(tensor.shape(), [&](auto index) { EXPECT_TRUE(std::isnan(tensor.at(index))); });
     EXPECT_TRUE(tensor.surroundings_intact());
   }
 }

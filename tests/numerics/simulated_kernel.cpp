@@ -26,12 +26,12 @@ std::vector<dsl::CaptureView> views(const BoundMod& mod) {
 }  // namespace
 
 std::string_view flaw_name(Flaw flaw) {
-  static constexpr std::array<std::string_view, 26> kNames = {
+  static constexpr std::array<std::string_view, 28> kNames = {
       "None",          "ScaleDropped",   "ScaleTwice",     "MaskOffByOne",    "QueryOffByOne", "WrongHead",
       "WrongBatch",    "IndicesSwapped", "SwappedKvHead",  "LastTileSkipped", "PaddingScored", "ErrorHalfPercent",
       "OneElement",    "NoRescale",      "NoSumRescale",   "RowsExchanged",   "HeadDimCut",    "ScoresRounded",
       "LseInLog2",     "LseWithoutMax",  "RowMaxOfScores", "NanSwallowed",    "DroppedNan",    "MaskedRowNan",
-      "MaskedLseZero", "MaskIgnored"};
+      "MaskedLseZero", "MaskIgnored",    "RowNotWritten",  "LseNotWritten"};
   return kNames[static_cast<std::size_t>(flaw)];
 }
 
@@ -137,6 +137,20 @@ Outcome simulate(const Problem& problem, Flaw flaw) {
   if (flaw == Flaw::kRowsExchanged && out.o.size() >= 2 * width) {
     std::swap_ranges(out.o.begin(), out.o.begin() + static_cast<std::ptrdiff_t>(width),
                      out.o.begin() + static_cast<std::ptrdiff_t>(width));
+  }
+  if (flaw == Flaw::kRowNotWritten || flaw == Flaw::kLseNotWritten) {
+    std::vector<bool> sampled(out.lse.size(), false);
+    for (const RowIndex& at : sample_rows(spec)) {
+      sampled[static_cast<std::size_t>((at.b * spec.num_heads + at.h) * spec.seqlen_q + at.q_idx)] = true;
+    }
+    const auto row = static_cast<std::size_t>(std::find(sampled.begin(), sampled.end(), false) - sampled.begin());
+    constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+    if (row < sampled.size()) {
+      if (flaw == Flaw::kLseNotWritten) out.lse[row] = kNan;
+      if (flaw == Flaw::kRowNotWritten) {
+        std::fill_n(out.o.begin() + static_cast<std::ptrdiff_t>(row * width), width, kNan);
+      }
+    }
   }
   return out;
 }

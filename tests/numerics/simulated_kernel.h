@@ -34,6 +34,8 @@ enum class Flaw {
   kMaskedRowNan,      // a fully masked row gives 0 / 0
   kMaskedLseZero,     // a fully masked row's lse is 0
   kMaskIgnored,       // the mask_mod is not applied
+  kRowNotWritten,     // a row of o that no sampled row is stays as it was: NaN
+  kLseNotWritten,     // its lse does
 };
 
 // The name of a flaw as it appears in a test's name.

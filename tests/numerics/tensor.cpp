@@ -184,7 +184,12 @@ void Tensor::set_int(std::span<const std::int64_t> index, std::int64_t value) {
   }
 }
 
-void Tensor::poison() { std::fill_n(buffer_->data(), buffer_->size(), kPoison); }
+void Tensor::poison() {
+  const auto width = static_cast<std::size_t>(dsl::dtype_size(dtype_));
+  for_each_index(shape_, [&](auto index) {
+    std::fill_n(buffer_->data() + static_cast<std::size_t>(offset(index)) * width, width, kPoison);
+  });
+}
 
 bool Tensor::surroundings_intact() const {
   if (!buffer_->guards_intact()) return false;

@@ -64,7 +64,7 @@ class Tensor {
   }
   void set_int(std::span<const std::int64_t> index, std::int64_t value);
 
-  // Every byte back to poison, gaps included.
+  // Every element back to poison. Sparse memory, which is zero at first, gets it by this only.
   void poison();
   bool guards_intact() const { return buffer_->guards_intact(); }
   // False where a guard, or a gap between elements, was written to.
