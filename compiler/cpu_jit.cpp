@@ -47,7 +47,6 @@ struct Jit {
     add("floorf", static_cast<float (*)(float)>(&::floorf));
     add("ceilf", static_cast<float (*)(float)>(&::ceilf));
     add("roundevenf", static_cast<float (*)(float)>(&::roundevenf));
-    add("fmodf", static_cast<float (*)(float, float)>(&::fmodf));
     add("memcpy", static_cast<void* (*)(void*, const void*, std::size_t)>(&std::memcpy));
     add("memmove", static_cast<void* (*)(void*, const void*, std::size_t)>(&std::memmove));
     add("memset", static_cast<void* (*)(void*, int, std::size_t)>(&std::memset));

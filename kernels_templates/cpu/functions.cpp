@@ -309,7 +309,36 @@ extern "C" long long attnjit_ipowi(long long base, long long exponent) {
   return static_cast<long long>(result);
 }
 
-ATTNJIT_FUNCTION float attnjit_fmod(float x, float y) { return __builtin_fmodf(x, y); }
+// Exact: in double, x is reduced by y * 2^(bits * step), from the step that the largest |x / y|, 2^277, needs down to
+// 0. A quotient is below 2^bits and off by less than 3/4, so |x| ends below 3/4 of what it was reduced by, and is a
+// multiple of the last place of x or y, which a float holds. The product is exact within an FMA, or in 53 bits.
+ATTNJIT_FUNCTION float attnjit_fmod(float x, float y) {
+#ifdef __FMA__
+  constexpr int steps = 6;
+  constexpr double power = 0x1p50, largest = 0x1p250;
+#else
+  constexpr int steps = 10;
+  constexpr double power = 0x1p28, largest = 0x1p252;
+#endif
+  const double magic = 6755399441055744.0;
+  const double magnitude = __builtin_fabsf(y);
+  double rest = __builtin_fabsf(x);
+  double divisor = magnitude * largest, reciprocal = 1.0 / divisor;
+#pragma clang loop unroll(full)
+  for (int step = 0; step < steps; ++step) {
+    const double quotient = (rest * reciprocal + magic) - magic;
+#ifdef __FMA__
+    rest = __builtin_fma(-quotient, divisor, rest);
+#else
+    rest = rest - quotient * divisor;
+#endif
+    divisor *= 1.0 / power;
+    reciprocal *= power;
+  }
+  const float remainder = static_cast<float>(rest < 0.0 ? rest + magnitude : rest);
+  const bool whole = (magnitude == kInfinity) & (__builtin_fabsf(x) < kInfinity);
+  return whole ? x : __builtin_copysignf(remainder, x);
+}
 
 ATTNJIT_FUNCTION float attnjit_widen_f16(unsigned short bits) {
 #ifdef __F16C__

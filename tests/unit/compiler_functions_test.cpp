@@ -21,6 +21,11 @@ struct Function {
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double silu(double x) { return x / (1 + std::exp(-x)); }
 double gelu(double x) { return 0.5 * x * std::erfc(-x * 0.70710678118654752440); }
+// Python's, of floats: fmod of two floats is exact in double.
+double floor_mod(double x, double y) {
+  const double remainder = std::fmod(x, y);
+  return remainder != 0 && (remainder < 0) != (y < 0) ? remainder + y : remainder;
+}
 double sign(double x) { return std::isnan(x) ? x : (x > 0) - (x < 0); }
 
 // docs/compiler.md shows the errors measured with ATTNJIT_TEST_FLOAT_STRIDE=1021: every 1021st float.
@@ -55,6 +60,18 @@ constexpr Function kFunctions[] = {
     {"1.5 ** score", [](double x) { return std::pow(1.5, x); }, 2e-7},
     {"0.0 ** score", [](double x) { return std::pow(0.0, x); }, 0},
     {"(-2.0) ** score", [](double x) { return std::pow(-2.0, x); }, 2e-7},
+    // Quotients from nothing to 2^277; one rounding, of the sum with the divisor.
+    {"score % 3", [](double x) { return floor_mod(x, 3.0f); }, 6e-8},
+    {"score % -0.7", [](double x) { return floor_mod(x, -0.7f); }, 6e-8},
+    {"score % 16777213.0", [](double x) { return floor_mod(x, 16777213.0f); }, 6e-8},
+    {"score % 3.3e-42", [](double x) { return floor_mod(x, 3.3e-42f); }, 6e-8},
+    {"score % 3.3e38", [](double x) { return floor_mod(x, 3.3e38f); }, 6e-8},
+    {"score % 0.0", [](double x) { return floor_mod(x, 0.0f); }, 6e-8},
+    {"score % inf", [](double x) { return floor_mod(x, kInfinity); }, 6e-8},
+    {"score % nan", [](double x) { return floor_mod(x, std::nan("")); }, 6e-8},
+    {"3.3e38 % score", [](double x) { return floor_mod(3.3e38f, x); }, 6e-8},
+    {"-1.9 % score", [](double x) { return floor_mod(-1.9f, x); }, 6e-8},
+    {"inf % score", [](double x) { return floor_mod(kInfinity, x); }, 6e-8},
 };
 
 // Error of `actual` as Function counts it, infinite where NaN or infinity stand in the wrong place.
