@@ -219,7 +219,7 @@ bool parse_case(std::string_view line, Case* problem, std::string* error) {
       good = parse_capture(value, &problem->captures.emplace_back());
     } else if (name == "backend") {
       problem->backend = value;
-      good = value == "cpu" || value == "math" || value == "auto";
+      good = backend_of(value).has_value();
     } else if (name == "threads") {
       good = number(value, &problem->threads);
     } else if (name == "rows") {
@@ -238,6 +238,16 @@ bool parse_case(std::string_view line, Case* problem, std::string* error) {
   if (!has_num_heads_kv) problem->num_heads_kv = problem->num_heads;
   if (!has_head_dim_v) problem->head_dim_v = problem->head_dim;
   return true;
+}
+
+std::optional<attnjit_backend> backend_of(std::string_view name) {
+  constexpr std::string_view kUnknown = "unknown backend";
+  for (int i = 0;; ++i) {
+    const auto backend = static_cast<attnjit_backend>(i);
+    const std::string_view known = attnjit_backend_name(backend);
+    if (known == kUnknown) return std::nullopt;
+    if (known == name) return backend;
+  }
 }
 
 std::uint64_t Random::next() {

@@ -1,6 +1,8 @@
 // One numerics problem as one line of text, which can be pasted back: `attnjit_numerics --case '...'`.
 #pragma once
 
+#include <attnjit/attnjit.h>
+
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -59,7 +61,7 @@ struct Case {
   std::string score_mod = "score";
   std::string mask_mod = {};  // empty: none
   std::vector<CaptureSpec> captures = {};
-  std::string backend = "cpu";  // "cpu", "math" or "auto"
+  std::string backend = "cpu";  // any that the library names
   int threads = 2;
   std::int64_t rows = 96;  // most query rows that are judged
   std::uint64_t seed = 1;
@@ -72,6 +74,9 @@ std::string to_line(const Case& problem);
 
 // Fields may be left out and stand in any order. On a mistake returns false and says it in `error`.
 bool parse_case(std::string_view line, Case* problem, std::string* error);
+
+// The library's backend of that name; none where it knows no such name.
+std::optional<attnjit_backend> backend_of(std::string_view name);
 
 // A counter-based generator: the same numbers on every platform.
 class Random {

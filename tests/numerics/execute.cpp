@@ -23,9 +23,7 @@ class Call {
     call_.captures = captures_.data();
     call_.num_captures = captures_.size();
     call_.scale = problem.spec.scale ? &scale_ : nullptr;
-    call_.backend = problem.spec.backend == "cpu"    ? ATTNJIT_BACKEND_CPU
-                    : problem.spec.backend == "math" ? ATTNJIT_BACKEND_MATH
-                                                     : ATTNJIT_BACKEND_AUTO;
+    call_.backend = backend_of(problem.spec.backend).value_or(ATTNJIT_BACKEND_AUTO);
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;

@@ -192,6 +192,11 @@ TEST(NumericsJudgeCase, LineReadsBack) {
   EXPECT_EQ(to_line(spec), line);
   EXPECT_FALSE(parse_case("b=two", &spec, &error));
   EXPECT_FALSE(parse_case("size=2", &spec, &error));
+  for (const auto backend : {ATTNJIT_BACKEND_AUTO, ATTNJIT_BACKEND_MATH, ATTNJIT_BACKEND_CPU}) {
+    ASSERT_TRUE(parse_case(std::string("backend=") + attnjit_backend_name(backend), &spec, &error)) << error;
+    EXPECT_EQ(backend_of(spec.backend), backend);
+  }
+  EXPECT_FALSE(parse_case("backend=tpu", &spec, &error));
   EXPECT_FALSE(parse_case("score_mod=\"score", &spec, &error));
   EXPECT_FALSE(parse_case("capture=a:float64:2:packed:normal", &spec, &error));
 }

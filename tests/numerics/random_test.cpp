@@ -1,4 +1,4 @@
-// Every expression over random shapes, types and layouts, on both backends.
+// Every expression over random shapes, types and layouts, on every backend.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 
 #include "tests/numerics/check.h"
 #include "tests/numerics/expressions.h"
+#include "tests/numerics/testing.h"
 
 namespace attnjit::numerics {
 namespace {
@@ -74,7 +75,7 @@ struct Row {
 
 std::vector<Row> every_expression() {
   std::vector<Row> rows;
-  for (const char* const backend : {"cpu", "math"}) {
+  for (const char* const backend : kBackends) {
     std::size_t number = 0;
     for (const auto table : {registry_expressions(), other_expressions()}) {
       for (const Expression& expression : table) rows.push_back({&expression, number++, backend});
