@@ -71,6 +71,12 @@ nlohmann::ordered_json list_mods(attnjit_context* context) {
   return take_json(text);
 }
 
+nlohmann::ordered_json cache_list(attnjit_context* context, bool verify) {
+  char* text = nullptr;
+  check(attnjit_cache_list(context, verify ? 1 : 0, &text));
+  return take_json(text);
+}
+
 std::vector<CapturedName> captured_names(attnjit_context* context, const char* score_mod, const char* mask_mod) {
   char* text = nullptr;
   check(attnjit_captures(context, score_mod, mask_mod, &text));

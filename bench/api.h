@@ -34,6 +34,7 @@ nlohmann::ordered_json description_of(const PlanPtr& plan);
 std::string eager_products(const nlohmann::ordered_json& description);
 nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump);
 nlohmann::ordered_json list_mods(attnjit_context* context);
+nlohmann::ordered_json cache_list(attnjit_context* context, bool verify);
 
 // A name that an expression captures.
 struct CapturedName {

@@ -16,6 +16,7 @@ using Action = std::function<int()>;
 void add_run_command(CLI::App& app, Action& action);
 void add_explain_command(CLI::App& app, Action& action);
 void add_bench_command(CLI::App& app, Action& action);
+void add_cache_command(CLI::App& app, Action& action);
 
 // "auto" and "cpu" pass; anything else is an error that says what this build has.
 void check_device(const std::string& device);

@@ -37,6 +37,7 @@ int run_tool(int argc, const char* const* argv) {
   add_run_command(app, action);
   add_explain_command(app, action);
   add_bench_command(app, action);
+  add_cache_command(app, action);
 
   std::vector<std::string> arguments =
       normalize_arguments(std::span(argv + 1, static_cast<std::size_t>(std::max(argc - 1, 0))));
@@ -50,7 +51,7 @@ int run_tool(int argc, const char* const* argv) {
                 fmt::format("{}\nattnjit --help and attnjit COMMAND --help show what is allowed.", error.what()));
   }
   // Not left to CLI11, which would not name an unknown command.
-  if (!action) return fail(Fault::kUser, "a command is required: run, explain or bench score-mod");
+  if (!action) return fail(Fault::kUser, "a command is required: run, explain, bench score-mod or cache list, verify or clear");
   return action();
 }
 

@@ -75,9 +75,13 @@ Check give_text(const std::string& text, char** out) {
   return {};
 }
 
-// The comments of a registered body need not be UTF-8; JSON has to be.
-Check give_list(const nlohmann::ordered_json& list, char** out) {
-  return give_text(list.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace), out);
+// The comments of a registered body and paths need not be UTF-8; JSON has to be.
+Check give_json(const nlohmann::ordered_json& json, char** out) {
+  return give_text(json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace), out);
+}
+
+Failure no_disk_cache(const attnjit::runtime::DiskCache& disk) {
+  return {ATTNJIT_ENVIRONMENT, fmt::format("there is no disk cache: {}", disk.reason())};
 }
 
 // Checks the arguments that the oracle's functions share and hands `work` the call and its bound mods.
@@ -258,7 +262,7 @@ attnjit_status attnjit_list_mods(attnjit_context* context, char** json) {
                       {"is_mask", entry->is_mask},
                       {"summary", entry->summary}});
     }
-    return give_list(list, json);
+    return give_json(list, json);
   });
 }
 
@@ -274,7 +278,45 @@ attnjit_status attnjit_captures(attnjit_context* context, const char* score_mod,
     for (const attnjit::dsl::Capture& capture : parsed->captures()) {
       list.push_back({{"name", capture.name}, {"rank", capture.rank}});
     }
-    return give_list(list, json);
+    return give_json(list, json);
+  });
+}
+
+attnjit_status attnjit_cache_list(attnjit_context* context, int verify, char** json) {
+  return guarded([&]() -> Check {
+    if (!json) return null_argument("json");
+    *json = nullptr;
+    if (!context) return null_argument("context");
+    const attnjit::runtime::DiskCache& disk = context->state->binaries().disk();
+    if (!disk.enabled()) return no_disk_cache(disk);
+    auto list = nlohmann::ordered_json::array();
+    std::uint64_t bytes = 0;
+    for (const auto& entry : disk.list(verify != 0)) {
+      bytes += entry.bytes;
+      list.push_back({{"key", entry.key}, {"bytes", entry.bytes}, {"last_used", entry.last_used}});
+      if (!verify) continue;
+      list.back()["valid"] = entry.valid;
+      if (!entry.valid) list.back()["removed"] = disk.remove(entry.key);
+    }
+    return give_json({{"directory", disk.directory().string()},
+                      {"max_bytes", disk.max_bytes()},
+                      {"bytes", bytes},
+                      {"entries", std::move(list)}},
+                     json);
+  });
+}
+
+attnjit_status attnjit_cache_clear(attnjit_context* context, size_t* removed) {
+  return guarded([&]() -> Check {
+    if (removed) *removed = 0;
+    if (!context) return null_argument("context");
+    const attnjit::runtime::DiskCache& disk = context->state->binaries().disk();
+    if (!disk.enabled()) return no_disk_cache(disk);
+    std::string why;
+    const std::size_t count = disk.clear(&why);
+    if (removed) *removed = count;
+    if (!why.empty()) return Failure{ATTNJIT_ENVIRONMENT, std::move(why)};
+    return {};
   });
 }
 

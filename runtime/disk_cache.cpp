@@ -326,10 +326,11 @@ std::vector<DiskCache::Entry> DiskCache::list(bool verify) const {
   if (!directory) return entries;
   for (const Item& item : scan(directory.get()).entries) {
     const std::string_view key = key_of(item.name);
-    entries.push_back({.key = std::string(key),
-                       .bytes = item.bytes,
-                       .last_used = item.last_used.tv_sec,
-                       .valid = verify && read_entry(directory.get(), key, false).has_value()});
+    const bool valid = verify && read_entry(directory.get(), key, false).has_value();
+    // Not damaged, but gone since.
+    if (verify && !valid && ::faccessat(directory.get(), item.name.c_str(), F_OK, AT_SYMLINK_NOFOLLOW) != 0) continue;
+    entries.push_back(
+        {.key = std::string(key), .bytes = item.bytes, .last_used = item.last_used.tv_sec, .valid = valid});
   }
   return entries;
 }
@@ -340,14 +341,20 @@ bool DiskCache::remove(std::string_view key) const {
   return directory && ::unlinkat(directory.get(), entry_name(key).c_str(), 0) == 0;
 }
 
-std::size_t DiskCache::clear() const {
+std::size_t DiskCache::clear(std::string* why) const {
   if (!enabled()) return 0;
-  const FileDescriptor directory = open_directory(false, nullptr);
+  const FileDescriptor directory = open_directory(false, why);
   if (!directory) return 0;
   const Items items = scan(directory.get());
   for (const Item& item : items.temporaries) ::unlinkat(directory.get(), item.name.c_str(), 0);
   std::size_t removed = 0;
-  for (const Item& item : items.entries) removed += ::unlinkat(directory.get(), item.name.c_str(), 0) == 0;
+  for (const Item& item : items.entries) {
+    if (::unlinkat(directory.get(), item.name.c_str(), 0) == 0) {
+      ++removed;
+    } else if (errno != ENOENT) {
+      set(why, fmt::format("{}: {}", (directory_ / item.name).string(), error_text(errno)));
+    }
+  }
   return removed;
 }
 

@@ -63,8 +63,8 @@ class DiskCache {
   std::vector<Entry> list(bool verify) const;
   // False where there was none.
   bool remove(std::string_view key) const;
-  // Removes every entry; the number of them.
-  std::size_t clear() const;
+  // Removes every entry; the number of them. `why`, where given, is set when one cannot be removed.
+  std::size_t clear(std::string* why = nullptr) const;
 
   // The right to make the entry of one key, held by one thread of one process at a time; advisory. It ends with the
   // object or the process. The entry is not locked: readers and writers need no lock.

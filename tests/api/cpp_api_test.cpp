@@ -1,9 +1,12 @@
 // The C++ wrapper: the same library through values, lambdas and Results.
 #include <gmock/gmock.h>
+#include <unistd.h>
 
 #include <attnjit/attnjit.hpp>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -213,6 +216,33 @@ TEST(CppApi, Json) {
   EXPECT_THAT(*captures, HasSubstr("\"table\""));
   EXPECT_FALSE(context->captures("score +"));
   EXPECT_STREQ(version(), attnjit_version());
+}
+
+TEST(CppApi, DiskCache) {
+  std::string directory = testing::TempDir() + "attnjit-cpp-api-XXXXXX";
+  ASSERT_NE(::mkdtemp(directory.data()), nullptr);
+  ::setenv("ATTNJIT_CACHE_DIR", directory.c_str(), 1);
+  Result<Context> context = Context::create();
+  ::unsetenv("ATTNJIT_CACHE_DIR");
+  ASSERT_TRUE(context);
+  std::ofstream(directory + "/ab.attnjit") << "damaged";
+  const Result<std::string> listed = context->cache_list();
+  ASSERT_TRUE(listed) << listed.status().message();
+  EXPECT_THAT(*listed, HasSubstr("\"key\": \"ab\""));
+  EXPECT_THAT(*listed, testing::Not(HasSubstr("valid")));
+  EXPECT_EQ(*context->cache_clear(), 1u);
+  EXPECT_EQ(*context->cache_clear(), 0u);
+  std::ofstream(directory + "/cd.attnjit") << "damaged";
+  EXPECT_THAT(*context->cache_list(true), HasSubstr("\"valid\": false"));
+  EXPECT_EQ(*context->cache_clear(), 0u) << "verifying removes it";
+  ASSERT_EQ(::rmdir(directory.c_str()), 0);
+
+  ::setenv("ATTNJIT_DISABLE_CACHE", "1", 1);
+  Result<Context> without = Context::create();
+  ::unsetenv("ATTNJIT_DISABLE_CACHE");
+  ASSERT_TRUE(without);
+  EXPECT_EQ(without->cache_list().status().code(), ATTNJIT_ENVIRONMENT);
+  EXPECT_THAT(without->cache_clear().status().message(), HasSubstr("ATTNJIT_DISABLE_CACHE"));
 }
 
 }  // namespace

@@ -55,6 +55,10 @@ TEST_F(Errors, NullHandles) {
   EXPECT_STREQ(attnjit_last_error(), "plan is NULL");
   EXPECT_EQ(attnjit_explain(context_.get(), &p_.attention, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
   EXPECT_STREQ(attnjit_last_error(), "json is NULL");
+  EXPECT_EQ(attnjit_cache_list(context_.get(), 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "json is NULL");
+  EXPECT_EQ(attnjit_cache_clear(nullptr, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "context is NULL");
   EXPECT_EQ(attnjit_reference(context_.get(), &p_.attention, nullptr, 1, nullptr, nullptr, nullptr),
             ATTNJIT_INVALID_ARGUMENT);
   EXPECT_STREQ(attnjit_last_error(), "rows is NULL");

@@ -415,6 +415,90 @@ class Bench(Tool):
                 self.assertIn(expected, self.tool("bench", "score-mod", *arguments, code=code))
 
 
+class Cache(Tool):
+    # What the library writes for the key "ab12" and the payload "payload": magic, version, sizes, checksum, key, payload.
+    ENTRY = bytes.fromhex("6174746e6a697400" "01000000" "04000000" "0700000000000000"
+                          "ea5767566d81e97b366d1fcf70083765" "61623132" "7061796c6f6164")
+
+    def setUp(self):
+        super().setUp()
+        self.cache = self.path / "cache"
+        self.env = {"ATTNJIT_CACHE_DIR": str(self.cache), "ATTNJIT_DISABLE_CACHE": "", "ATTNJIT_CACHE_MAX_BYTES": ""}
+
+    def fill(self, **entries):
+        self.cache.mkdir(mode=0o700, exist_ok=True)
+        for age, (key, data) in enumerate(entries.items()):
+            path = self.cache / f"{key}.attnjit"
+            path.write_bytes(data)
+            path.chmod(0o600)
+            os.utime(path, (1_700_000_000 - 3600 * age,) * 2)
+
+    def run_cache(self, *arguments, code=0, env=None):
+        return self.tool("cache", *arguments, code=code, env={**self.env, **(env or {})})
+
+    def entries(self, *arguments):
+        return json.loads(self.run_cache(*arguments, "--format", "json"))["entries"]
+
+    def test_nothing_there(self):
+        text = self.run_cache("list")
+        self.assertIn("0 entries", text)
+        self.assertIn(str(self.cache), text)
+        self.assertEqual(self.entries("verify"), [])
+        self.assertIn("removed 0 entries", self.run_cache("clear"))
+        self.assertFalse(self.cache.exists(), "looking at it made it")
+
+    def test_list(self):
+        self.fill(ab12=self.ENTRY, cd="damaged".encode(), ef=bytes(3000))
+        (self.cache / "notes.txt").write_text("not an entry")
+        listed = json.loads(self.run_cache("list", "--format", "json"))
+        self.assertEqual(listed["directory"], str(self.cache))
+        self.assertEqual(listed["max_bytes"], 1 << 30)
+        self.assertEqual(listed["bytes"], len(self.ENTRY) + 7 + 3000)
+        self.assertEqual(listed["entries"], [{"key": "ef", "bytes": 3000, "last_used": 1_700_000_000 - 7200},
+                                             {"key": "cd", "bytes": 7, "last_used": 1_700_000_000 - 3600},
+                                             {"key": "ab12", "bytes": len(self.ENTRY), "last_used": 1_700_000_000}])
+        text = self.run_cache("list", env={"ATTNJIT_CACHE_MAX_BYTES": "5000", "TZ": "UTC"})
+        for part in ("| ab12 |", "51 B", "2.9 KiB", "2023-11-14 22:13", "3 entries", "of at most 4.9 KiB"):
+            self.assertIn(part, text)
+
+    def test_verify_removes_what_is_damaged(self):
+        flipped = bytearray(self.ENTRY)
+        flipped[-1] ^= 1
+        self.fill(ab12=self.ENTRY, ab13=self.ENTRY, ab14=self.ENTRY[:-1], ab15=bytes(flipped))
+        done = subprocess.run([TOOL, "cache", "verify"], env={**os.environ, **self.env}, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("damaged entries in the disk cache: 3", done.stderr)
+        lines = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ab")}
+        self.assertIn("whole", lines["ab12"])
+        for key in ("ab13", "ab14", "ab15"):
+            self.assertIn("damaged, removed", lines[key])
+        self.assertEqual([p.name for p in self.cache.iterdir()], ["ab12.attnjit"])
+        self.assertEqual([(e["key"], e["valid"]) for e in self.entries("verify")], [("ab12", True)])
+
+    def test_clear(self):
+        self.fill(ab12=self.ENTRY, cd=b"damaged")
+        (self.cache / "notes.txt").write_text("not an entry")
+        self.assertIn("removed 2 entries", self.run_cache("clear"))
+        self.assertEqual([p.name for p in self.cache.iterdir()], ["notes.txt"])
+
+    def test_no_cache_is_the_environments_fault(self):
+        self.fill(ab12=self.ENTRY)
+        for arguments in (["list"], ["verify"], ["clear"]):
+            self.assertIn("ATTNJIT_DISABLE_CACHE", self.run_cache(*arguments, code=2, env={"ATTNJIT_DISABLE_CACHE": "1"}))
+        self.cache.chmod(0o777)
+        self.assertIn("others may write", self.run_cache("list", code=2))
+        self.assertIn("others may write", self.run_cache("clear", code=2))
+        self.cache.chmod(0o700)
+        self.assertEqual([e["key"] for e in self.entries("list")], ["ab12"])
+        self.assertIn("ATTNJIT_CACHE_MAX_BYTES", self.run_cache("list", code=2, env={"ATTNJIT_CACHE_MAX_BYTES": "1G"}))
+
+    def test_the_users_faults(self):
+        for arguments, expected in [([], "cache list"), (["show"], "show"), (["list", "--format", "xml"], "xml"),
+                                    (["clear", "all"], "all")]:
+            with self.subTest(arguments=arguments):
+                self.assertIn(expected, self.run_cache(*arguments, code=1))
+
+
 class CommandLine(Tool):
     def test_help_and_version(self):
         self.assertIn("score-mod", self.tool("bench", "--help"))

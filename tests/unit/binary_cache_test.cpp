@@ -128,8 +128,12 @@ TEST(BinaryCacheBytes, DamageIsRefusedOrAnotherBinaryOfTheSameSize) {
       bad[i] = static_cast<char>(value);
       if (bad == good) continue;
       const std::optional<CudaBinary> read = binary_from_bytes(bad);
-      if (i < 4) EXPECT_FALSE(read) << "another version";
-      if (read) EXPECT_EQ(binary_to_bytes(*read), bad) << i;
+      if (i < 4) {
+        EXPECT_FALSE(read) << "another version";
+      }
+      if (read) {
+        EXPECT_EQ(binary_to_bytes(*read), bad) << i;
+      }
     }
   }
   EXPECT_FALSE(binary_from_bytes(good + '\0'));

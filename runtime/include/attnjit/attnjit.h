@@ -158,6 +158,18 @@ ATTNJIT_API attnjit_status attnjit_list_mods(attnjit_context* context, char** js
 /* Names that `score_mod` (and `mask_mod`, may be NULL) capture, as a JSON array of {name, rank}. */
 ATTNJIT_API attnjit_status attnjit_captures(attnjit_context* context, const char* score_mod, const char* mask_mod,
                                             char** json);
+
+/* ---- The disk cache --------------------------------------------------------------------------------------------- */
+
+/* GPU binaries that are kept on disk for this user's processes, as JSON: {directory, max_bytes, bytes, entries: [{key,
+ * bytes, last_used}]}, the least recently used first, times in seconds since the epoch. A non-zero `verify` reads every
+ * entry and adds `valid` to it; one that is damaged is removed, and `removed` says whether that worked.
+ * ATTNJIT_ENVIRONMENT where the cache is off or its directory refused. Free it with attnjit_free. */
+ATTNJIT_API attnjit_status attnjit_cache_list(attnjit_context* context, int verify, char** json);
+/* Removes every entry; `removed`, which may be NULL, receives their number. ATTNJIT_ENVIRONMENT as above, and where an
+ * entry cannot be removed. */
+ATTNJIT_API attnjit_status attnjit_cache_clear(attnjit_context* context, size_t* removed);
+
 ATTNJIT_API void attnjit_free(char* text);
 
 #ifdef __cplusplus

@@ -409,6 +409,21 @@ class Context {
     return detail::take(status, json);
   }
 
+  // JSON: the GPU binaries kept on disk; with `verify`, each is read, and removed where it is damaged.
+  Result<std::string> cache_list(bool verify = false) const {
+    char* json = nullptr;
+    const attnjit_status status = attnjit_cache_list(context_.get(), verify ? 1 : 0, &json);
+    return detail::take(status, json);
+  }
+  // Removes them; their number.
+  Result<std::size_t> cache_clear() const {
+    std::size_t removed = 0;
+    if (const attnjit_status status = attnjit_cache_clear(context_.get(), &removed); status != ATTNJIT_OK) {
+      return Status::of(status);
+    }
+    return removed;
+  }
+
   attnjit_context* get() const { return context_.get(); }
 
  private:
