@@ -135,7 +135,9 @@ TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
     const Check check = check_case(spec);
     EXPECT_TRUE(check.accepted) << check.message;
     // Moderate values without jumps: nothing may be left out.
-    if (style == 0) EXPECT_EQ(check.verdict.undecided, 0) << check.message;
+    if (style == 0) {
+      EXPECT_EQ(check.verdict.undecided, 0) << check.message;
+    }
   }
 }
 

@@ -1,4 +1,5 @@
 // The library made to compute something else than it was asked, and the judge, which has to notice.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -59,7 +60,8 @@ TEST_P(NumericsWrong, IsRejected) {
       if (fine && std::string(dtype) != "float32") continue;
       const std::string rest = std::string(" b=1 rows=400 dtype=") + dtype + " backend=" + backend;
       const std::string heads = std::string(GetParam().right).starts_with("hq") ? "" : "hq=2 hkv=1 ";
-      Problem right = make(heads + GetParam().right + rest), wrong = make(heads + GetParam().wrong + rest);
+      Problem right = make(fmt::format("{}{}{}", heads, GetParam().right, rest)),
+              wrong = make(fmt::format("{}{}{}", heads, GetParam().wrong, rest));
       const Gold gold = compute_gold(right, sample_rows(right.spec));
       const RunResult good = run(right), bad = run(wrong);
       ASSERT_EQ(good.error, "");
