@@ -1,8 +1,10 @@
 // The identity mod: what a kernel sees of an expression where the compiler emitted nothing of its own.
 //
 // The compiler emits `struct Mod : ModDefaults` and overrides what the expression needs. Values are computed where what
-// they depend on is known: of the batch and head (Block), of the query (Row), of the key (Column), of the score. The
-// templates call block(), then row() and column() with logical positions, then score() and keep() for each element.
+// they depend on is known: of the batch and head (Block), of the query (Row), of the key (Column), of the two
+// positions' difference alone (Diagonal), of the score. The templates call block(), then row(), column() and diagonal()
+// with logical positions, then score() and keep() for each element. A tile has far fewer diagonals than elements: what
+// a relative position gives (a bias, a table's element, a mask) is computed that many times less often.
 namespace attnjit::cuda {
 
 struct ModDefaults {
@@ -20,6 +22,7 @@ struct ModDefaults {
   struct Block {};
   struct Row {};
   struct Column {};
+  struct Diagonal {};
 
   static __device__ __forceinline__ Block block(const CapturedView* captured, int b, int h) { return {}; }
   template <typename B>
@@ -30,14 +33,18 @@ struct ModDefaults {
   static __device__ __forceinline__ Column column(const CapturedView* captured, const B& block, int kv_idx) {
     return {};
   }
-  template <typename B, typename R, typename C>
+  template <typename B>
+  static __device__ __forceinline__ Diagonal diagonal(const CapturedView* captured, const B& block, int q_minus_kv) {
+    return {};
+  }
+  template <typename B, typename R, typename C, typename D>
   static __device__ __forceinline__ float score(const CapturedView* captured, float s, const B& block, const R& row,
-                                                const C& column) {
+                                                const C& column, const D& diagonal) {
     return s;
   }
-  template <typename B, typename R, typename C>
+  template <typename B, typename R, typename C, typename D>
   static __device__ __forceinline__ bool keep(const CapturedView* captured, float s, const B& block, const R& row,
-                                              const C& column) {
+                                              const C& column, const D& diagonal) {
     return true;
   }
 };

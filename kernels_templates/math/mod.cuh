@@ -45,9 +45,12 @@ extern "C" __global__ void __launch_bounds__(kModThreads) attnjit_math_mod(const
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float score = s[r].x[i] * p.factor;
-        float value = Mod::score(p.captured, score, block, row, column[i]);
+        const int kv = min(static_cast<int>(first_kv) + i, p.seqlen_kv - 1);
+        const auto diagonal =
+            Mod::diagonal(p.captured, block, p.q_idx_origin + static_cast<int>(q) - (p.kv_idx_origin + kv));
+        float value = Mod::score(p.captured, score, block, row, column[i], diagonal);
         if constexpr (Mod::kHasMask) {
-          if (!Mod::keep(p.captured, score, block, row, column[i])) value = -kInfinity;
+          if (!Mod::keep(p.captured, score, block, row, column[i], diagonal)) value = -kInfinity;
         }
         s[r].x[i] = value;
       }

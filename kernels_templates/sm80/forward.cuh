@@ -378,7 +378,7 @@ struct RowState {
 
 template <typename Block, typename Row>
 __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params, const Block& block,
-                                          const Row (&rows)[kRows], int kv_base) {
+                                          const Row (&rows)[kRows], int first_row, int kv_base) {
   const int kv_first = params.kv_idx_origin + kv_base + static_cast<int>(threadIdx.x) % 4 * 2;
   if (kIdentity && params.score_scale <= 0) {
 #pragma unroll
@@ -391,19 +391,30 @@ __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params
     }
   }
   if constexpr (!kIdentity || Mod::kHasMask) {
+    // Element (r, j) lies on diagonal r - j of those 8 apart: each j brings a new one, and the rows share the others.
+    const int difference = first_row - kv_first;
+    decltype(Mod::diagonal(params.captured, block, 0)) diagonals[2][kRows];
+#pragma unroll
+    for (int r = 1; r < kRows; ++r) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) diagonals[e][r - 1] = Mod::diagonal(params.captured, block, difference - e + 8 * r);
+    }
 #pragma unroll
     for (int j = 0; j < kNTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const auto column = Mod::column(params.captured, block, kv_first + j * 8 + e);
 #pragma unroll
+        for (int r = kRows - 1; r > 0; --r) diagonals[e][r] = diagonals[e][r - 1];
+        diagonals[e][0] = Mod::diagonal(params.captured, block, difference - e - 8 * j);
+#pragma unroll
         for (int r = 0; r < kRows; ++r) {
           float& element = s[r / 2][j][r % 2 * 2 + e];
           const float score = kIdentity && !Mod::kMaskReadsScore ? element : element * params.score_scale;
           float value = score;
-          if constexpr (!kIdentity) value = Mod::score(params.captured, score, block, rows[r], column);
+          if constexpr (!kIdentity) value = Mod::score(params.captured, score, block, rows[r], column, diagonals[e][r]);
           if constexpr (Mod::kHasMask) {
-            if (!Mod::keep(params.captured, score, block, rows[r], column)) value = -kInfinity;
+            if (!Mod::keep(params.captured, score, block, rows[r], column, diagonals[e][r])) value = -kInfinity;
           }
           element = value;
         }
@@ -580,10 +591,11 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
 
   const int warp_query = first_query + warp * kWarpRows;
   const auto block = Mod::block(params.captured, b, h);
+  const int first_row = params.q_idx_origin + warp_query + lane / 4;  // its logical position
   decltype(Mod::row(params.captured, block, 0)) rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    rows[r] = Mod::row(params.captured, block, params.q_idx_origin + warp_query + lane / 4 + r * 8);
+    rows[r] = Mod::row(params.captured, block, first_row + r * 8);
   }
   const float factor = !kIdentity ? 1.0f : params.score_scale > 0 ? params.score_scale : 1.0f;
 
@@ -621,7 +633,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
     } else {
       multiply_qk(s, q_fragments, q_fragment, k_tile);
     }
-    apply_mod(s, params, block, rows, tile * kTileN);
+    apply_mod(s, params, block, rows, first_row, tile * kTileN);
 
     if constexpr (kConfig.stages == 1) {
       async_wait<0>();
