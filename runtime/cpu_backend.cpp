@@ -22,6 +22,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int64_t kMaxPanels = 8;
 // Tasks a thread should have for the threads to end together.
 constexpr std::int64_t kTasksPerThread = 4;
+// Keys, at least, that a product takes between two prefetches of staged rows.
+constexpr std::int64_t kKeysPerPrefetch = 8;
 
 // How one call is cut into tasks: (batch, query head, group of panels).
 struct Schedule {
@@ -134,7 +136,8 @@ struct Pass {
   float* workspace;
   const cpu::CapturedView* captured;
   std::span<const dsl::DType> staged;
-  cpu::RowsFn rows;  // where there are staged reads
+  cpu::RowsFn rows;                // where there are staged reads
+  std::int64_t keys_per_prefetch;  // keys that a product takes between two prefetches of staged rows
   cpu::Storage storage;
   float factor;  // on the scores: the scale, with log2(e) where the tile expects it
   bool bf16;     // the products are computed on BF16 itself
@@ -185,16 +188,17 @@ void store_panel(const Pass& pass, std::int64_t b, std::int64_t h, const Panel& 
 // For each staged read, where each lane's row of this block starts.
 using RowAddresses = std::array<const void*, cpu::kMaxStagedReads * kPanelLanes>;
 
-// Finds the rows and asks the caches for them: they lie in as many pages as there are lanes, which no hardware
-// prefetcher foresees, and the product that comes first hides the way (bench/notes.md, "CPU kernels").
-void find_rows(const Pass& pass, const cpu::TileParams& params, RowAddresses& addresses) {
-  constexpr std::uintptr_t kLine = 64;
-  pass.rows(&params, addresses.data());
-  for (std::size_t i = 0; i < pass.staged.size() * kPanelLanes; ++i) {
-    const char* const start = static_cast<const char*>(addresses[i]);
-    const std::int64_t size = params.rows * dsl::dtype_size(pass.staged[i / kPanelLanes]);
-    for (const char* line = start - reinterpret_cast<std::uintptr_t>(start) % kLine; line < start + size; line += kLine)
-      __builtin_prefetch(line);
+// Asks the caches for the rows of the lanes [first, last).
+void prefetch_rows(const Pass& pass, const RowAddresses& addresses, std::int64_t rows, std::int64_t first,
+                   std::int64_t last) {
+  constexpr std::int64_t kLine = 64;
+  for (std::size_t i = 0; i < pass.staged.size(); ++i) {
+    const std::int64_t size = rows * dsl::dtype_size(pass.staged[i]);
+    for (std::int64_t lane = first; lane < last; ++lane) {
+      const char* const start = static_cast<const char*>(addresses[i * kPanelLanes + static_cast<std::size_t>(lane)]);
+      for (std::int64_t offset = 0; offset < size; offset += kLine) __builtin_prefetch(start + offset);
+      __builtin_prefetch(start + size - 1);
+    }
   }
 }
 
@@ -275,15 +279,30 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
                                    .staged = scratch + l.staged};
       const float* const queries = scratch + l.queries + p * head_dim * kPanelLanes;
       float* const out = scratch + l.out + p * head_dim_v * kPanelLanes;
-      RowAddresses rows_of_lanes;
-      if (!pass.staged.empty()) find_rows(pass, params, rows_of_lanes);
-      if (pass.bf16) {
-        products.qk_bf16(static_cast<const std::uint16_t*>(k), call.k.stride[2], rows, head_dim, queries, pass.factor,
-                         params.scores);
+      const auto score_keys = [&](std::int64_t first, std::int64_t count) {
+        float* const scores = params.scores + first * kPanelLanes;
+        if (pass.bf16) {
+          products.qk_bf16(static_cast<const std::uint16_t*>(k) + first * call.k.stride[2], call.k.stride[2], count,
+                           head_dim, queries, pass.factor, scores);
+        } else {
+          products.qk(keys + first * keys_stride, keys_stride, count, head_dim, queries, pass.factor, scores);
+        }
+      };
+      if (pass.staged.empty()) {
+        score_keys(0, rows);
       } else {
-        products.qk(keys, keys_stride, rows, head_dim, queries, pass.factor, params.scores);
+        RowAddresses addresses;
+        pass.rows(&params, addresses.data());
+        // The rows lie in as many pages as there are lanes, which no hardware prefetcher foresees. Asked for a few
+        // lines at a time they come while the product runs; asked for at once, most are not fetched (bench/notes.md).
+        const std::int64_t step = pass.keys_per_prefetch;
+        for (std::int64_t first = 0; first < rows; first += step) {
+          const std::int64_t count = std::min(step, rows - first);
+          prefetch_rows(pass, addresses, rows, first * kPanelLanes / rows, (first + count) * kPanelLanes / rows);
+          score_keys(first, count);
+        }
+        stage_rows(pass, addresses, rows, scratch + l.staged);
       }
-      if (!pass.staged.empty()) stage_rows(pass, rows_of_lanes, rows, scratch + l.staged);
       pass.tile(&params);
       if (pass.bf16) {
         products.pv_bf16(values, rows, head_dim_v, params.scores, params.rescale, out);
@@ -333,6 +352,8 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .captured = captured.data(),
                   .staged = tile.staged(),
                   .rows = tile.rows(),
+                  .keys_per_prefetch =
+                      (kKeysPerPrefetch + products.rows_at_once - 1) / products.rows_at_once * products.rows_at_once,
                   .storage = storage,
                   // A finite scale stays finite: beyond float's range, 0 times it would be NaN.
                   .factor = static_cast<float>(std::clamp(call.scale * tile.score_factor(), -kLargest, kLargest)),

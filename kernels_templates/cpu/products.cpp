@@ -315,7 +315,7 @@ inline void transpose(Quad (&m)[4]) {
 }
 
 // Four rows as columns: panel[i][lane + r] = rows[r][i], every bit kept.
-inline void store_columns(const float* const (&rows)[4], long long width, float* panel) {
+inline void store_columns(const float (&rows)[4][kMaxHeadDim], long long width, float* panel) {
   long long i = 0;
   for (; i + 4 <= width; i += 4) {
     Quad m[4];
@@ -326,11 +326,6 @@ inline void store_columns(const float* const (&rows)[4], long long width, float*
   for (; i < width; ++i) {
     for (int r = 0; r < 4; ++r) *(Word*)(panel + i * kPanelLanes + r) = *(const Word*)(rows[r] + i);
   }
-}
-
-inline void store_columns(const float (&rows)[4][kMaxHeadDim], long long width, float* panel) {
-  const float* const starts[4] = {rows[0], rows[1], rows[2], rows[3]};
-  store_columns(starts, width, panel);
 }
 
 void load_panel(const void* in, Storage storage, long long in_stride, long long lanes, long long width, float* panel) {
@@ -381,43 +376,127 @@ void store_panel(const float* panel, const float* factor, long long first, long 
   }
 }
 
-template <typename T>
-void widen_integers(const void* in, long long width, void* out) {
-  const T* const from = (const T*)in;
-  Word* const to = (Word*)out;
-  for (long long i = 0; i < width; ++i) to[i] = (unsigned int)(int)from[i];
+// ---- Staged reads ---------------------------------------------------------------------------------------------------
+
+template <Element kElement>
+inline constexpr int kElementSize = kElement == Element::kF32 || kElement == Element::kInt32    ? 4
+                                    : kElement == Element::kInt8 || kElement == Element::kUInt8 ? 1
+                                                                                                : 2;
+
+// kWidth elements, each as a word.
+template <Element kElement>
+inline Vector load_words(const void* in) {
+  typedef short ShortVector __attribute__((vector_size(kWidth * 2)));
+  typedef signed char ByteVector __attribute__((vector_size(kWidth)));
+  typedef unsigned char UnsignedByteVector __attribute__((vector_size(kWidth)));
+  typedef int IntVector __attribute__((vector_size(kWidth * 4)));
+  if constexpr (kElement == Element::kF16) {
+    return widen_f16(load<HalfVector>(in));
+  } else if constexpr (kElement == Element::kBF16) {
+    return widen_bf16(load<HalfVector>(in));
+  } else if constexpr (kElement == Element::kInt16) {
+    return (Vector) __builtin_convertvector(load<ShortVector>(in), IntVector);
+  } else if constexpr (kElement == Element::kInt8) {
+    return (Vector) __builtin_convertvector(load<ByteVector>(in), IntVector);
+  } else if constexpr (kElement == Element::kUInt8) {
+    return (Vector) __builtin_convertvector(load<UnsignedByteVector>(in), UintVector);
+  } else {
+    return load<Vector>(in);
+  }
+}
+
+// The same words of every 128 bits of two vectors: of `a` from 0 on, of `b` from kWidth on.
+#if ATTNJIT_VECTOR_WIDTH == 16
+#define ATTNJIT_PICK(a, b, i, j, k, l)                                                                              \
+  __builtin_shufflevector(a, b, i, j, k, l, (i) + 4, (j) + 4, (k) + 4, (l) + 4, (i) + 8, (j) + 8, (k) + 8, (l) + 8, \
+                          (i) + 12, (j) + 12, (k) + 12, (l) + 12)
+#elif ATTNJIT_VECTOR_WIDTH == 8
+#define ATTNJIT_PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, (i) + 4, (j) + 4, (k) + 4, (l) + 4)
+#else
+#define ATTNJIT_PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
+
+// m[i][j] and m[j][i] change places. In 128-bit quarters first, whose shuffles are the cheap ones, then the quarters.
+inline void transpose_square(Vector (&m)[kWidth]) {
+  ATTNJIT_UNROLL
+  for (int i = 0; i < kWidth; i += 4) {
+    const Vector a = ATTNJIT_PICK(m[i], m[i + 1], 0, kWidth, 1, kWidth + 1);
+    const Vector b = ATTNJIT_PICK(m[i + 2], m[i + 3], 0, kWidth, 1, kWidth + 1);
+    const Vector c = ATTNJIT_PICK(m[i], m[i + 1], 2, kWidth + 2, 3, kWidth + 3);
+    const Vector d = ATTNJIT_PICK(m[i + 2], m[i + 3], 2, kWidth + 2, 3, kWidth + 3);
+    m[i] = ATTNJIT_PICK(a, b, 0, 1, kWidth, kWidth + 1);
+    m[i + 1] = ATTNJIT_PICK(a, b, 2, 3, kWidth + 2, kWidth + 3);
+    m[i + 2] = ATTNJIT_PICK(c, d, 0, 1, kWidth, kWidth + 1);
+    m[i + 3] = ATTNJIT_PICK(c, d, 2, 3, kWidth + 2, kWidth + 3);
+  }
+#if ATTNJIT_VECTOR_WIDTH == 16
+#define ATTNJIT_EVEN(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ATTNJIT_ODD(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+  ATTNJIT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const Vector a = ATTNJIT_EVEN(m[i], m[i + 4]), b = ATTNJIT_EVEN(m[i + 8], m[i + 12]);
+    const Vector c = ATTNJIT_ODD(m[i], m[i + 4]), d = ATTNJIT_ODD(m[i + 8], m[i + 12]);
+    m[i] = ATTNJIT_EVEN(a, b);
+    m[i + 4] = ATTNJIT_EVEN(c, d);
+    m[i + 8] = ATTNJIT_ODD(a, b);
+    m[i + 12] = ATTNJIT_ODD(c, d);
+  }
+#undef ATTNJIT_EVEN
+#undef ATTNJIT_ODD
+#elif ATTNJIT_VECTOR_WIDTH == 8
+  ATTNJIT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const Vector a = m[i], b = m[i + 4];
+    m[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    m[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#endif
+}
+#undef ATTNJIT_PICK
+
+// Whole squares: every cache line of a row is read once, however many rows fall into the same lines of the cache.
+template <Element kElement>
+void stage_rows(const void* const* addresses, long long rows, float* panel) {
+  constexpr int kSize = kElementSize<kElement>;
+  for (int lane = 0; lane < kPanelLanes; lane += kWidth) {
+    long long row = 0;
+    for (; row + kWidth <= rows; row += kWidth) {
+      Vector square[kWidth];
+      ATTNJIT_UNROLL
+      for (int r = 0; r < kWidth; ++r) square[r] = load_words<kElement>((const char*)addresses[lane + r] + row * kSize);
+      transpose_square(square);
+      ATTNJIT_UNROLL
+      for (int r = 0; r < kWidth; ++r) *(Vector*)(panel + (row + r) * kPanelLanes + lane) = square[r];
+    }
+    if (row < rows) {
+      Vector square[kWidth];
+      for (int r = 0; r < kWidth; ++r) {
+        char rest[kWidth * kSize] = {};
+        __builtin_memcpy(rest, (const char*)addresses[lane + r] + row * kSize, (unsigned long)((rows - row) * kSize));
+        square[r] = load_words<kElement>(rest);
+      }
+      transpose_square(square);
+      for (int r = 0; r < rows - row; ++r) *(Vector*)(panel + (row + r) * kPanelLanes + lane) = square[r];
+    }
+  }
 }
 
 void stage(const void* const* addresses, Element element, long long rows, void* panel) {
-  for (int lane = 0; lane < kPanelLanes; lane += 4) {
-    alignas(64) float wide[4][kMaxHeadDim];
-    const float* columns[4];
-    for (int r = 0; r < 4; ++r) {
-      const void* const in = addresses[lane + r];
-      columns[r] = wide[r];
-      switch (element) {
-        case Element::kF32:
-        case Element::kInt32:
-          columns[r] = (const float*)in;
-          break;
-        case Element::kF16:
-          widen_row<Storage::kF16>((const unsigned short*)in, rows, wide[r]);
-          break;
-        case Element::kBF16:
-          widen_row<Storage::kBF16>((const unsigned short*)in, rows, wide[r]);
-          break;
-        case Element::kInt16:
-          widen_integers<short>(in, rows, wide[r]);
-          break;
-        case Element::kInt8:
-          widen_integers<signed char>(in, rows, wide[r]);
-          break;
-        case Element::kUInt8:
-          widen_integers<unsigned char>(in, rows, wide[r]);
-          break;
-      }
-    }
-    store_columns(columns, rows, (float*)panel + lane);
+  float* const words = (float*)panel;
+  switch (element) {
+    case Element::kF32:
+    case Element::kInt32:
+      return stage_rows<Element::kF32>(addresses, rows, words);
+    case Element::kF16:
+      return stage_rows<Element::kF16>(addresses, rows, words);
+    case Element::kBF16:
+      return stage_rows<Element::kBF16>(addresses, rows, words);
+    case Element::kInt16:
+      return stage_rows<Element::kInt16>(addresses, rows, words);
+    case Element::kInt8:
+      return stage_rows<Element::kInt8>(addresses, rows, words);
+    case Element::kUInt8:
+      return stage_rows<Element::kUInt8>(addresses, rows, words);
   }
 }
 
@@ -486,7 +565,7 @@ void pv_bf16(const float* v_pairs, long long rows, long long width, float* weigh
 }  // namespace
 
 extern const Products ATTNJIT_PRODUCTS;
-const Products ATTNJIT_PRODUCTS = {qk,      pv,      widen,          load_panel,     store_panel, stage,
+const Products ATTNJIT_PRODUCTS = {qk,      pv,      widen,          load_panel,     store_panel, stage, kBlock,
 #ifdef __AVX512BF16__
                                    qk_bf16, pv_bf16, pair_rows_bf16, load_panel_bf16
 #endif

@@ -37,6 +37,9 @@ struct Products {
   // as a signed 32-bit one. Reads nothing else.
   void (*stage)(const void* const* addresses, Element element, long long rows, void* panel);
 
+  // How many rows qk and qk_bf16 take at once: in pieces of a multiple of it they are as fast as in one.
+  int rows_at_once;
+
   // The same on BF16 itself, at twice the speed; null where the instruction set cannot. Words are pairs of BF16, the
   // earlier value in the low half; queries[i] holds features 2i and 2i + 1, v_pairs[i] rows 2i and 2i + 1 (the last
   // one's partner, if missing, is 0).
