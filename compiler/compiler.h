@@ -114,8 +114,8 @@ struct EmittedCuda {
 // The fused forward kernel; entry `attnjit_forward(cuda::ForwardParams)`.
 CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm80::ForwardConfig& config,
                                              const CompileOptions& options = {});
-// The eager path's mod over materialised scores, kernels_templates/math/mod.cuh; entry `attnjit_math_mod(math::ModParams)`.
-// One binary for all element types.
+// The eager path's mod over materialised scores, kernels_templates/math/mod.cuh; entry
+// `attnjit_math_mod(math::ModParams)`. One binary for all element types.
 CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, const CompileOptions& options = {});
 // The rest of the eager path, kernels_templates/math/kernels.cuh behind a definition of math::kConfig: softmax and what
 // the products need around it. `dtype`: of q, k, v and o. The expression is not in it: one binary per type.

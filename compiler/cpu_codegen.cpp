@@ -4,6 +4,7 @@
 #include <chrono>
 #include <mutex>
 
+#include "compiler/frontend.h"
 #include "kernels_templates/cpu/embedded.h"
 #include "llvm/Analysis/TargetLibraryInfo.h"
 #include "llvm/Analysis/TargetTransformInfo.h"
@@ -31,11 +32,6 @@
 
 namespace attnjit::compiler {
 namespace {
-
-std::int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 struct IsaTarget {
   llvm::StringRef name, cpu, features;
@@ -169,10 +165,6 @@ llvm::StringRef bytes(const cpu::EmbeddedBitcode& bitcode) {
 }
 
 }  // namespace
-
-PhaseTimer::PhaseTimer(PhaseTimes& phases, std::string name)
-    : phases_(phases), name_(std::move(name)), start_ns_(now_ns()) {}
-PhaseTimer::~PhaseTimer() { phases_.emplace_back(name_, static_cast<double>(now_ns() - start_ns_) * 1e-6); }
 
 std::string_view cpu_isa_name(CpuIsa isa) { return isa_target(isa).name; }
 

@@ -31,18 +31,4 @@ struct CodegenResult {
 CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplate& around,
                              const CompileOptions& options, PhaseTimes& phases);
 
-// Appends the time from construction to destruction to `phases`.
-class PhaseTimer {
- public:
-  PhaseTimer(PhaseTimes& phases, std::string name);
-  ~PhaseTimer();
-  PhaseTimer(const PhaseTimer&) = delete;
-  PhaseTimer& operator=(const PhaseTimer&) = delete;
-
- private:
-  PhaseTimes& phases_;
-  std::string name_;
-  std::int64_t start_ns_;
-};
-
 }  // namespace attnjit::compiler

@@ -22,9 +22,13 @@ std::string cuda_arch_name(CudaArch arch);
 
 // One translation unit for NVRTC: it includes nothing.
 struct CudaSource {
+  // A comment that names expression, problem and config. It stands in front of `text` in a dump and is not compiled, so
+  // that problems whose code is the same share a binary.
+  std::string header;
   std::string text;
   std::vector<std::string> entries;  // extern "C" kernels, each `void(const __grid_constant__ Params)`
-  bool scores_in_log2 = true;        // see Mod::kScoresInLog2
+  // What Mod::score expects scaled scores to be multiplied by, as CpuTile::score_factor.
+  double score_factor = 1.0;
 };
 
 // What ptxas said of one kernel.

@@ -46,9 +46,13 @@ bool MlirSession::canonicalize(mlir::ModuleOp module) {
   return mlir::succeeded(passes.run(module));
 }
 
-bool MlirSession::find_facts(mlir::ModuleOp module) {
+bool MlirSession::find_facts(mlir::ModuleOp module, Target target) {
   mlir::PassManager passes(&context_);
-  build_fact_pipeline(passes);
+  if (target == Target::kCuda) {
+    build_cuda_fact_pipeline(passes);
+  } else {
+    build_fact_pipeline(passes);
+  }
   return mlir::succeeded(passes.run(module));
 }
 

@@ -1,6 +1,7 @@
 // One MLIR context per compile, with what the compiler needs in it, and its diagnostics.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -10,6 +11,9 @@
 #include "mlir/IR/MLIRContext.h"
 
 namespace attnjit::compiler {
+
+// What the code is generated for.
+enum class Target : std::uint8_t { kCpu, kCuda };
 
 // A context without threads whose errors are collected instead of printed.
 class MlirSession {
@@ -21,7 +25,7 @@ class MlirSession {
 
   // The pipelines and passes of passes/passes.h; false with errors() set where a pass failed.
   bool canonicalize(mlir::ModuleOp module);
-  bool find_facts(mlir::ModuleOp module);
+  bool find_facts(mlir::ModuleOp module, Target target);
   bool stage_reads(mlir::ModuleOp module);
   // Lowers to the LLVM dialect and translates. Null with errors() set on failure.
   std::unique_ptr<llvm::Module> to_llvm(mlir::ModuleOp module, llvm::LLVMContext& llvm_context);

@@ -1,12 +1,15 @@
-// attnjit-opt: runs any pass on a .mlir file, or prints the MLIR of an expression:
+// attnjit-opt: runs any pass on a .mlir file, or prints the MLIR or the CUDA of an expression:
 //   attnjit-opt --attnjit-canonical-order in.mlir
 //   attnjit-opt --expr 'score + bias[h]' --shape 1,8,128,128 --capture bias=bfloat16,8 | attnjit-opt ...
+//   attnjit-opt --expr 'score + bias[h]' --cuda bfloat16
 #include <CLI/CLI.hpp>
 #include <map>
 #include <sstream>
 
 #include "compiler/builder.h"
+#include "compiler/cuda_mod.h"
 #include "compiler/dialect/dialect.h"
+#include "compiler/frontend.h"
 #include "compiler/mlir_context.h"
 #include "compiler/passes/passes.h"
 #include "dsl/bind.h"
@@ -32,6 +35,7 @@ bool parse_capture(const std::string& description, std::map<std::string, compile
   std::string part;
   compiler::CaptureInfo info;
   bool known = false;
+  std::int64_t elements = 1;
   std::getline(rest, part, ',');
   for (int d = 0; d <= static_cast<int>(dsl::DType::kF32); ++d) {
     if (dsl::dtype_name(static_cast<dsl::DType>(d)) != part) continue;
@@ -41,10 +45,12 @@ bool parse_capture(const std::string& description, std::map<std::string, compile
   while (std::getline(rest, part, ',')) {
     const std::int64_t extent = std::strtoll(part.c_str(), nullptr, 10);
     if (extent < 1) return false;
+    elements *= extent;
     info.extent.push_back(extent);
     info.stride_class.push_back(compiler::StrideClass::kAny);
   }
   if (!info.stride_class.empty()) info.stride_class.back() = compiler::StrideClass::kUnit;
+  info.offsets_fit_32 = elements < std::int64_t{1} << 31;
   infos[description.substr(0, equals)] = info;
   return known;
 }
@@ -60,7 +66,8 @@ bool bind_expression(const std::string& text, dsl::ModKind kind, std::map<std::s
       compiler::CaptureInfo plain{
           .dtype = dsl::DType::kF32,
           .extent = std::vector<std::int64_t>(rank, 64),
-          .stride_class = std::vector<compiler::StrideClass>(rank, compiler::StrideClass::kAny)};
+          .stride_class = std::vector<compiler::StrideClass>(rank, compiler::StrideClass::kAny),
+          .offsets_fit_32 = true};
       const compiler::CaptureInfo& info = infos.try_emplace(capture.name, plain).first->second;
       bindings.push_back({info.dtype, static_cast<int>(info.extent.size())});
     }
@@ -74,8 +81,24 @@ bool bind_expression(const std::string& text, dsl::ModKind kind, std::map<std::s
   return true;
 }
 
+int print_cuda(const compiler::ModProblem& problem, const std::string& dtype) {
+  compiler::PhaseTimes phases;
+  compiler::Frontend frontend(phases);
+  if (!frontend.run(problem, {}, compiler::Target::kCuda)) {
+    llvm::errs() << frontend.error() << "\n";
+    return 1;
+  }
+  const compiler::CudaAccuracy accuracy = dtype == "float32"   ? compiler::CudaAccuracy::kFull
+                                          : dtype == "float16" ? compiler::CudaAccuracy::kFloat16
+                                                               : compiler::CudaAccuracy::kBFloat16;
+  const compiler::CudaMod mod = compiler::emit_cuda_mod(frontend.function(), problem, accuracy);
+  llvm::outs() << mod.text;
+  llvm::errs() << mod.error;
+  return mod.error.empty() ? 0 : 1;
+}
+
 int print_expression(int argc, char** argv) {
-  std::string text, mask;
+  std::string text, mask, cuda;
   std::vector<std::int64_t> shape{1, 8, 1024, 1024};
   std::vector<std::string> captures;
   CLI::App app("Prints the MLIR that the compiler builds from an expression");
@@ -83,6 +106,8 @@ int print_expression(int argc, char** argv) {
   app.add_option("--mask", mask, "mask_mod");
   app.add_option("--shape", shape, "batch,heads,seqlen_q,seqlen_kv")->delimiter(',')->expected(4);
   app.add_option("--capture", captures, "name=dtype,extent,...");
+  app.add_option("--cuda", cuda, "print the CUDA instead, for inputs of this type")
+      ->check(CLI::IsMember({"float32", "float16", "bfloat16"}));
   CLI11_PARSE(app, argc, argv);
 
   std::map<std::string, compiler::CaptureInfo> infos;
@@ -107,7 +132,12 @@ int print_expression(int argc, char** argv) {
       node.capture = static_cast<std::int32_t>(std::distance(infos.begin(), found));
     }
   }
-  for (const auto& [name, info] : infos) problem.captures.push_back(info);
+  problem.score_mod.captures.clear();
+  for (const auto& [name, info] : infos) {
+    problem.captures.push_back(info);
+    problem.score_mod.captures.push_back({.name = name, .rank = static_cast<int>(info.extent.size())});
+  }
+  if (!cuda.empty()) return print_cuda(problem, cuda);
   compiler::MlirSession session;
   compiler::build_module(session.context(), problem)->print(llvm::outs());
   llvm::outs() << "\n";
@@ -127,5 +157,6 @@ int main(int argc, char** argv) {
   mlir::arith::registerArithIntRangeOptsPass();
   mlir::PassPipelineRegistration<>("attnjit-canonical", "To the canonical form", compiler::build_canonical_pipeline);
   mlir::PassPipelineRegistration<>("attnjit-facts", "From the canonical form to facts", compiler::build_fact_pipeline);
+  mlir::PassPipelineRegistration<>("attnjit-cuda-facts", "The same for CUDA", compiler::build_cuda_fact_pipeline);
   return mlir::asMainReturnCode(mlir::MlirOptMain(argc, argv, "attnjit pass driver\n", registry));
 }

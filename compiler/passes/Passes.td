@@ -48,6 +48,17 @@ def NarrowIntegers : Pass<"attnjit-narrow-integers", "::mlir::func::FuncOp"> {
     64 bits. (Upstream's arith-int-range-narrowing narrows signed operations by unsigned ranges: maxsi(4000000000, 1)
     changes its value.)
   }];
+  let options = [Option<"addresses", "addresses", "bool", /*default=*/"false", "Narrow what feeds an address, too">];
+  let dependentDialects = ["::mlir::arith::ArithDialect"];
+}
+
+def SplitConversions : Pass<"attnjit-split-conversions", "::mlir::func::FuncOp"> {
+  let summary = "Convert integers to float where they vary with the query or the key alone";
+  let description = [{
+    `float(q_idx - kv_idx)` is a conversion per element, at a quarter of an addition's rate or less on GPUs.
+    `float(q_idx) - float(kv_idx)` is one per row, one per column and a subtraction, and the same number wherever
+    operands and result stay below 2^24. Through sums, differences, products, minima, maxima and choices.
+  }];
   let dependentDialects = ["::mlir::arith::ArithDialect"];
 }
 

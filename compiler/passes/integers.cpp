@@ -1,4 +1,5 @@
-// attnjit-prove-bounds and attnjit-narrow-integers: what upstream's integer range analysis proves.
+// attnjit-prove-bounds, attnjit-narrow-integers and attnjit-split-conversions: what upstream's integer range analysis
+// proves.
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
 #include "llvm/ADT/DenseMap.h"
@@ -6,11 +7,13 @@
 #include "mlir/Analysis/DataFlow/IntegerRangeAnalysis.h"
 #include "mlir/Analysis/DataFlowFramework.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/IR/Matchers.h"
 
 namespace attnjit::compiler {
 
 #define GEN_PASS_DEF_PROVEBOUNDS
 #define GEN_PASS_DEF_NARROWINTEGERS
+#define GEN_PASS_DEF_SPLITCONVERSIONS
 #include "AttnjitPasses.h.inc"
 
 namespace {
@@ -46,6 +49,10 @@ class ProveBounds : public impl::ProveBoundsBase<ProveBounds> {
 };
 
 class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
+ public:
+  using NarrowIntegersBase::NarrowIntegersBase;
+
+ private:
   void runOnOperation() override {
     mlir::func::FuncOp function = getOperation();
     if (function.isExternal()) return;
@@ -58,6 +65,7 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
     mlir::OpBuilder builder(function);
     for (mlir::Operation& op : llvm::make_early_inc_range(block->without_terminator())) {
       const Value result = op.getResult(0);
+      if (auto read = llvm::dyn_cast<ReadOp>(op)) narrow_indices(builder, read);
       builder.setInsertionPointAfter(&op);
       if (result.getType().isInteger(64)) {
         if (fits(solver, result)) {
@@ -121,7 +129,96 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
     for (mlir::OpOperand& operand : op.getOpOperands()) operand.set(narrow_[operand.get()]);
   }
 
+  void narrow_indices(mlir::OpBuilder& builder, ReadOp read) {
+    if (!addresses) return;
+    builder.setInsertionPoint(read);
+    for (mlir::OpOperand& index : read->getOpOperands()) {
+      const auto found = narrow_.find(index.get());
+      if (found != narrow_.end())
+        index.set(arith::ExtSIOp::create(builder, read.getLoc(), builder.getI64Type(), found->second));
+    }
+  }
+
   llvm::DenseMap<Value, Value> narrow_;
+};
+
+class SplitConversions : public impl::SplitConversionsBase<SplitConversions> {
+  void runOnOperation() override {
+    mlir::func::FuncOp function = getOperation();
+    if (function.isExternal()) return;
+    mlir::Block* const block = only_block(function);
+    if (!block) return signalPassFailure();
+    mlir::DataFlowSolver solver;
+    if (mlir::failed(solve(solver, function))) return signalPassFailure();
+    solver_ = &solver;
+    varies_.clear();
+    floats_.clear();
+    mlir::OpBuilder builder(function);
+    for (mlir::Operation& op : llvm::make_early_inc_range(block->without_terminator())) {
+      unsigned varies = 0;
+      for (const Value operand : op.getOperands()) varies |= varies_.lookup(operand);
+      if (auto index = llvm::dyn_cast<IndexOp>(op))
+        varies |= index.getRole() == Role::Q ? kWithQuery : index.getRole() == Role::Kv ? kWithKey : 0;
+      varies_[op.getResult(0)] = varies;
+      auto conversion = llvm::dyn_cast<arith::SIToFPOp>(op);
+      if (!conversion || varies != (kWithQuery | kWithKey) || !splits(conversion.getIn())) continue;
+      builder.setInsertionPoint(conversion);
+      conversion.replaceAllUsesWith(split(builder, conversion.getIn()));
+    }
+    erase_dead(*block);
+  }
+
+  // Whether `v`, and all it is made of, is exact as float and can be put together from what varies in one way only.
+  bool splits(Value v) {
+    constexpr std::int64_t kExact = 1 << 24;
+    if (!within(*solver_, v, -kExact, kExact)) return false;
+    if (varies_.lookup(v) != (kWithQuery | kWithKey)) return true;
+    mlir::Operation* op = v.getDefiningOp();
+    if (auto select = llvm::dyn_cast<arith::SelectOp>(op))
+      return splits(select.getTrueValue()) && splits(select.getFalseValue());
+    return llvm::isa<arith::AddIOp, arith::SubIOp, arith::MulIOp, arith::MaxSIOp, arith::MinSIOp>(op) &&
+           splits(op->getOperand(0)) && splits(op->getOperand(1));
+  }
+
+  Value split(mlir::OpBuilder& builder, Value v) {
+    if (const Value made = floats_.lookup(v)) return made;
+    const mlir::Location loc = v.getLoc();
+    mlir::Operation* op = v.getDefiningOp();
+    Value result;
+    if (varies_.lookup(v) != (kWithQuery | kWithKey)) {
+      llvm::APInt literal;
+      if (mlir::matchPattern(v, mlir::m_ConstantInt(&literal))) {
+        result = arith::ConstantOp::create(builder, loc,
+                                           builder.getF32FloatAttr(static_cast<float>(literal.getSExtValue())));
+      } else {
+        result = arith::SIToFPOp::create(builder, loc, builder.getF32Type(), v);
+      }
+    } else if (auto select = llvm::dyn_cast<arith::SelectOp>(op)) {
+      const Value yes = split(builder, select.getTrueValue()), no = split(builder, select.getFalseValue());
+      result = arith::SelectOp::create(builder, loc, select.getCondition(), yes, no);
+    } else {
+      const Value lhs = split(builder, op->getOperand(0)), rhs = split(builder, op->getOperand(1));
+      if (llvm::isa<arith::AddIOp>(op)) {
+        result = arith::AddFOp::create(builder, loc, lhs, rhs);
+      } else if (llvm::isa<arith::SubIOp>(op)) {
+        result = arith::SubFOp::create(builder, loc, lhs, rhs);
+      } else if (llvm::isa<arith::MulIOp>(op)) {
+        result = arith::MulFOp::create(builder, loc, lhs, rhs);
+      } else if (llvm::isa<arith::MaxSIOp>(op)) {
+        result = arith::MaximumFOp::create(builder, loc, lhs, rhs);
+      } else {
+        result = arith::MinimumFOp::create(builder, loc, lhs, rhs);
+      }
+    }
+    floats_[v] = result;
+    varies_[result] = varies_.lookup(v);
+    return result;
+  }
+
+  static constexpr unsigned kWithQuery = 1, kWithKey = 2;
+  mlir::DataFlowSolver* solver_ = nullptr;
+  llvm::DenseMap<Value, unsigned> varies_;
+  llvm::DenseMap<Value, Value> floats_;
 };
 
 }  // namespace

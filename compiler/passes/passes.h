@@ -19,6 +19,8 @@ namespace attnjit::compiler {
 void build_canonical_pipeline(mlir::OpPassManager& passes);
 // From the canonical form to facts and 32-bit integers.
 void build_fact_pipeline(mlir::OpPassManager& passes);
+// The same for CUDA, whose addresses are sums of 32-bit offsets and whose conversions are dear.
+void build_cuda_fact_pipeline(mlir::OpPassManager& passes);
 
 // The captured reads that attnjit-stage-reads numbered, in the order of their numbers.
 llvm::SmallVector<ReadOp> staged_reads(mlir::func::FuncOp function);

@@ -39,4 +39,12 @@ void build_fact_pipeline(mlir::OpPassManager& passes) {
   function.addPass(createNarrowIntegers());
 }
 
+void build_cuda_fact_pipeline(mlir::OpPassManager& passes) {
+  mlir::OpPassManager& function = passes.nest<mlir::func::FuncOp>();
+  function.addPass(createScoreInLog2());
+  function.addPass(createProveBounds());
+  function.addPass(createNarrowIntegers({.addresses = true}));
+  function.addPass(createSplitConversions());
+}
+
 }  // namespace attnjit::compiler

@@ -8,7 +8,7 @@
 namespace attnjit::cuda {
 
 struct ModDefaults {
-  // score() takes the scaled score times log2(e), not the scaled score. It returns log2 units in either case.
+  // score() takes the scaled score times log2(e), not plain or times a literal. It returns log2 units in any case.
   static constexpr bool kScoresInLog2 = true;
   // score() returns its argument, and takes it times log2(e).
   static constexpr bool kIdentity = true;

@@ -28,7 +28,7 @@ struct ForwardParams {
   int batch, num_heads, num_heads_kv;
   int seqlen_q, seqlen_kv;
   int q_idx_origin, kv_idx_origin;  // logical positions of the first query and key
-  float score_scale;                // on q . k: the scale, times log2(e) where Mod::kScoresInLog2
+  float score_scale;                // on q . k: the scale, times what the compiler says that score() expects
   CapturedView captured[kMaxCaptures];
 };
 

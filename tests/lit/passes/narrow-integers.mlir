@@ -1,4 +1,5 @@
 // RUN: attnjit-opt -attnjit-narrow-integers %s | FileCheck %s
+// RUN: attnjit-opt %s --attnjit-narrow-integers=addresses=true | FileCheck %s --check-prefix=CUDA
 
 // CHECK-LABEL: func.func @fits
 // CHECK-SAME: attributes {attnjit.fits_32}
@@ -41,6 +42,11 @@ func.func @unsigned_is_not_enough() -> f32 {
 }
 
 // Addresses stay wide; a division is narrow for them, too.
+// For CUDA they are narrow, too.
+// CUDA-LABEL: func.func @addresses
+// CUDA: %[[S:.*]] = arith.addi %{{.*}} overflow<nsw> : i32
+// CUDA: %[[W:.*]] = arith.extsi %[[S]] : i32 to i64
+// CUDA: attnjit.read 0[%[[W]], %{{.*}}]
 // CHECK-LABEL: func.func @addresses
 // CHECK: %[[S:.*]] = arith.addi %{{.*}} : i64
 // CHECK: %[[D:.*]] = attnjit.floordiv %{{.*}} : i32

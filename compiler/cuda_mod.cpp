@@ -1,0 +1,846 @@
+// From the mod's operations to text that people read: operations become the nodes of a small graph of CUDA expressions,
+// nodes are sorted into the hooks by what they depend on, and each hook prints what it needs.
+#include "compiler/cuda_mod.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numbers>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "compiler/dialect/dialect.h"
+#include "compiler/passes/passes.h"
+#include "llvm/ADT/DenseMap.h"
+#include "llvm/ADT/SmallString.h"
+#include "llvm/ADT/TypeSwitch.h"
+#include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/Dialect/Math/IR/Math.h"
+#include "mlir/IR/Matchers.h"
+
+namespace attnjit::compiler {
+namespace {
+
+namespace arith = mlir::arith;
+namespace math = mlir::math;
+using mlir::Value;
+
+// ---- The graph
+
+// In the order of C++'s conversions.
+enum class CType : std::uint8_t { kBool, kInt, kLong, kFloat };
+const char* type_name(CType type) {
+  constexpr const char* kNames[] = {"bool", "int", "long long", "float"};
+  return kNames[static_cast<int>(type)];
+}
+
+// Where a value is known, and so which hook computes it. What is known anywhere (literals, the parameters' strides and
+// extents) is written out at each use.
+enum class Level : std::uint8_t { kAnywhere, kBlock, kRow, kColumn, kElement };
+enum Dependence : unsigned { kOnBlock = 1, kOnQuery = 2, kOnKey = 4, kOnScore = 8 };
+Level level_of(unsigned depends) {
+  if (depends & kOnScore || (depends & kOnQuery && depends & kOnKey)) return Level::kElement;
+  if (depends & kOnQuery) return Level::kRow;
+  if (depends & kOnKey) return Level::kColumn;
+  return depends & kOnBlock ? Level::kBlock : Level::kAnywhere;
+}
+
+// C++'s precedences, as far as they matter here; operands of & | ^ and shifts get parentheses in any case.
+enum Precedence { kChoice, kBits, kEquality, kOrder, kSum, kProduct, kUnary, kPostfix };
+
+enum class Form : std::uint8_t { kLeaf, kUnary, kBinary, kChoice, kCall };
+
+using NodeId = int;
+struct Node {
+  Form form = Form::kLeaf;
+  std::string text;  // of a leaf, or the operator, or the function
+  std::vector<NodeId> args = {};
+  CType type = CType::kFloat;
+  unsigned depends = 0;
+  Precedence precedence = kPostfix;
+  std::string name = {};  // a wish
+};
+
+class Graph {
+ public:
+  const Node& operator[](NodeId id) const { return nodes_[static_cast<std::size_t>(id)]; }
+  int size() const { return static_cast<int>(nodes_.size()); }
+  Level level(NodeId id) const { return level_of((*this)[id].depends); }
+
+  // The same node for the same operation.
+  NodeId add(Node node) {
+    for (const NodeId arg : node.args) node.depends |= (*this)[arg].depends;
+    const auto key = std::tuple(node.form, node.text, node.args, node.type);
+    const auto [found, is_new] = known_.try_emplace(key, size());
+    if (is_new) nodes_.push_back(std::move(node));
+    return found->second;
+  }
+  NodeId leaf(std::string text, CType type, unsigned depends = 0) {
+    return add({.form = Form::kLeaf, .text = std::move(text), .type = type, .depends = depends});
+  }
+  NodeId binary(const char* op, NodeId a, NodeId b, CType type, Precedence precedence) {
+    return add({.form = Form::kBinary, .text = op, .args = {a, b}, .type = type, .precedence = precedence});
+  }
+  NodeId unary(const char* op, NodeId a, CType type) {
+    return add({.form = Form::kUnary, .text = op, .args = {a}, .type = type, .precedence = kUnary});
+  }
+  NodeId call(std::string function, std::vector<NodeId> args, CType type, unsigned depends = 0, std::string name = {}) {
+    return add({.form = Form::kCall,
+                .text = std::move(function),
+                .args = std::move(args),
+                .type = type,
+                .depends = depends,
+                .name = std::move(name)});
+  }
+
+ private:
+  std::vector<Node> nodes_;  // arguments precede their users
+  std::map<std::tuple<Form, std::string, std::vector<NodeId>, CType>, NodeId> known_;
+};
+
+// ---- From operations to nodes
+
+std::string float_text(float value) {
+  if (std::isnan(value)) return "kNan";
+  if (std::isinf(value)) return value < 0 ? "-kInfinity" : "kInfinity";
+  if (std::abs(value) == std::numeric_limits<float>::max()) return value < 0 ? "-kMaxFloat" : "kMaxFloat";
+  // The fewest digits that read back.
+  char text[32];
+  for (int digits = 1; digits <= 9; ++digits) {
+    std::snprintf(text, sizeof(text), "%.*g", digits, static_cast<double>(value));
+    if (std::strtof(text, nullptr) == value) break;
+  }
+  std::string result = text;
+  if (result.find_first_of(".e") == std::string::npos) result += ".0";
+  return result + "f";
+}
+
+std::string integer_text(std::int64_t value, CType type) {
+  if (type == CType::kInt)
+    return value == std::numeric_limits<std::int32_t>::min() ? "(-2147483647 - 1)" : std::to_string(value);
+  if (value == std::numeric_limits<std::int64_t>::min()) return "(-9223372036854775807ll - 1)";
+  return std::to_string(value) + "ll";
+}
+
+bool fits_int(std::int64_t value) { return value == static_cast<std::int32_t>(value); }
+
+// What the score's approximations may do: how far a value's error is multiplied on its way to the result, and whether a
+// jump is in between. Values not listed do not reach the result.
+struct Reach {
+  double gain = 0;  // infinite where it cannot be told
+  bool jumps = false;
+};
+
+class Lowering {
+ public:
+  Lowering(Graph& graph, mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy)
+      : g_(graph), function_(function), problem_(problem), accuracy_(accuracy) {}
+
+  // False with `error` set.
+  bool run() {
+    find_reach();
+    nodes_[function_.getArgument(0)] = g_.leaf("s", CType::kFloat, kOnScore);
+    for (mlir::Operation& op : function_.front().without_terminator()) {
+      const NodeId node = lower(op);
+      if (node < 0) {
+        error = "'" + op.getName().getStringRef().str() + "' has no CUDA spelling";
+        return false;
+      }
+      nodes_[op.getResult(0)] = node;
+    }
+    mlir::Operation* const ret = function_.front().getTerminator();
+    value = nodes_[ret->getOperand(0)];
+    keep = nodes_[ret->getOperand(1)];
+    return true;
+  }
+
+  NodeId value = -1, keep = -1;
+  std::string error;
+
+ private:
+  NodeId node(Value v) { return nodes_.lookup(v); }
+  NodeId arg(mlir::Operation& op, unsigned i) { return node(op.getOperand(i)); }
+  NodeId f32(float x) { return literal(float_text(x), CType::kFloat); }
+  NodeId literal(std::string text, CType type) {
+    const bool negative = text[0] == '-';
+    return g_.add(
+        {.form = Form::kLeaf, .text = std::move(text), .type = type, .precedence = negative ? kUnary : kPostfix});
+  }
+  NodeId integer(std::int64_t x) {
+    const CType type = fits_int(x) ? CType::kInt : CType::kLong;
+    return literal(integer_text(x, type), type);
+  }
+  NodeId to(NodeId id, CType type) {
+    if (g_[id].type == type) return id;
+    std::string name = type == CType::kFloat && g_[id].form == Form::kLeaf ? g_[id].text + "_float" : std::string();
+    return g_.call(std::string("static_cast<") + type_name(type) + ">", {id}, type, 0, std::move(name));
+  }
+  NodeId same(const char* op, NodeId a, NodeId b, Precedence precedence) {
+    return g_.binary(op, a, b, std::max(g_[a].type, g_[b].type), precedence);
+  }
+
+  // ---- Approximations
+
+  static bool is_literal(Value v, float* value = nullptr) {
+    mlir::FloatAttr attribute;
+    if (!mlir::matchPattern(v, mlir::m_Constant(&attribute))) return false;
+    if (value) *value = attribute.getValue().convertToFloat();
+    return true;
+  }
+
+  void find_reach() {
+    mlir::Block& block = function_.front();
+    constexpr double kUnknown = std::numeric_limits<double>::infinity();
+    reach_[block.getTerminator()->getOperand(0)] = {1.0, false};
+    for (mlir::Operation& op : llvm::reverse(block.without_terminator())) {
+      const Value result = op.getResult(0);
+      const Reach reach = result.getType().isF32() ? reach_.lookup(result) : Reach{kUnknown, true};
+      for (unsigned i = 0; i < op.getNumOperands(); ++i) {
+        Reach through = reach;
+        float other = 0;
+        if (llvm::isa<arith::MulFOp>(op)) {
+          through.gain *= is_literal(op.getOperand(1 - i), &other) ? std::abs(static_cast<double>(other)) : kUnknown;
+        } else if (llvm::isa<arith::DivFOp>(op)) {
+          through.gain /= i == 0 && is_literal(op.getOperand(1), &other) ? std::abs(static_cast<double>(other)) : 0.0;
+        } else if (llvm::isa<arith::CmpFOp>(op)) {
+          // Where masks made of float's smallest numbers are told apart nothing is near.
+          const bool far = is_literal(op.getOperand(1 - i), &other) && !(std::abs(other) < 1e37f);
+          through = far ? Reach{} : Reach{kUnknown, true};
+        } else if (llvm::isa<math::FloorOp, math::CeilOp, math::RoundEvenOp, arith::RemFOp, ToIntOp>(op)) {
+          through = {kUnknown, true};
+        } else if (!llvm::isa<arith::AddFOp, arith::SubFOp, arith::NegFOp, arith::SelectOp, arith::MinimumFOp,
+                              arith::MaximumFOp>(op)) {
+          through.gain = kUnknown;
+        }
+        Reach& known = reach_[op.getOperand(i)];
+        known.gain = std::max(known.gain, through.gain);
+        known.jumps |= through.jumps;
+      }
+    }
+  }
+
+  // Whether `op` depends on the score, which is rounded more than an approximation of a few last places is off, and
+  // nothing behind it jumps.
+  bool approximate(mlir::Operation& op) {
+    if (accuracy_ == CudaAccuracy::kFull || reach_.lookup(op.getResult(0)).jumps) return false;
+    return llvm::any_of(op.getOperands(), [&](Value v) { return (g_[node(v)].depends & kOnScore) != 0; });
+  }
+
+  NodeId tanh(mlir::Operation& op) {
+    // Absolute errors count: those of soft caps that people use.
+    constexpr double kLargestGain = 128 * std::numbers::log2e;
+    const bool coarse = approximate(op) && reach_.lookup(op.getResult(0)).gain <= kLargestGain;
+    const char* const function = !coarse                                ? "tanhf"
+                                 : accuracy_ == CudaAccuracy::kBFloat16 ? "tanh_approx"
+                                                                        : "tanh_by_exp2";
+    return g_.call(function, {arg(op, 0)}, CType::kFloat);
+  }
+
+  NodeId divide(mlir::Operation& op) {
+    const NodeId a = arg(op, 0), b = arg(op, 1);
+    float divisor = 0;
+    // Far from float's ends, where the steps of divide_by neither overflow nor vanish.
+    if (is_literal(op.getOperand(1), &divisor) && std::abs(divisor) > 0x1p-60f && std::abs(divisor) < 0x1p60f) {
+      const float reciprocal = 1.0f / divisor;
+      if (approximate(op)) return g_.binary("*", a, f32(reciprocal), CType::kFloat, kProduct);
+      if (g_.level(a) == Level::kElement) return g_.call("divide_by", {a, b, f32(reciprocal)}, CType::kFloat);
+    }
+    if (!approximate(op)) return g_.binary("/", a, b, CType::kFloat, kProduct);
+    float dividend = 0;
+    if (is_literal(op.getOperand(0), &dividend) && dividend == 1.0f)
+      return g_.call("reciprocal_approx", {b}, CType::kFloat);
+    return g_.call("divide_approx", {a, b}, CType::kFloat);
+  }
+
+  // ---- Integers
+
+  NodeId arithmetic(mlir::Operation& op, const char* symbol, const char* wrapping, Precedence precedence) {
+    const NodeId a = arg(op, 0), b = arg(op, 1);
+    // 32-bit operations are those proven not to overflow.
+    if (!op.getResult(0).getType().isInteger(32)) return g_.call(wrapping, {a, b}, CType::kLong);
+    if (llvm::isa<arith::SubIOp>(op) && mlir::matchPattern(op.getOperand(0), mlir::m_Zero()))
+      return g_.unary("-", to(b, CType::kInt), CType::kInt);
+    return g_.binary(symbol, to(a, CType::kInt), to(b, CType::kInt), CType::kInt, precedence);
+  }
+
+  NodeId extreme(mlir::Operation& op, const char* function) {
+    const NodeId a = arg(op, 0), b = arg(op, 1);
+    const CType type = std::max(g_[a].type, g_[b].type);
+    return g_.call(function, {to(a, type), to(b, type)}, type);
+  }
+
+  NodeId bits(mlir::Operation& op, const char* symbol) {
+    const NodeId a = arg(op, 0), b = arg(op, 1);
+    const bool is_xor = llvm::isa<arith::XOrIOp>(op);
+    llvm::APInt literal;
+    const bool inverts =
+        is_xor && mlir::matchPattern(op.getOperand(1), mlir::m_ConstantInt(&literal)) && literal.isAllOnes();
+    if (op.getResult(0).getType().isInteger(1)) {
+      if (inverts) return g_.unary("!", a, CType::kBool);
+      return is_xor ? g_.binary("!=", a, b, CType::kBool, kEquality) : g_.binary(symbol, a, b, CType::kBool, kBits);
+    }
+    if (inverts) return g_.unary("~", a, g_[a].type);
+    return same(symbol, a, b, kBits);
+  }
+
+  NodeId divide_integers(mlir::Operation& op) {
+    const bool is_mod = llvm::isa<FloorModOp>(op);
+    NodeId a = arg(op, 0);
+    const NodeId b = arg(op, 1);
+    const CType type =
+        op.getResult(0).getType().isInteger(32) ? CType::kInt : std::max({CType::kLong, g_[a].type, g_[b].type});
+    a = to(a, type);
+    llvm::APInt divisor;
+    if (mlir::matchPattern(op.getOperand(1), mlir::m_ConstantInt(&divisor)) && divisor.isStrictlyPositive() &&
+        divisor.isPowerOf2()) {
+      // Shifts and masks round down.
+      return is_mod ? same("&", a, integer(divisor.getSExtValue() - 1), kBits)
+                    : g_.binary(">>", a, integer(divisor.logBase2()), type, kBits);
+    }
+    return g_.call(is_mod ? "floor_mod" : "floor_div", {a, to(b, type)}, type);
+  }
+
+  NodeId compare_integers(arith::CmpIOp op) {
+    using P = arith::CmpIPredicate;
+    const P p = op.getPredicate();
+    NodeId a = node(op.getLhs()), b = node(op.getRhs());
+    const bool is_unsigned = p == P::ult || p == P::ule || p == P::ugt || p == P::uge;
+    const bool is_bool = op.getLhs().getType().isInteger(1);
+    if (is_bool && !is_unsigned && p != P::eq && p != P::ne) return -1;
+    if (!is_bool && is_unsigned) {
+      const bool is_long = g_[a].type == CType::kLong || g_[b].type == CType::kLong;
+      const char* const cast = is_long ? "static_cast<unsigned long long>" : "static_cast<unsigned>";
+      const CType type = is_long ? CType::kLong : CType::kInt;
+      a = g_.call(cast, {a}, type);
+      b = g_.call(cast, {b}, type);
+    }
+    switch (p) {
+      case P::eq:
+        return g_.binary("==", a, b, CType::kBool, kEquality);
+      case P::ne:
+        return g_.binary("!=", a, b, CType::kBool, kEquality);
+      case P::slt:
+      case P::ult:
+        return g_.binary("<", a, b, CType::kBool, kOrder);
+      case P::sle:
+      case P::ule:
+        return g_.binary("<=", a, b, CType::kBool, kOrder);
+      case P::sgt:
+      case P::ugt:
+        return g_.binary(">", a, b, CType::kBool, kOrder);
+      case P::sge:
+      case P::uge:
+        return g_.binary(">=", a, b, CType::kBool, kOrder);
+    }
+    return -1;
+  }
+
+  NodeId compare_floats(arith::CmpFOp op) {
+    using P = arith::CmpFPredicate;
+    const NodeId a = node(op.getLhs()), b = node(op.getRhs());
+    const auto is = [&](const char* symbol) {
+      const bool equality = symbol[0] == '=' || symbol[0] == '!';
+      return g_.binary(symbol, a, b, CType::kBool, equality ? kEquality : kOrder);
+    };
+    const auto is_not = [&](const char* symbol) { return g_.unary("!", is(symbol), CType::kBool); };
+    const auto is_nan = [&](NodeId x) { return g_.binary("!=", x, x, CType::kBool, kEquality); };
+    const auto unordered = [&] {
+      const bool a_literal = is_literal(op.getLhs()), b_literal = is_literal(op.getRhs());
+      if (a == b || b_literal) return is_nan(a);
+      return a_literal ? is_nan(b) : g_.binary("|", is_nan(a), is_nan(b), CType::kBool, kBits);
+    };
+    switch (op.getPredicate()) {
+      case P::OEQ:
+        return is("==");
+      case P::UNE:
+        return is("!=");
+      case P::OLT:
+        return is("<");
+      case P::OLE:
+        return is("<=");
+      case P::OGT:
+        return is(">");
+      case P::OGE:
+        return is(">=");
+      case P::ULT:
+        return is_not(">=");
+      case P::ULE:
+        return is_not(">");
+      case P::UGT:
+        return is_not("<=");
+      case P::UGE:
+        return is_not("<");
+      case P::ONE:
+        return g_.binary("|", is("<"), is(">"), CType::kBool, kBits);
+      case P::UEQ:
+        return g_.unary("!", g_.binary("|", is("<"), is(">"), CType::kBool, kBits), CType::kBool);
+      case P::UNO:
+        return unordered();
+      case P::ORD:
+        return g_.unary("!", unordered(), CType::kBool);
+      case P::AlwaysFalse:
+        return literal("false", CType::kBool);
+      case P::AlwaysTrue:
+        return literal("true", CType::kBool);
+    }
+    return -1;
+  }
+
+  // ---- Captured reads
+
+  std::string capture_name(unsigned capture) const {
+    const std::vector<dsl::Capture>& names = problem_.score_mod.captures;
+    // Behind a user's name there is no keyword and no name of ours.
+    return (capture < names.size() ? names[capture].name : "captured" + std::to_string(capture)) + "_value";
+  }
+
+  static std::pair<const char*, CType> element(mlir::Type type) {
+    if (type.isF32()) return {"float", CType::kFloat};
+    if (type.isF16()) return {"Float16", CType::kFloat};
+    if (type.isBF16()) return {"BFloat16", CType::kFloat};
+    switch (type.getIntOrFloatBitWidth()) {
+      case 1:
+        return {"bool", CType::kBool};
+      case 8:
+        return {type.isUnsignedInteger() ? "unsigned char" : "signed char", CType::kInt};
+      case 16:
+        return {"short", CType::kInt};
+      case 32:
+        return {"int", CType::kInt};
+      default:
+        return {"long long", CType::kLong};
+    }
+  }
+
+  NodeId read(ReadOp op) {
+    const unsigned capture = op.getCapture();
+    const std::string view = "captured[" + std::to_string(capture) + "]";
+    const NodeId view_node = g_.leaf(view, CType::kInt);
+    const bool fits_32 = problem_.captures[capture].offsets_fit_32;
+    const auto [stored, type] = element(op.getElement());
+    const std::string function = std::string("load<") + stored + ">";
+    if (op.getIndices().empty()) return g_.call(function, {view_node}, type, kOnBlock, capture_name(capture));
+
+    // One sum per level, so that what is known early is added early.
+    std::map<Level, NodeId> sums;
+    const llvm::SmallVector<bool> unproven(op.getIndices().size(), false);
+    const llvm::ArrayRef<bool> in_bounds = op.getInBounds().value_or(unproven);
+    for (unsigned i = 0; i < op.getIndices().size(); ++i) {
+      if (op.getStrides()[i] == 0 || op.getExtents()[i] == 1) continue;
+      NodeId term = node(op.getIndices()[i]);
+      if (g_[term].text == "0") continue;
+      const std::string dimension = "[" + std::to_string(i) + "]";
+      if (!in_bounds[i]) {
+        term = g_.call("clamped", {term, g_.leaf(view + ".extent" + dimension, CType::kInt)}, CType::kInt);
+      } else {
+        term = to(term, CType::kInt);
+      }
+      if (op.getStrides()[i] != 1) {
+        const NodeId stride = fits_32 ? g_.call("stride32", {view_node, integer(i)}, CType::kInt)
+                                      : g_.leaf(view + ".stride" + dimension, CType::kLong);
+        term = same("*", term, stride, kProduct);
+      }
+      const Level level = g_.level(term);
+      const auto [found, is_new] = sums.try_emplace(level, term);
+      if (!is_new) found->second = same("+", found->second, term, kSum);
+    }
+    NodeId offset = -1;
+    for (const auto& [level, sum] : sums) offset = offset < 0 ? sum : same("+", offset, sum, kSum);
+    if (offset < 0) offset = integer(0);
+    return g_.call(function, {view_node, offset}, type, kOnBlock, capture_name(capture));
+  }
+
+  // ---- Everything
+
+  NodeId constant(arith::ConstantOp op) {
+    if (const auto value = llvm::dyn_cast<mlir::FloatAttr>(op.getValue()))
+      return f32(value.getValue().convertToFloat());
+    const auto value = llvm::cast<mlir::IntegerAttr>(op.getValue());
+    if (op.getType().isInteger(1)) return literal(value.getValue().isZero() ? "false" : "true", CType::kBool);
+    return integer(value.getValue().getSExtValue());
+  }
+
+  // `v < c ? c : v` and `v > c ? c : v` for a literal c, which an instruction does.
+  NodeId bound(arith::SelectOp op) {
+    auto compare = op.getCondition().getDefiningOp<arith::CmpFOp>();
+    if (!compare || compare.getLhs() != op.getFalseValue() || compare.getRhs() != op.getTrueValue()) return -1;
+    float literal = 0;
+    if (!is_literal(compare.getRhs(), &literal) || std::isnan(literal)) return -1;
+    const bool below = compare.getPredicate() == arith::CmpFPredicate::OLT;
+    if (!below && compare.getPredicate() != arith::CmpFPredicate::OGT) return -1;
+    return g_.call(below ? "max_nan" : "min_nan", {node(compare.getLhs()), node(compare.getRhs())}, CType::kFloat);
+  }
+
+  NodeId select(arith::SelectOp op) {
+    if (const NodeId bounded = bound(op); bounded >= 0) return bounded;
+    const NodeId a = node(op.getTrueValue()), b = node(op.getFalseValue());
+    const CType type = std::max(g_[a].type, g_[b].type);
+    return g_.add({.form = Form::kChoice,
+                   .text = "?",
+                   .args = {node(op.getCondition()), to(a, type), to(b, type)},
+                   .type = type,
+                   .precedence = kChoice});
+  }
+
+  NodeId add(mlir::Operation& op) {
+    const NodeId a = arg(op, 0), b = arg(op, 1);
+    float x = 0;
+    // `x - 1`, as people write it.
+    if (is_literal(op.getOperand(1), &x) && x < 0) return g_.binary("-", a, f32(-x), CType::kFloat, kSum);
+    return g_.binary("+", a, b, CType::kFloat, kSum);
+  }
+
+  NodeId function(mlir::Operation& op, const char* exact, const char* approximation = nullptr) {
+    std::vector<NodeId> args;
+    for (const Value operand : op.getOperands()) args.push_back(node(operand));
+    return g_.call(approximation && approximate(op) ? approximation : exact, std::move(args), CType::kFloat);
+  }
+
+  NodeId index(IndexOp op) {
+    switch (op.getRole()) {
+      case Role::B:
+        return g_.leaf("b", CType::kInt, kOnBlock);
+      case Role::H:
+        return g_.leaf("h", CType::kInt, kOnBlock);
+      case Role::Q:
+        return g_.leaf("q_idx", CType::kInt, kOnQuery);
+      case Role::Kv:
+        return g_.leaf("kv_idx", CType::kInt, kOnKey);
+    }
+    return -1;
+  }
+
+  NodeId truncate(mlir::Operation& op) {
+    if (op.getResult(0).getType().isInteger(32)) return to(arg(op, 0), CType::kInt);
+    return -1;
+  }
+
+  NodeId extend(mlir::Operation& op, bool is_signed) {
+    const bool from_bool = op.getOperand(0).getType().isInteger(1);
+    if (from_bool != is_signed) return from_bool ? to(arg(op, 0), CType::kInt) : arg(op, 0);
+    return -1;
+  }
+
+  NodeId lower(mlir::Operation& op) {
+    return llvm::TypeSwitch<mlir::Operation*, NodeId>(&op)
+        .Case<arith::ConstantOp>([&](arith::ConstantOp o) { return constant(o); })
+        .Case<IndexOp>([&](IndexOp o) { return index(o); })
+        .Case<ReadOp>([&](ReadOp o) { return read(o); })
+        .Case<arith::SelectOp>([&](arith::SelectOp o) { return select(o); })
+        .Case<arith::CmpIOp>([&](arith::CmpIOp o) { return compare_integers(o); })
+        .Case<arith::CmpFOp>([&](arith::CmpFOp o) { return compare_floats(o); })
+        // Integers.
+        .Case<arith::AddIOp>([&](auto) { return arithmetic(op, "+", "wrapping_add", kSum); })
+        .Case<arith::SubIOp>([&](auto) { return arithmetic(op, "-", "wrapping_sub", kSum); })
+        .Case<arith::MulIOp>([&](auto) { return arithmetic(op, "*", "wrapping_mul", kProduct); })
+        .Case<math::IPowIOp>([&](auto) { return g_.call("wrapping_pow", {arg(op, 0), arg(op, 1)}, CType::kLong); })
+        .Case<arith::MaxSIOp>([&](auto) { return extreme(op, "max"); })
+        .Case<arith::MinSIOp>([&](auto) { return extreme(op, "min"); })
+        .Case<arith::AndIOp>([&](auto) { return bits(op, "&"); })
+        .Case<arith::OrIOp>([&](auto) { return bits(op, "|"); })
+        .Case<arith::XOrIOp>([&](auto) { return bits(op, "^"); })
+        .Case<FloorDivOp, FloorModOp>([&](auto) { return divide_integers(op); })
+        .Case<arith::ExtUIOp>([&](auto) { return extend(op, false); })
+        .Case<arith::ExtSIOp>([&](auto) { return extend(op, true); })
+        .Case<arith::TruncIOp>([&](auto) { return truncate(op); })
+        .Case<ToIntOp>([&](auto) { return g_.call("to_int", {arg(op, 0)}, CType::kLong); })
+        // Floats.
+        .Case<arith::SIToFPOp>(
+            [&](auto o) { return o.getIn().getType().isInteger(1) ? -1 : to(arg(op, 0), CType::kFloat); })
+        .Case<arith::UIToFPOp>(
+            [&](auto o) { return o.getIn().getType().isInteger(1) ? to(arg(op, 0), CType::kFloat) : -1; })
+        .Case<arith::AddFOp>([&](auto) { return add(op); })
+        .Case<arith::SubFOp>([&](auto) { return g_.binary("-", arg(op, 0), arg(op, 1), CType::kFloat, kSum); })
+        .Case<arith::MulFOp>([&](auto) { return g_.binary("*", arg(op, 0), arg(op, 1), CType::kFloat, kProduct); })
+        .Case<arith::DivFOp>([&](auto) { return divide(op); })
+        .Case<arith::RemFOp>([&](auto) { return function(op, "fmodf"); })
+        .Case<arith::NegFOp>([&](auto) { return g_.unary("-", arg(op, 0), CType::kFloat); })
+        .Case<arith::MaximumFOp>([&](auto) { return function(op, "max_nan"); })
+        .Case<arith::MinimumFOp>([&](auto) { return function(op, "min_nan"); })
+        .Case<math::AbsFOp>([&](auto) { return function(op, "fabsf"); })
+        .Case<math::ExpOp>([&](auto) { return function(op, "expf", "exp_approx"); })
+        .Case<math::Exp2Op>([&](auto) { return function(op, "exp2f", "exp2_approx"); })
+        .Case<math::LogOp>([&](auto) { return function(op, "logf", "log_approx"); })
+        .Case<math::Log2Op>([&](auto) { return function(op, "log2f", "log2_approx"); })
+        .Case<math::Log1pOp>([&](auto) { return function(op, "log1pf"); })
+        .Case<math::SqrtOp>([&](auto) { return function(op, "sqrtf", "sqrt_approx"); })
+        .Case<math::RsqrtOp>([&](auto) { return function(op, "rsqrtf"); })
+        .Case<math::TanhOp>([&](auto) { return tanh(op); })
+        .Case<math::ErfOp>([&](auto) { return function(op, "erff"); })
+        .Case<GeluOp>([&](auto) { return function(op, "gelu"); })
+        .Case<math::SinOp>([&](auto) { return function(op, "sinf"); })
+        .Case<math::CosOp>([&](auto) { return function(op, "cosf"); })
+        .Case<math::PowFOp>([&](auto) { return function(op, "powf"); })
+        .Case<math::FloorOp>([&](auto) { return function(op, "floorf"); })
+        .Case<math::CeilOp>([&](auto) { return function(op, "ceilf"); })
+        .Case<math::RoundEvenOp>([&](auto) { return function(op, "rintf"); })
+        .Default([](mlir::Operation*) { return -1; });
+  }
+
+  Graph& g_;
+  mlir::func::FuncOp function_;
+  const ModProblem& problem_;
+  CudaAccuracy accuracy_;
+  llvm::DenseMap<Value, NodeId> nodes_;
+  llvm::DenseMap<Value, Reach> reach_;
+};
+
+// ---- From nodes to text
+
+// Breaks lines at spaces.
+std::string wrapped(const std::string& text, std::size_t width) {
+  std::string result;
+  std::size_t start = 0;
+  while (start < text.size()) {
+    std::size_t end = text.find('\n', start);
+    if (end == std::string::npos) end = text.size();
+    std::string line = text.substr(start, end - start);
+    start = end + 1;
+    const std::size_t indent = line.find_first_not_of(' ');
+    while (line.size() > width) {
+      const std::size_t space = line.rfind(' ', width);
+      if (space == std::string::npos || space <= indent + 4) break;
+      result += line.substr(0, space) + "\n";
+      line = std::string(indent + 4, ' ') + line.substr(space + 1);
+    }
+    result += line + "\n";
+  }
+  return result;
+}
+
+constexpr std::size_t kWidth = 120;   // of a line
+constexpr std::size_t kInlined = 72;  // longer expressions get a name
+
+struct Hook {
+  Level level;
+  const char* type;  // the struct, and what others call an object of it
+  const char* object;
+  const char* signature;  // of the function that makes it
+};
+constexpr Hook kHooks[] = {
+    {Level::kBlock, "Block", "block", "block(const CapturedView* captured, int b, int h)"},
+    {Level::kRow, "Row", "row", "row(const CapturedView* captured, const Block& block, int q_idx)"},
+    {Level::kColumn, "Column", "column", "column(const CapturedView* captured, const Block& block, int kv_idx)"},
+};
+
+class Printer {
+ public:
+  explicit Printer(const Graph& graph) : g_(graph) {}
+
+  // `value`: of score(), or -1 where it returns its argument; `keep`: of keep(), or -1.
+  std::string run(NodeId value, NodeId keep, const std::vector<std::string>& traits) {
+    for (const NodeId root : {value, keep})
+      if (root >= 0) need(root, Level::kElement);
+    if (value < 0 && keep < 0) return "struct Mod : ModDefaults {};\n";
+    std::string text = "struct Mod : ModDefaults {\n";
+    for (const std::string& trait : traits) text += "  static constexpr bool " + trait + ";\n";
+    for (const Hook& hook : kHooks) text += maker(hook);
+    if (value >= 0) text += element_function("float score", value);
+    if (keep >= 0) text += element_function("bool keep", keep);
+    return wrapped(text + "};\n", kWidth);
+  }
+
+ private:
+  // Marks what `id`, used at `level`, needs; a value of another level becomes a member there.
+  void need(NodeId id, Level level) {
+    const Level own = g_.level(id);
+    if (own != Level::kAnywhere && own != level) members_.insert(id);
+    if (!needed_.insert(id).second) return;
+    for (const NodeId arg : g_[id].args) need(arg, own);
+  }
+
+  // Given when first asked for, so that what is written out at its only use takes no number.
+  const std::string& name_of(NodeId id) {
+    std::string& known = names_[id];
+    if (!known.empty()) return known;
+    const Node& node = g_[id];
+    std::string name = node.form == Form::kLeaf ? node.text : node.name;
+    const bool numbered = name.empty();
+    if (numbered) name = node.type == CType::kFloat ? "x" : node.type == CType::kBool ? "c" : "i";
+    known = numbered ? name + "1" : name;
+    for (int i = 2; !taken_.insert(known).second; ++i) known = name + std::to_string(i);
+    return known;
+  }
+
+  // One function's text: what is used twice, long or better not evaluated twice gets a name.
+  class Body {
+   public:
+    Body(Printer& printer, Level level) : p_(printer), level_(level) {}
+
+    void count(NodeId id) {
+      if (++uses_[id] > 1 || p_.g_.level(id) != level_) return;
+      for (const NodeId arg : p_.g_[id].args) count(arg);
+    }
+
+    // What a function returns: however long, it needs no name.
+    std::string result(NodeId id) {
+      const bool own = p_.g_.level(id) == level_ && p_.g_[id].form != Form::kLeaf;
+      return own ? spelled(id) : expression(id, kChoice);
+    }
+
+    // What a member is set to: `&` makes an int of bools, which braces do not take back.
+    std::string member(NodeId id) {
+      const Node& node = p_.g_[id];
+      const bool narrows = node.type == CType::kBool && (node.precedence == kBits || node.form == Form::kChoice);
+      return narrows && !named_.contains(id) ? name(id, spelled(id)) : expression(id, kChoice);
+    }
+
+    // The expression, after the statements that it needs.
+    std::string expression(NodeId id, int precedence) {
+      const Node& node = p_.g_[id];
+      const Level own = p_.g_.level(id);
+      if (own != Level::kAnywhere && own != level_) return p_.object(own) + "." + p_.name_of(id);
+      if (node.form == Form::kLeaf) return parenthesised(node.text, node.precedence, precedence);
+      if (const auto named = named_.find(id); named != named_.end()) return named->second;
+      const std::string text = spelled(id);
+      const bool simple = own == Level::kAnywhere;
+      if (simple || (uses_[id] <= 1 && text.size() <= kInlined))
+        return parenthesised(text, node.precedence, precedence);
+      return name(id, text);
+    }
+
+    std::string name(NodeId id, const std::string& text) {
+      const std::string& chosen = p_.name_of(id);
+      statements += std::string("    const ") + type_name(p_.g_[id].type) + " " + chosen + " = " + text + ";\n";
+      named_[id] = chosen;
+      return chosen;
+    }
+
+    std::string statements;
+
+   private:
+    static std::string parenthesised(const std::string& text, int own, int wanted) {
+      return own < wanted ? "(" + text + ")" : text;
+    }
+
+    // An arm of a choice is computed in any case: a branch costs more than what it saves.
+    std::string arm(NodeId id) {
+      if (!calls(id)) return expression(id, kBits);
+      return name(id, spelled(id));
+    }
+
+    // Whether the text of `id` would call anything.
+    bool calls(NodeId id) const {
+      const Node& node = p_.g_[id];
+      if (p_.g_.level(id) != level_ || named_.contains(id)) return false;
+      if (node.form == Form::kCall && !node.text.starts_with("static_cast")) return true;
+      return std::any_of(node.args.begin(), node.args.end(), [this](NodeId arg) { return calls(arg); });
+    }
+
+    std::string spelled(NodeId id) {
+      const Node& node = p_.g_[id];
+      switch (node.form) {
+        case Form::kLeaf:
+          return node.text;
+        case Form::kUnary:
+          return node.text + expression(node.args[0], kUnary + 1);
+        case Form::kBinary: {
+          // Operands of operators whose precedence few remember stand in parentheses; a chain of one operator does not.
+          const Node& first = p_.g_[node.args[0]];
+          const bool is_bits = node.precedence == kBits;
+          const bool chain = is_bits && first.form == Form::kBinary && first.text == node.text;
+          const int left = is_bits ? (chain ? kBits : kUnary) : node.precedence;
+          const int right = is_bits ? kUnary : node.precedence + 1;
+          const std::string a = expression(node.args[0], left);
+          return a + " " + node.text + " " + expression(node.args[1], right);
+        }
+        case Form::kChoice: {
+          const std::string condition = expression(node.args[0], kEquality);
+          const std::string yes = arm(node.args[1]);
+          return condition + " ? " + yes + " : " + arm(node.args[2]);
+        }
+        case Form::kCall: {
+          std::string text = node.text + "(";
+          for (std::size_t i = 0; i < node.args.size(); ++i)
+            text += (i ? ", " : "") + expression(node.args[i], kChoice);
+          return text + ")";
+        }
+      }
+      return {};
+    }
+
+    Printer& p_;
+    Level level_;
+    std::map<NodeId, int> uses_;
+    std::map<NodeId, std::string> named_;
+  };
+
+  static std::string object(Level level) {
+    for (const Hook& hook : kHooks)
+      if (hook.level == level) return hook.object;
+    return {};
+  }
+
+  // A struct of what other levels use, and the function that fills it.
+  std::string maker(const Hook& hook) {
+    std::vector<NodeId> members;
+    for (const NodeId id : members_)
+      if (g_.level(id) == hook.level) members.push_back(id);
+    if (members.empty()) return {};
+    std::string text = std::string("\n  struct ") + hook.type + " {\n";
+    Body body(*this, hook.level);
+    std::vector<std::string> values;
+    for (const NodeId id : members) {
+      text += std::string("    ") + type_name(g_[id].type) + " " + name_of(id) + ";\n";
+      body.count(id);
+    }
+    std::size_t width = 0;
+    for (const NodeId id : members) {
+      values.push_back("." + name_of(id) + " = " + body.member(id));
+      width += values.back().size() + 2;
+    }
+    text += std::string("  };\n  static __device__ __forceinline__ ") + hook.type + " " + hook.signature + " {\n";
+    text += body.statements + "    return {";
+    const bool one_line = width + 12 <= kWidth;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (!one_line) {
+        text += "\n        " + values[i] + ",";
+      } else {
+        text += (i ? ", " : "") + values[i];
+      }
+    }
+    return text + (one_line ? "};\n  }\n" : "\n    };\n  }\n");
+  }
+
+  std::string element_function(const std::string& head, NodeId root) {
+    const std::string start = "  static __device__ __forceinline__ " + head + "(";
+    std::string text = "\n" + start + "const CapturedView* captured, float s, const Block& block,\n";
+    text += std::string(start.size(), ' ') + "const Row& row, const Column& column, const Diagonal& diagonal) {\n";
+    Body body(*this, Level::kElement);
+    body.count(root);
+    const std::string result = body.result(root);
+    return text + body.statements + "    return " + result + ";\n  }\n";
+  }
+
+  const Graph& g_;
+  std::set<NodeId> needed_, members_;
+  std::map<NodeId, std::string> names_;
+  std::set<std::string> taken_;
+};
+
+}  // namespace
+
+CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy) {
+  Graph graph;
+  Lowering lowering(graph, function, problem, accuracy);
+  if (!lowering.run()) return {.text = {}, .error = lowering.error};
+  mlir::Operation* const ret = function.front().getTerminator();
+  const bool is_score = ret->getOperand(0) == function.getArgument(0);
+  const bool has_mask = !mlir::matchPattern(ret->getOperand(1), mlir::m_One());
+  const auto factor = function->getAttrOfType<mlir::FloatAttr>(kScoreFactorAttr);
+  const bool in_log2 = factor && factor.getValueAsDouble() == std::numbers::log2e;
+  bool reads = false;
+  function.walk([&](ReadOp) { reads = true; });
+  std::vector<std::string> traits;
+  if (!in_log2) traits.emplace_back("kScoresInLog2 = false");
+  if (!is_score || !in_log2) traits.emplace_back("kIdentity = false");
+  if (has_mask) traits.emplace_back("kHasMask = true");
+  if (function->hasAttr(kMaskReadsScoreAttr)) traits.emplace_back("kMaskReadsScore = true");
+  if (reads) traits.emplace_back("kReadsCaptured = true");
+  return {.text = Printer(graph).run(is_score ? -1 : lowering.value, has_mask ? lowering.keep : -1, traits),
+          .error = {}};
+}
+
+}  // namespace attnjit::compiler

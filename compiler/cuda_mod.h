@@ -1,0 +1,28 @@
+// The mod as CUDA text.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "compiler/compiler.h"
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+
+namespace attnjit::compiler {
+
+// How exact functions of the score have to be. What is free of the score is always computed in full: once per row or
+// column it costs little.
+enum class CudaAccuracy : std::uint8_t {
+  kFull,
+  kFloat16,   // approximations of a few units of float32's last place
+  kBFloat16,  // besides, tanh within 2^-10.98
+};
+
+struct CudaMod {
+  std::string text;   // `struct Mod : ModDefaults` of kernels_templates/cuda/mod_defaults.cuh, in its namespace
+  std::string error;  // set where an operation has no spelling; `text` is then empty
+};
+
+// `function` as Target::kCuda's passes leave it. Same text for the same function and names.
+CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy);
+
+}  // namespace attnjit::compiler

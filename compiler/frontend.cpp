@@ -1,0 +1,130 @@
+// The steps that every target shares, in order.
+#include "compiler/frontend.h"
+
+#include <chrono>
+
+#include "compiler/builder.h"
+#include "compiler/dialect/dialect.h"
+#include "compiler/passes/passes.h"
+#include "llvm/Support/raw_ostream.h"
+#include "llvm/Support/xxhash.h"
+#include "mlir/IR/Matchers.h"
+
+namespace attnjit::compiler {
+namespace {
+
+std::int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+std::string printed(mlir::ModuleOp module) {
+  std::string text;
+  llvm::raw_string_ostream stream(text);
+  module.print(stream);
+  return text;
+}
+
+// The canonical text without the extents of this problem: a hash names an expression on its dtypes and strides.
+std::string shapeless(mlir::ModuleOp module) {
+  mlir::OwningOpRef<mlir::ModuleOp> copy = module.clone();
+  copy->walk([](mlir::Operation* op) {
+    if (auto index = llvm::dyn_cast<IndexOp>(op)) index.removeExtentAttr();
+    if (auto read = llvm::dyn_cast<ReadOp>(op)) read.setExtents(std::vector<std::int64_t>(read.getExtents().size(), 1));
+  });
+  return printed(*copy);
+}
+
+// Why a problem cannot be compiled as it stands, or nothing. The caller has checked all of it: this is for our faults.
+std::string problem_error(const ModProblem& problem) {
+  const auto check = [&](const dsl::Expr& expr, dsl::Type root, const char* what) -> std::string {
+    if (expr.root < 0 || static_cast<std::size_t>(expr.root) >= expr.nodes.size() || expr[expr.root].type != root)
+      return std::string(what) + " is not bound";
+    for (const dsl::Node& node : expr.nodes) {
+      if (node.op != dsl::Op::kRead) continue;
+      if (node.capture < 0 || static_cast<std::size_t>(node.capture) >= problem.captures.size())
+        return std::string(what) + " reads a capture that has no CaptureInfo";
+      const CaptureInfo& info = problem.captures[static_cast<std::size_t>(node.capture)];
+      if (info.extent.size() != node.args.size() || info.stride_class.size() != node.args.size())
+        return std::string(what) + " reads a capture with the wrong number of indices";
+    }
+    return {};
+  };
+  std::string error = check(problem.score_mod, dsl::Type::kFloat, "score_mod");
+  if (error.empty() && problem.mask_mod) error = check(*problem.mask_mod, dsl::Type::kBool, "mask_mod");
+  return error;
+}
+
+}  // namespace
+
+bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Target target) {
+  error_ = problem_error(problem);
+  if (!error_.empty()) return false;
+  {
+    const PhaseTimer timer(phases_, "context");
+    session_ = std::make_unique<MlirSession>();
+  }
+  {
+    const PhaseTimer timer(phases_, "build");
+    module_ = build_module(session_->context(), problem);
+  }
+  {
+    const PhaseTimer timer(phases_, "canonicalize");
+    if (!session_->canonicalize(*module_)) return failed("canonical form");
+    facts_.canonical_mlir = printed(*module_);
+    const std::string text = shapeless(*module_);
+    const llvm::XXH128_hash_t hash =
+        llvm::xxh3_128bits({reinterpret_cast<const std::uint8_t*>(text.data()), text.size()});
+    facts_.hash_low = hash.low64;
+    facts_.hash_high = hash.high64;
+  }
+  if (options.dump) options.dump("mlir", facts_.canonical_mlir);
+  const PhaseTimer timer(phases_, "facts");
+  if (!session_->find_facts(*module_, target)) return failed("facts");
+  collect_facts();
+  return true;
+}
+
+std::unique_ptr<llvm::Module> Frontend::lower(const ModProblem& problem, bool stage_reads, llvm::LLVMContext& context) {
+  const PhaseTimer timer(phases_, "lower");
+  if (stage_reads) {
+    if (!session_->stage_reads(*module_)) {
+      failed("lowering");
+      return nullptr;
+    }
+    for (ReadOp read : staged_reads(function())) staged_.push_back(problem.captures[read.getCapture()].dtype);
+  }
+  std::unique_ptr<llvm::Module> module = session_->to_llvm(*module_, context);
+  if (!module) failed("lowering");
+  return module;
+}
+
+mlir::func::FuncOp Frontend::function() { return *module_->getOps<mlir::func::FuncOp>().begin(); }
+
+bool Frontend::failed(const char* step) {
+  error_ = std::string(step) + " failed: " + session_->errors();
+  return false;
+}
+
+void Frontend::collect_facts() {
+  mlir::func::FuncOp made = function();
+  const llvm::StringRef name = made->getAttrOfType<mlir::StringAttr>(kScoreClassAttr).getValue();
+  facts_.score_class = name == "identity" ? ScoreClass::kIdentity
+                       : name == "affine" ? ScoreClass::kAffine
+                                          : ScoreClass::kNonlinear;
+  if (const auto factor = made->getAttrOfType<mlir::FloatAttr>(kScoreFactorAttr))
+    score_factor_ = factor.getValueAsDouble();
+  facts_.mask_reads_score = made->hasAttr(kMaskReadsScoreAttr);
+  facts_.indices_fit_32 = made->hasAttr(kFits32Attr);
+  facts_.has_mask = !mlir::matchPattern(made.front().getTerminator()->getOperand(1), mlir::m_One());
+  made.walk([&](ReadOp read) {
+    const bool proven = llvm::all_of(*read.getInBounds(), [](bool in_bounds) { return in_bounds; });
+    ++(proven ? facts_.reads_proven : facts_.reads_clamped);
+  });
+}
+
+PhaseTimer::PhaseTimer(PhaseTimes& phases, std::string name)
+    : phases_(phases), name_(std::move(name)), start_ns_(now_ns()) {}
+PhaseTimer::~PhaseTimer() { phases_.emplace_back(name_, static_cast<double>(now_ns() - start_ns_) * 1e-6); }
+
+}  // namespace attnjit::compiler
