@@ -59,9 +59,13 @@ std::string eager_products(const nlohmann::ordered_json& description) {
   return passes.substr(at + label.size(), passes.find('\n', at) - at - label.size());
 }
 
-nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, bool dump) {
+nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, const std::string& arch,
+                               bool dump) {
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  options.arch = arch.empty() ? nullptr : arch.c_str();
+  options.dump = dump ? 1 : 0;
   char* text = nullptr;
-  check(attnjit_explain(context, &attention, dump ? 1 : 0, &text));
+  check(attnjit_explain(context, &attention, &options, &text));
   return take_json(text);
 }
 

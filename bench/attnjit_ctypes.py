@@ -52,7 +52,11 @@ class _Attention(ctypes.Structure):
 
 
 class _ContextOptions(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("num_threads", ctypes.c_int)]
+    _fields_ = [("struct_size", ctypes.c_size_t), ("num_threads", ctypes.c_int), ("backends", ctypes.c_uint32)]
+
+
+class _ExplainOptions(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("arch", ctypes.c_char_p), ("dump", ctypes.c_int)]
 
 
 class _Row(ctypes.Structure):
@@ -131,7 +135,7 @@ class Library:
             prepare=[pointer, attention, out],
             run=[pointer, attention, pointer, size, pointer],
             reference=[pointer, attention, row, size, doubles, doubles, doubles],
-            explain=[pointer, attention, ctypes.c_int, out],
+            explain=[pointer, attention, ctypes.POINTER(_ExplainOptions), out],
         )
         for name, arguments in checked.items():
             self._declare(name, arguments, ctypes.c_int).errcheck = self._check
@@ -157,7 +161,7 @@ class Library:
 class Context:
     def __init__(self, library, threads=0):
         self.library, self.handle = library, ctypes.c_void_p()
-        options = _ContextOptions(ctypes.sizeof(_ContextOptions), threads)
+        options = _ContextOptions(ctypes.sizeof(_ContextOptions), threads, 0)
         library.context_create(ctypes.byref(options), ctypes.byref(self.handle))
 
     def register_mod(self, name, parameters, body, is_mask=False):
@@ -211,9 +215,11 @@ class Call:
         self.library.reference(self.context.handle, ctypes.byref(self._call), records, len(rows), o, lse, None)
         return [o[i * width:(i + 1) * width] for i in range(len(rows))], list(lse)
 
-    def explain(self, dump=False):
+    def explain(self, dump=False, arch=None):
+        """What the compiler makes of the call; with `arch`, "sm_80" and the like, of its CUDA kernels."""
         text = ctypes.c_void_p()
-        self.library.explain(self.context.handle, ctypes.byref(self._call), int(dump), ctypes.byref(text))
+        options = _ExplainOptions(ctypes.sizeof(_ExplainOptions), arch.encode() if arch else None, int(dump))
+        self.library.explain(self.context.handle, ctypes.byref(self._call), ctypes.byref(options), ctypes.byref(text))
         try:
             return json.loads(ctypes.string_at(text.value))
         finally:

@@ -18,10 +18,11 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr const char* kDumpKinds[] = {"mlir", "llvm", "asm"};
+constexpr const char* kDumpKinds[] = {"mlir", "llvm", "asm", "cuda", "ptx"};
 
 struct ExplainOptions {
-  std::string score_mod, mask_mod, shape = "1,16,1024,16,1024,64", dtype = "float32", backend = "auto", format = "text";
+  std::string score_mod, mask_mod, shape = "1,16,1024,16,1024,64", dtype = "float32", backend = "auto", arch,
+                                   format = "text";
   std::vector<std::string> captures, dumps;
 };
 
@@ -66,7 +67,7 @@ std::string explain_text(const Json& json) {
   }
   double total = 0.0;
   for (const auto& [key, value] : json.items()) {
-    const bool done = key == "score_mod" || key == "mask_mod" || key == "captures";
+    const bool done = key == "score_mod" || key == "mask_mod" || key == "captures" || key == "kernels";
     const bool dump = std::ranges::find(kDumpKinds, key) != std::end(kDumpKinds);
     if (done || dump) continue;
     if (key == "phases_ms") {
@@ -78,6 +79,12 @@ std::string explain_text(const Json& json) {
       append_object(text, value, "  ");
     } else {
       text += fmt::format("{}: {}\n", label(key), value_text(value));
+    }
+  }
+  if (json.contains("kernels")) {
+    for (const Json& kernel : json["kernels"]) {
+      text += "kernel\n";
+      append_object(text, kernel, "  ");
     }
   }
   for (const char* kind : kDumpKinds) {
@@ -110,7 +117,7 @@ int explain_expression(const ExplainOptions& options) {
   attention.captures = captures.lent.data();
   attention.num_captures = captures.lent.size();
   attention.backend = parse_backend(options.backend);
-  Json json = explain(context.get(), attention, !options.dumps.empty());
+  Json json = explain(context.get(), attention, options.arch, !options.dumps.empty());
   for (const char* kind : kDumpKinds) {
     if (std::ranges::find(options.dumps, kind) == options.dumps.end()) json.erase(kind);
   }
@@ -134,11 +141,15 @@ void add_explain_command(CLI::App& app, Action& action) {
                    "NAME:DTYPE:DIMS[=VALUE] of a captured tensor, as slopes:float32:Hq or ids:int32:B,Sq; DIMS are "
                    "numbers or B, Hq, Hkv, Sq, Skv, D (default: float32, extents that fit the indices); repeatable")
       ->allow_extra_args(false);
-  command->add_option("--dump", options->dumps, "mlir, llvm or asm, separated by commas; repeatable")
+  command->add_option(
+      "--arch", options->arch,
+      "sm_80, sm_90a, ...: the CUDA kernels for this architecture, with registers, shared memory, spills "
+      "and compile times; needs no GPU (default: what runs on the CPU)");
+  command->add_option("--dump", options->dumps, "mlir, llvm, asm, cuda or ptx, separated by commas; repeatable")
       ->delimiter(',')
       ->allow_extra_args(false)
-      ->check(CLI::IsMember({"mlir", "llvm", "asm"}));
-  command->add_option("--backend", options->backend, "auto, math or cpu (default: auto)");
+      ->check(CLI::IsMember({"mlir", "llvm", "asm", "cuda", "ptx"}));
+  command->add_option("--backend", options->backend, "auto, sm80, math or cpu (default: auto)");
   command->add_option("--format", options->format, "text or json (default: text)")
       ->check(CLI::IsMember({"text", "json"}));
   command->callback([options, &action] { action = [options] { return explain_expression(*options); }; });

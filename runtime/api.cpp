@@ -14,6 +14,7 @@
 
 #include "attnjit/attnjit.h"
 #include "runtime/context.h"
+#include "runtime/explain.h"
 #include "runtime/mods.h"
 #include "runtime/plan.h"
 #include "runtime/reference.h"
@@ -131,6 +132,8 @@ const char* attnjit_status_name(attnjit_status status) {
       return "environment";
     case ATTNJIT_INTERNAL:
       return "internal error";
+    case ATTNJIT_NOT_PREPARED:
+      return "not prepared";
   }
   return "unknown status";
 }
@@ -147,6 +150,8 @@ const char* attnjit_backend_name(attnjit_backend backend) {
       return "math";
     case ATTNJIT_BACKEND_CPU:
       return "cpu";
+    case ATTNJIT_BACKEND_SM80:
+      return "sm80";
   }
   return "unknown backend";
 }
@@ -217,6 +222,14 @@ attnjit_status attnjit_run(attnjit_plan* plan, const attnjit_attention* attentio
   });
 }
 
+attnjit_status attnjit_forward(attnjit_context* context, const attnjit_attention* attention, void* workspace,
+                               size_t workspace_size, void* stream) {
+  return guarded([&]() -> Check {
+    if (!context) return null_argument("context");
+    return attnjit::runtime::forward(context->state, attention, workspace, workspace_size, stream);
+  });
+}
+
 attnjit_status attnjit_reference(attnjit_context* context, const attnjit_attention* attention, const attnjit_row* rows,
                                  size_t num_rows, double* o, double* lse, double* row_max) {
   return guarded([&] {
@@ -237,12 +250,13 @@ attnjit_status attnjit_reference_bounds(attnjit_context* context, const attnjit_
   });
 }
 
-attnjit_status attnjit_explain(attnjit_context* context, const attnjit_attention* attention, int dump, char** json) {
+attnjit_status attnjit_explain(attnjit_context* context, const attnjit_attention* attention,
+                               const attnjit_explain_options* options, char** json) {
   return guarded([&]() -> Check {
     if (!json) return null_argument("json");
     *json = nullptr;
     if (!context) return null_argument("context");
-    auto text = attnjit::runtime::explain(*context->state, attention, dump != 0);
+    auto text = attnjit::runtime::explain(*context->state, attention, options);
     if (!text) return text.failure();
     return give_text(*text, json);
   });

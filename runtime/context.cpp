@@ -21,13 +21,22 @@ int choose_threads(int asked, const Environment& environment) {
 
 }  // namespace
 
-Context::Context(Environment environment, int num_threads)
+Context::Context(Environment environment, int num_threads, std::uint32_t backends)
     : environment_(std::move(environment)),
       logger_(environment_.log),
       cpu_isa_(environment_.cpu_isa.value_or(compiler::host_cpu_isa())),
+      backends_(backends != 0 ? backends : environment_.backends),
       registry_{std::make_shared<const dsl::Registry>(dsl::Registry::builtin()), 0},
       pool_(choose_threads(num_threads, environment_)),
       binaries_(DiskCache(environment_.cache_dir, environment_.cache_max_bytes, environment_.cache_off), logger_) {}
+
+Result<std::shared_ptr<CudaDevice>> Context::cuda_device(int ordinal) {
+  std::lock_guard lock(devices_mutex_);
+  if (const auto it = devices_.find(ordinal); it != devices_.end()) return it->second;
+  Result<std::shared_ptr<CudaDevice>> device = CudaDevice::get(ordinal, environment_.cuda_driver);
+  if (device) devices_.emplace(ordinal, *device);
+  return device;
+}
 
 RegistrySnapshot Context::registry() const {
   std::lock_guard lock(registry_mutex_);
@@ -48,7 +57,10 @@ Check Context::register_mod(dsl::RegistryEntry entry) {
 }
 
 Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* options) {
+  constexpr std::uint32_t kAllBackends =
+      1u << ATTNJIT_BACKEND_MATH | 1u << ATTNJIT_BACKEND_CPU | 1u << ATTNJIT_BACKEND_SM80;
   int num_threads = 0;
+  std::uint32_t backends = 0;
   if (options) {
     if (Check failure = check_struct("options", "ATTNJIT_CONTEXT_OPTIONS_INIT", options, options->struct_size,
                                      sizeof(attnjit_context_options))) {
@@ -59,6 +71,11 @@ Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* o
       return Failure{ATTNJIT_INVALID_ARGUMENT,
                      fmt::format("options.num_threads is {}; allowed: 0 to {}", num_threads, kMaxThreads)};
     }
+    backends = options->backends;
+    if ((backends & ~kAllBackends) != 0) {
+      return Failure{ATTNJIT_INVALID_ARGUMENT,
+                     fmt::format("options.backends is {:#x}; allowed: 0, or bits of {:#x}", backends, kAllBackends)};
+    }
   }
   Result<Environment> environment = read_environment();
   if (!environment) return environment.failure();
@@ -68,7 +85,7 @@ Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* o
                    fmt::format("ATTNJIT_CPU_ISA is '{}'; this processor has at most '{}'", compiler::cpu_isa_name(*isa),
                                compiler::cpu_isa_name(compiler::host_cpu_isa()))};
   }
-  auto context = std::make_shared<Context>(std::move(*environment), num_threads);
+  auto context = std::make_shared<Context>(std::move(*environment), num_threads, backends);
   if (context->logger().enabled(LogLevel::kInfo)) {
     context->logger().log(LogLevel::kInfo, fmt::format("context: {} threads, {}", context->num_threads(),
                                                        compiler::cpu_isa_name(context->cpu_isa())));

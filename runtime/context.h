@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 
 #include "dsl/registry.h"
 #include "runtime/binary_cache.h"
+#include "runtime/cuda_driver.h"
 #include "runtime/environment.h"
 #include "runtime/logging.h"
 #include "runtime/plan_cache.h"
@@ -30,7 +32,8 @@ struct RegistrySnapshot {
 class Context {
  public:
   // `num_threads` 0: ATTNJIT_NUM_THREADS, else one per processor of this process.
-  Context(Environment environment, int num_threads);
+  // `backends` 0: ATTNJIT_BACKENDS, else all.
+  Context(Environment environment, int num_threads, std::uint32_t backends = 0);
 
   const Environment& environment() const { return environment_; }
   const Logger& logger() const { return logger_; }
@@ -40,6 +43,11 @@ class Context {
   PlanCache<Result<std::shared_ptr<const Plan>>>& plans() { return plans_; }
   BinaryCache& binaries() { return binaries_; }
 
+  bool permits(attnjit_backend backend) const { return backends_ == 0 || (backends_ >> backend & 1u) != 0; }
+
+  // A device that was used stays with its context: its primary context is not set up again.
+  Result<std::shared_ptr<CudaDevice>> cuda_device(int ordinal);
+
   RegistrySnapshot registry() const;
   Check register_mod(dsl::RegistryEntry entry);
 
@@ -47,6 +55,9 @@ class Context {
   const Environment environment_;
   const Logger logger_;
   const compiler::CpuIsa cpu_isa_;
+  const std::uint32_t backends_;
+  std::mutex devices_mutex_;
+  std::map<int, std::shared_ptr<CudaDevice>> devices_;
   mutable std::mutex registry_mutex_;
   RegistrySnapshot registry_;
   ThreadPool pool_;

@@ -340,7 +340,6 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
       captured[i].extent[d] = call.captures[i].extent[d];
     }
   }
-  constexpr double kLargest = std::numeric_limits<float>::max();
   const cpu::Products& products = cpu::products(static_cast<int>(isa));
   const cpu::Storage storage = storage_of(call.q.dtype);
   const Pass pass{.call = call,
@@ -355,8 +354,7 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .keys_per_prefetch =
                       (kKeysPerPrefetch + products.rows_at_once - 1) / products.rows_at_once * products.rows_at_once,
                   .storage = storage,
-                  // A finite scale stays finite: beyond float's range, 0 times it would be NaN.
-                  .factor = static_cast<float>(std::clamp(call.scale * tile.score_factor(), -kLargest, kLargest)),
+                  .factor = finite_scale(call.scale, tile.score_factor()),
                   // An odd head dim has no pairs.
                   .bf16 = storage == cpu::Storage::kBF16 && products.qk_bf16 && call.q.shape[3] % 2 == 0};
   pool.parallel_for(s.tasks, [&pass](std::int64_t task, int thread) { run_task(pass, task, thread); });

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cstdlib>
@@ -41,6 +42,25 @@ constexpr std::array<std::pair<std::string_view, compiler::CpuIsa>, 4> kCpuIsas 
     {"avx512", compiler::CpuIsa::kAvx512},
     {"avx512bf16", compiler::CpuIsa::kAvx512Bf16},
 }};
+
+constexpr std::array<std::string_view, 6> kDumps = {"mlir", "llvm", "asm", "cuda", "ptx", "cubin"};
+
+constexpr std::array<std::pair<std::string_view, attnjit_backend>, 3> kBackends = {{
+    {"sm80", ATTNJIT_BACKEND_SM80},
+    {"math", ATTNJIT_BACKEND_MATH},
+    {"cpu", ATTNJIT_BACKEND_CPU},
+}};
+
+// The pieces between commas; none of an empty text.
+std::vector<std::string_view> split(std::string_view list) {
+  std::vector<std::string_view> pieces;
+  for (std::string_view rest = list; !rest.empty();) {
+    const std::size_t comma = rest.find(',');
+    pieces.push_back(rest.substr(0, comma));
+    rest = comma == std::string_view::npos ? std::string_view() : rest.substr(comma + 1);
+  }
+  return pieces;
+}
 
 // The row of `table` named `value`, or null.
 template <typename T, std::size_t N>
@@ -113,19 +133,12 @@ Result<Environment> read_environment() {
     if (!level) return refused("ATTNJIT_LOG", value, "off, error, warn, info, debug, trace");
     environment.log = *level;
   }
-  for (std::string_view rest = variable("ATTNJIT_DUMP"); !rest.empty();) {
-    const std::size_t comma = rest.find(',');
-    const std::string_view kind = rest.substr(0, comma);
-    rest = comma == std::string_view::npos ? std::string_view() : rest.substr(comma + 1);
-    if (kind == "mlir") {
-      environment.dump_mlir = true;
-    } else if (kind == "llvm") {
-      environment.dump_llvm = true;
-    } else if (kind == "asm") {
-      environment.dump_asm = true;
-    } else {
-      return refused("ATTNJIT_DUMP", variable("ATTNJIT_DUMP"), "a comma-separated list of mlir, llvm, asm");
+  for (const std::string_view kind : split(variable("ATTNJIT_DUMP"))) {
+    if (std::find(kDumps.begin(), kDumps.end(), kind) == kDumps.end()) {
+      return refused("ATTNJIT_DUMP", variable("ATTNJIT_DUMP"),
+                     fmt::format("a comma-separated list of {}", fmt::join(kDumps, ", ")));
     }
+    environment.dump.emplace_back(kind);
   }
   if (const std::string_view value = variable("ATTNJIT_DUMP_DIR"); !value.empty()) environment.dump_dir = value;
   if (const std::string_view value = variable("ATTNJIT_NUM_THREADS"); !value.empty()) {
@@ -141,6 +154,14 @@ Result<Environment> read_environment() {
     environment.cpu_isa = *isa;
   }
   environment.nvrtc = variable("ATTNJIT_NVRTC");
+  for (const std::string_view name : split(variable("ATTNJIT_BACKENDS"))) {
+    const attnjit_backend* backend = lookup(kBackends, name);
+    if (!backend) {
+      return refused("ATTNJIT_BACKENDS", variable("ATTNJIT_BACKENDS"), "a comma-separated list of sm80, math, cpu");
+    }
+    environment.backends |= 1u << *backend;
+  }
+  environment.cuda_driver = variable("ATTNJIT_CUDA_DRIVER");
   if (Check failure = read_cache(&environment)) return *failure;
   return environment;
 }

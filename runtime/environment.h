@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "compiler/compiler.h"
 #include "runtime/logging.h"
@@ -14,10 +15,8 @@
 namespace attnjit::runtime {
 
 struct Environment {
-  LogLevel log = LogLevel::kOff;  // ATTNJIT_LOG: off, error, warn, info, debug, trace
-  bool dump_mlir = false;         // ATTNJIT_DUMP: comma list of mlir, llvm, asm
-  bool dump_llvm = false;
-  bool dump_asm = false;
+  LogLevel log = LogLevel::kOff;            // ATTNJIT_LOG: off, error, warn, info, debug, trace
+  std::vector<std::string> dump;            // ATTNJIT_DUMP: comma list of mlir, llvm, asm, cuda, ptx, cubin
   std::string dump_dir = ".";               // ATTNJIT_DUMP_DIR: created when missing
   int num_threads = 0;                      // ATTNJIT_NUM_THREADS: 1 to kMaxThreads; 0: not set
   std::optional<compiler::CpuIsa> cpu_isa;  // ATTNJIT_CPU_ISA: sse2, avx2, avx512, avx512bf16; nothing: the host's
@@ -27,6 +26,8 @@ struct Environment {
   std::filesystem::path cache_dir;
   std::string cache_off;
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30;  // ATTNJIT_CACHE_MAX_BYTES
+  std::uint32_t backends = 0;  // ATTNJIT_BACKENDS: comma list of names; 1 << attnjit_backend; 0: not set
+  std::string cuda_driver;     // ATTNJIT_CUDA_DRIVER: file of the CUDA driver; empty: libcuda.so.1
 };
 
 inline constexpr int kMaxThreads = 1024;

@@ -1,8 +1,10 @@
 // What a backend is given: validated tensors and captures of one forward call.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "dsl/expr.h"
@@ -32,6 +34,13 @@ struct ForwardCall {
   // By capture number of the plan's joint table.
   const dsl::CaptureView* captures = nullptr;
   std::size_t num_captures = 0;
+  std::uint32_t host_scalars = 0;  // CUDA only, a bit by capture number: rank 0 and data in CPU memory
 };
+
+// scale * factor, finite: beyond float's range, 0 times it would be NaN.
+inline float finite_scale(float scale, double factor) {
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  return static_cast<float>(std::clamp(scale * factor, -kLargest, kLargest));
+}
 
 }  // namespace attnjit::runtime

@@ -2,25 +2,17 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "attnjit/attnjit.h"
+#include "runtime/backends.h"
 #include "runtime/context.h"
-#include "runtime/forward.h"
 #include "runtime/status.h"
 #include "runtime/validation.h"
 
 namespace attnjit::runtime {
-
-// A backend made ready for one problem.
-struct PreparedForward {
-  std::size_t workspace_size = 0;
-  // Neither allocates nor fails; safe from several threads at once, each with its own workspace.
-  std::function<void(const ForwardCall&, void* workspace)> run;
-};
 
 // Immutable, shared by the cache and the handles.
 struct Plan {
@@ -47,7 +39,13 @@ Result<PlanHandle> prepare(const std::shared_ptr<Context>& context, const attnji
 Check run(const PlanHandle& handle, const attnjit_attention* attention, void* workspace, std::size_t workspace_size,
           void* stream);
 
-// The JSON of attnjit_explain.
-Result<std::string> explain(Context& context, const attnjit_attention* attention, bool dump);
+// prepare and run. ATTNJIT_NOT_PREPARED where it would have to compile while `stream` is captured.
+Check forward(const std::shared_ptr<Context>& context, const attnjit_attention* attention, void* workspace,
+              std::size_t workspace_size, void* stream);
+
+// The exact bytes a plan depends on within one context, so that nothing can be forgotten by a hash.
+std::string make_key(const CheckedCall& call, const attnjit_attention& attention, std::uint64_t generation);
+// What heads the files of ATTNJIT_DUMP.
+std::string dump_header(const Context& context, const CheckedCall& call, const attnjit_attention& attention);
 
 }  // namespace attnjit::runtime

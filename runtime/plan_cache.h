@@ -7,6 +7,7 @@
 #include <future>
 #include <list>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -60,6 +61,17 @@ class PlanCache {
       promise.set_exception(std::current_exception());
       throw;
     }
+  }
+
+  // The finished value of `key`, where there is one: neither waits nor compiles.
+  std::optional<Outcome> find(const std::string& key) {
+    std::lock_guard lock(mutex_);
+    const auto it = entries_.find(key);
+    if (it == entries_.end() || it->second.future.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
+      return std::nullopt;
+    }
+    recent_.splice(recent_.begin(), recent_, it->second.place);
+    return it->second.future.get();
   }
 
   std::size_t size() const {

@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <string>
@@ -31,6 +32,7 @@ Failure invalid(std::string message) { return {ATTNJIT_INVALID_ARGUMENT, std::mo
 struct Tensor {
   std::string_view name;
   char* data = nullptr;
+  std::uintptr_t address = 0;  // of the first element, by what was given: also where data is not looked at
   DType dtype = DType::kF32;
   int rank = 0;
   std::int64_t extent[dsl::kMaxRank] = {};
@@ -74,19 +76,47 @@ bool to_dtype(const DLDataType& type, DType* dtype) {
 
 bool is_float(DType dtype) { return dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16; }
 
+// Where DLPack says that a tensor is.
+Check check_device(std::string_view name, const DLDevice& given, int* device) {
+  switch (static_cast<int>(given.device_type)) {
+    case kDLCPU:
+    case kDLCUDAHost:
+      *device = kCpu;
+      return {};
+    case kDLCUDA:
+    case kDLCUDAManaged:
+      if (given.device_id < 0) {
+        return invalid(fmt::format("{} is on CUDA device {}; allowed: 0 and up", name, given.device_id));
+      }
+      *device = given.device_id;
+      return {};
+    default:
+      return invalid(
+          fmt::format("{} is on device type {}; allowed: {} (CPU), {} (CUDA), {} (CUDA, pinned CPU memory), "
+                      "{} (CUDA, managed)",
+                      name, static_cast<int>(given.device_type), static_cast<int>(kDLCPU), static_cast<int>(kDLCUDA),
+                      static_cast<int>(kDLCUDAHost), static_cast<int>(kDLCUDAManaged)));
+  }
+}
+
 // What is asked of one tensor beyond the common rules.
 struct Demand {
   std::string_view dimensions;  // how an error spells the expected shape; empty: any rank from 0 to kMaxRank
   int rank = 0;
   std::string_view allowed_types;
   bool needs_data = false;
+  int device = kCpu;        // where it has to be
+  bool any_device = false;  // or anywhere
 };
 
 Check check_tensor(std::string_view name, const DLTensor* given, const Demand& demand, Tensor* out) {
   if (!given) return invalid(fmt::format("{} is NULL; a tensor is needed", name));
-  if (given->device.device_type != kDLCPU) {
-    return invalid(fmt::format("{} is on device type {}; allowed: {} (CPU)", name,
-                               static_cast<int>(given->device.device_type), static_cast<int>(kDLCPU)));
+  int device = kCpu;
+  if (Check failure = check_device(name, given->device, &device)) return failure;
+  if (device != demand.device && !demand.any_device) {
+    return invalid(fmt::format("{} is on {} and q on {}; all tensors of a call are on one device{}", name,
+                               device_text(device), device_text(demand.device),
+                               given->ndim == 0 ? ", or a scalar on the CPU" : ""));
   }
   if (demand.dimensions.empty()) {
     if (given->ndim < 0 || given->ndim > dsl::kMaxRank) {
@@ -143,6 +173,7 @@ Check check_tensor(std::string_view name, const DLTensor* given, const Demand& d
   if (__builtin_add_overflow(last, std::int64_t{1}, &last) || __builtin_mul_overflow(last, size, &out->bytes)) {
     return too_large();
   }
+  out->address = reinterpret_cast<std::uintptr_t>(given->data) + given->byte_offset;
   if (!demand.needs_data || out->empty) return {};
   if (!given->data) return invalid(fmt::format("{} has a NULL data pointer", name));
   out->data = static_cast<char*>(given->data) + given->byte_offset;
@@ -239,8 +270,26 @@ TensorView view(const Tensor& t) {
   return result;
 }
 
+// The widest access that every row of `t` allows.
+int row_bytes(const Tensor& t) {
+  if (t.empty) return kWidestAccess;
+  const std::int64_t size = dsl::dtype_size(t.dtype);
+  std::uint64_t bits = t.address | kWidestAccess;
+  for (int i = 0; i < t.rank - 1; ++i) {
+    if (t.extent[i] > 1) bits |= static_cast<std::uint64_t>(t.stride[i] * size);
+  }
+  // A pointer that is not even aligned to its element is refused by the run.
+  return std::max(static_cast<int>(bits & (~bits + 1)), static_cast<int>(size));
+}
+
+bool offsets_fit_32(const Tensor& t) {
+  return t.bytes / dsl::dtype_size(t.dtype) - 1 <= std::numeric_limits<std::int32_t>::max();
+}
+
 // Sorted by name, so that the order in which a caller lists captures does not matter.
-Check check_captures(const attnjit_attention& attention, bool needs_data, CheckedCall* call, Tensor* tensors) {
+// `device` is where the call's other tensors are.
+Check check_captures(const attnjit_attention& attention, bool needs_data, int device, bool any_device,
+                     CheckedCall* call, Tensor* tensors) {
   const std::size_t count = attention.num_captures;
   if (count > static_cast<std::size_t>(dsl::kMaxCaptures)) {
     return invalid(fmt::format("num_captures is {}; allowed: 0 to {}", count, dsl::kMaxCaptures));
@@ -262,8 +311,24 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, Checke
   call->signature.num_captures = static_cast<std::uint8_t>(count);
   for (std::size_t i = 0; i < count; ++i) {
     Tensor& t = tensors[i];
-    Check failure = check_tensor(sorted[i]->name, sorted[i]->tensor,
-                                 {.dimensions = "", .allowed_types = kCaptureTypes, .needs_data = needs_data}, &t);
+    const DLTensor* const given = sorted[i]->tensor;
+    int place = device;
+    Check failure;
+    // A scalar may stay on the CPU.
+    if (device != kCpu && !any_device && given && given->ndim == 0) {
+      failure = check_device(sorted[i]->name, given->device, &place);
+      if (!failure && place == kCpu) call->forward.host_scalars |= 1u << i;
+      if (place != kCpu) place = device;
+    }
+    if (!failure) {
+      failure = check_tensor(sorted[i]->name, given,
+                             {.dimensions = "",
+                              .allowed_types = kCaptureTypes,
+                              .needs_data = needs_data,
+                              .device = place,
+                              .any_device = any_device},
+                             &t);
+    }
     if (!failure && t.empty) {
       failure = invalid(
           fmt::format("{} has shape {}; a captured tensor needs at least one element", t.name, show(t.extent, t.rank)));
@@ -281,6 +346,7 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, Checke
     captured.data = t.data;
     captured.dtype = t.dtype;
     captured.rank = t.rank;
+    if (device != kCpu) signature.offsets_fit_32 = offsets_fit_32(t) ? 1 : 0;
     for (int d = 0; d < t.rank; ++d) {
       // An extent of 1 is read at index 0 only: the same as a broadcast, and cheaper code.
       const std::int64_t stride = t.extent[d] == 1 ? 0 : t.stride[d];
@@ -313,6 +379,19 @@ Check check_struct(std::string_view name, std::string_view init, const void* obj
 
 bool operator==(const Signature& a, const Signature& b) { return std::memcmp(&a, &b, sizeof(Signature)) == 0; }
 
+void weaken(const Signature& plan, Signature* call) {
+  call->load_bytes = std::min(call->load_bytes, plan.load_bytes);
+  call->store_bytes = std::min(call->store_bytes, plan.store_bytes);
+  for (std::size_t i = 0; i < call->num_captures; ++i) {
+    std::uint8_t& fits = call->captures[i].offsets_fit_32;
+    fits = std::min(fits, plan.captures[i].offsets_fit_32);
+  }
+}
+
+std::string device_text(int device) {
+  return device == kCpu ? std::string("the CPU") : fmt::format("CUDA device {}", device);
+}
+
 Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCall* call) {
   if (!attention) return invalid("attention is NULL");
   if (Check failure = check_struct("attention", "ATTNJIT_ATTENTION_INIT", attention, attention->struct_size,
@@ -320,11 +399,27 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
     return failure;
   }
   const bool needs_data = purpose == Purpose::kReference || purpose == Purpose::kRun;
-  const bool needs_outputs = purpose == Purpose::kPrepare || purpose == Purpose::kRun;
+  const bool explains = purpose == Purpose::kExplain || purpose == Purpose::kExplainCuda;
+  const bool needs_outputs =
+      purpose == Purpose::kPrepare || purpose == Purpose::kRun || (explains && attention->o != nullptr);
 
   // q, k, v.
   constexpr std::string_view kDimensions = "(batch, heads, sequence, head_dim)";
-  const Demand input{.dimensions = kDimensions, .rank = 4, .allowed_types = kFloatTypes, .needs_data = needs_data};
+  // q says where the call is.
+  const bool any_device = purpose == Purpose::kExplainCuda;
+  int device = any_device ? 0 : kCpu;
+  if (!any_device && attention->q) {
+    if (Check failure = check_device("q", attention->q->device, &device)) return failure;
+    if (purpose == Purpose::kReference && device != kCpu) {
+      return invalid(fmt::format("q is on {}; the reference reads CPU memory", device_text(device)));
+    }
+  }
+  const Demand input{.dimensions = kDimensions,
+                     .rank = 4,
+                     .allowed_types = kFloatTypes,
+                     .needs_data = needs_data,
+                     .device = device,
+                     .any_device = any_device};
   Tensor q, k, v;
   if (Check failure = check_tensor("q", attention->q, input, &q)) return failure;
   if (Check failure = check_tensor("k", attention->k, input, &k)) return failure;
@@ -362,9 +457,8 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
   Tensor outputs[3];
   int num_outputs = 0;
   if (needs_outputs) {
-    const Demand demand{.dimensions = kDimensions, .rank = 4, .allowed_types = kFloatTypes, .needs_data = needs_data};
     Tensor& o = outputs[num_outputs++];
-    if (Check failure = check_tensor("o", attention->o, demand, &o)) return failure;
+    if (Check failure = check_tensor("o", attention->o, input, &o)) return failure;
     if (o.dtype != q.dtype) {
       return invalid(
           fmt::format("o has dtype {}; it needs q's, {}", dsl::dtype_name(o.dtype), dsl::dtype_name(q.dtype)));
@@ -384,8 +478,12 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
     for (const auto& row : rows) {
       if (!row.tensor) continue;
       Tensor& t = outputs[num_outputs++];
-      const Demand row_demand{
-          .dimensions = "(batch, heads, seqlen_q)", .rank = 3, .allowed_types = "float32", .needs_data = needs_data};
+      const Demand row_demand{.dimensions = "(batch, heads, seqlen_q)",
+                              .rank = 3,
+                              .allowed_types = "float32",
+                              .needs_data = needs_data,
+                              .device = device,
+                              .any_device = any_device};
       if (Check failure = check_tensor(row.name, row.tensor, row_demand, &t)) return failure;
       if (Check failure = check_shape(t, "(batch, heads, seqlen_q)", {batch, heads, seqlen_q}, " from q")) {
         return failure;
@@ -401,7 +499,7 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
   }
 
   Tensor captured[dsl::kMaxCaptures];
-  if (Check failure = check_captures(*attention, needs_data, call, captured)) return failure;
+  if (Check failure = check_captures(*attention, needs_data, device, any_device, call, captured)) return failure;
 
   if (purpose == Purpose::kRun) {
     const auto note = [&](const Tensor& t) {
@@ -432,10 +530,10 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
     call->forward.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
   }
   const int backend = static_cast<int>(attention->backend);
-  if (backend < ATTNJIT_BACKEND_AUTO || backend > ATTNJIT_BACKEND_CPU) {
-    return invalid(fmt::format("backend is {}; allowed: {} (auto), {} (math), {} (cpu)", backend,
+  if (backend < ATTNJIT_BACKEND_AUTO || backend > ATTNJIT_BACKEND_SM80) {
+    return invalid(fmt::format("backend is {}; allowed: {} (auto), {} (math), {} (cpu), {} (sm80)", backend,
                                static_cast<int>(ATTNJIT_BACKEND_AUTO), static_cast<int>(ATTNJIT_BACKEND_MATH),
-                               static_cast<int>(ATTNJIT_BACKEND_CPU)));
+                               static_cast<int>(ATTNJIT_BACKEND_CPU), static_cast<int>(ATTNJIT_BACKEND_SM80)));
   }
 
   call->forward.q = view(q);
@@ -453,6 +551,17 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
   s.head_dim_v = head_dim_v;
   s.dtype = static_cast<std::uint8_t>(q.dtype);
   s.backend = static_cast<std::uint8_t>(backend);
+  s.device = device;
+  if (device != kCpu) {
+    // An o that is not there is a compact one.
+    Tensor compact = {.dtype = q.dtype, .rank = 2, .extent = {2, head_dim_v}, .stride = {head_dim_v, 1}};
+    const std::array<const Tensor*, 4> rows = {&q, &k, &v, num_outputs > 0 ? &outputs[0] : &compact};
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      call->row_bytes[i] = static_cast<std::uint8_t>(row_bytes(*rows[i]));
+    }
+    s.load_bytes = std::min({call->row_bytes[0], call->row_bytes[1], call->row_bytes[2]});
+    s.store_bytes = call->row_bytes[3];
+  }
   for (int i = 0; i < 3; ++i) {
     s.q_stride[i] = stride_class(q.extent[i], q.stride[i]);
     s.k_stride[i] = stride_class(k.extent[i], k.stride[i]);
@@ -465,8 +574,9 @@ Check check_workspace(const CheckedCall& call, const void* workspace, std::size_
   if (size < needed) return invalid(fmt::format("workspace_size is {}; the plan needs {}", size, needed));
   if (needed == 0) return {};
   if (!workspace) return invalid(fmt::format("workspace is NULL; the plan needs {} bytes", needed));
-  if (reinterpret_cast<std::uintptr_t>(workspace) % kWorkspaceAlignment != 0) {
-    return invalid(fmt::format("workspace is at {}; it needs a multiple of {} bytes", workspace, kWorkspaceAlignment));
+  const std::size_t alignment = call.signature.device == kCpu ? kWorkspaceAlignment : kCudaWorkspaceAlignment;
+  if (reinterpret_cast<std::uintptr_t>(workspace) % alignment != 0) {
+    return invalid(fmt::format("workspace is at {}; it needs a multiple of {} bytes", workspace, alignment));
   }
   const char* begin = static_cast<const char*>(workspace);
   for (std::size_t i = 0; i < call.num_memory; ++i) {

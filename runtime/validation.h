@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <type_traits>
 
@@ -16,6 +17,9 @@ namespace attnjit::runtime {
 inline constexpr std::int64_t kMaxHeadDim = 256;
 inline constexpr std::int64_t kMaxExtent = INT32_MAX;  // of any dimension of any tensor
 inline constexpr std::size_t kWorkspaceAlignment = 64;
+inline constexpr std::size_t kCudaWorkspaceAlignment = 256;
+inline constexpr int kCpu = -1;           // in place of a CUDA device's ordinal
+inline constexpr int kWidestAccess = 16;  // bytes that one thread of a GPU reads or writes at once
 
 // What of a call a plan depends on, in plain bytes without padding: equal bytes, same plan.
 struct Signature {
@@ -24,7 +28,7 @@ struct Signature {
     std::uint8_t dtype = 0;  // dsl::DType
     std::uint8_t rank = 0;
     std::uint8_t stride_class[dsl::kMaxRank] = {};  // compiler::StrideClass
-    std::uint8_t unused = 0;
+    std::uint8_t offsets_fit_32 = 0;                // as compiler::CaptureInfo's; CUDA only
   };
   std::int64_t batch = 0, num_heads = 0, num_heads_kv = 0;
   std::int64_t seqlen_q = 0, seqlen_kv = 0;
@@ -34,18 +38,25 @@ struct Signature {
   std::uint8_t has_lse = 0, has_row_max = 0;                          // outputs wanted
   std::uint8_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // compiler::StrideClass, all but the innermost
   std::uint8_t num_captures = 0;
-  std::uint8_t unused[2] = {};
+  // CUDA only: bytes, a power of two up to kWidestAccess, that every row of q, k and v, and of o, is aligned to. A call
+  // may be aligned further than its plan.
+  std::uint8_t load_bytes = 0, store_bytes = 0;
+  std::int32_t device = kCpu;  // of all tensors: a CUDA ordinal, or kCpu
+  std::uint8_t unused[4] = {};
   Capture captures[dsl::kMaxCaptures] = {};  // sorted by name
 };
 static_assert(std::has_unique_object_representations_v<Signature>);
 bool operator==(const Signature& a, const Signature& b);
+// `call`, less what it has beyond `plan` that such a plan does not need.
+void weaken(const Signature& plan, Signature* call);
 
 // How much a call has to bring.
 enum class Purpose : std::uint8_t {
-  kPrepare,    // inputs and outputs; data pointers are not looked at
-  kExplain,    // inputs only; data pointers are not looked at
-  kReference,  // inputs with data
-  kRun,        // inputs and outputs with data, which may not overlap
+  kPrepare,      // inputs and outputs; data is not looked at
+  kExplain,      // inputs, and outputs where there is o; data is not looked at
+  kExplainCuda,  // likewise, as if the tensors were on CUDA device 0, wherever they are said to be
+  kReference,    // inputs with data, on the CPU
+  kRun,          // inputs and outputs with data, which may not overlap
 };
 
 // A checked call. forward.captures points into this object: it stays where it is.
@@ -58,6 +69,7 @@ struct CheckedCall {
   ForwardCall forward;
   dsl::CaptureView captures[dsl::kMaxCaptures];       // sorted by name, as in the signature
   const char* capture_names[dsl::kMaxCaptures] = {};  // the caller's strings
+  std::uint8_t row_bytes[4] = {};                     // what the rows of q, k, v and o are aligned to; CUDA only
 
   // Bytes that the tensors of a kRun call reach over.
   struct Memory {
@@ -75,6 +87,9 @@ Check check_struct(std::string_view name, std::string_view init, const void* obj
                    std::size_t known);
 
 Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCall* call);
+
+// "the CPU" or "CUDA device 0".
+std::string device_text(int device);
 
 // `call` was checked as kRun. The workspace is aligned, large enough, and apart from every tensor.
 Check check_workspace(const CheckedCall& call, const void* workspace, std::size_t size, std::size_t needed);

@@ -329,6 +329,29 @@ TEST(CApi, PlansAreCached) {
   EXPECT_FALSE(compiled());
 }
 
+// attnjit_forward finds the plan or makes it; pinned memory is CPU memory.
+TEST(CApi, ForwardInOneCall) {
+  const ContextPtr context = make_context();
+  Problem p, again;
+  const PlanPtr plan = prepare(context, p.attention);
+  const Scratch scratch(plan.get());
+  ASSERT_EQ(attnjit_run(plan.get(), &p.attention, scratch.data, scratch.size, nullptr), ATTNJIT_OK);
+  again.q.dl.device = {kDLCUDAHost, 0};
+  ASSERT_EQ(attnjit_forward(context.get(), &again.attention, scratch.data, scratch.size, nullptr), ATTNJIT_OK)
+      << attnjit_last_error();
+  EXPECT_EQ(again.o_data, p.o_data);
+  p.attention.score_mod = "score * 0.5 + 1";
+  ASSERT_EQ(attnjit_forward(context.get(), &p.attention, scratch.data, scratch.size, nullptr), ATTNJIT_OK)
+      << attnjit_last_error();
+  EXPECT_NE(again.o_data, p.o_data);
+  const Gold gold(context, p);
+  expect_close(p.o_data, gold.o, 2e-5, "o");
+  EXPECT_EQ(attnjit_forward(context.get(), &p.attention, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("workspace_size is 0; the plan needs " + std::to_string(scratch.size)));
+  EXPECT_EQ(attnjit_forward(nullptr, &p.attention, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "context is NULL");
+}
+
 TEST(CApi, RegistrationChangesWhatATextMeans) {
   const ContextPtr context = make_context();
   Problem p;
@@ -480,7 +503,9 @@ TEST(CApi, Explain) {
   p.q.dl.data = nullptr;
   p.attention.o = nullptr;
   char* text = nullptr;
-  ASSERT_EQ(attnjit_explain(context.get(), &p.attention, 1, &text), ATTNJIT_OK) << attnjit_last_error();
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  options.dump = 1;
+  ASSERT_EQ(attnjit_explain(context.get(), &p.attention, &options, &text), ATTNJIT_OK) << attnjit_last_error();
   const Json json = Json::parse(text);
   attnjit_free(text);
   EXPECT_EQ(json["captures"][0]["name"], "ids");
@@ -491,7 +516,7 @@ TEST(CApi, Explain) {
   EXPECT_THAT(json["mlir"].get<std::string>(), HasSubstr("func"));
   EXPECT_THAT(json["llvm"].get<std::string>(), HasSubstr("define"));
   EXPECT_FALSE(json["asm"].get<std::string>().empty());
-  ASSERT_EQ(attnjit_explain(context.get(), &p.attention, 0, &text), ATTNJIT_OK) << attnjit_last_error();
+  ASSERT_EQ(attnjit_explain(context.get(), &p.attention, nullptr, &text), ATTNJIT_OK) << attnjit_last_error();
   EXPECT_FALSE(Json::parse(text).contains("mlir"));
   attnjit_free(text);
 }

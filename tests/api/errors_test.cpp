@@ -53,7 +53,7 @@ TEST_F(Errors, NullHandles) {
   EXPECT_STREQ(attnjit_last_error(), "attention is NULL");
   EXPECT_EQ(attnjit_run(nullptr, &p_.attention, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
   EXPECT_STREQ(attnjit_last_error(), "plan is NULL");
-  EXPECT_EQ(attnjit_explain(context_.get(), &p_.attention, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_EQ(attnjit_explain(context_.get(), &p_.attention, nullptr, nullptr), ATTNJIT_INVALID_ARGUMENT);
   EXPECT_STREQ(attnjit_last_error(), "json is NULL");
   EXPECT_EQ(attnjit_cache_list(context_.get(), 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
   EXPECT_STREQ(attnjit_last_error(), "json is NULL");
@@ -120,8 +120,53 @@ TEST_F(Errors, MissingTensor) {
 }
 
 TEST_F(Errors, Device) {
-  p_.k.dl.device.device_type = kDLCUDA;
-  expect_invalid({"k is on device type 2", "allowed: 1 (CPU)"});
+  p_.k.dl.device = {kDLCUDA, 1};
+  expect_invalid({"k is on CUDA device 1 and q on the CPU; all tensors of a call are on one device"});
+  p_.q.dl.device = {kDLCUDAManaged, 0};
+  expect_invalid({"k is on CUDA device 1 and q on CUDA device 0"});
+  p_.q.dl.device = {kDLCUDA, 1};
+  expect_invalid({"v is on the CPU and q on CUDA device 1"});
+  p_.v.dl.device = p_.o.dl.device = p_.lse.dl.device = {kDLCUDA, 1};
+  expect_invalid({"row_max is on the CPU and q on CUDA device 1"});
+  p_.row_max.dl.device = {kDLCUDA, 1};
+  float table[4] = {}, slope = 1;
+  p_.attention.score_mod = "score + table[h] * slope";
+  Tensor& tensor = p_.capture("table", table, {4});
+  p_.capture("slope", &slope, {});
+  expect_invalid({"captured table is on the CPU and q on CUDA device 1"});
+  tensor.dl.device = {kDLCUDA, 0};
+  expect_invalid({"captured table is on CUDA device 0 and q on CUDA device 1"});
+  tensor.dl.device = {kDLCUDA, 1};
+  p_.captured[1]->dl.device = {kDLCUDA, 0};
+  expect_invalid({"captured slope is on CUDA device 0 and q on CUDA device 1", ", or a scalar on the CPU"});
+  p_.q.dl.device = {kDLCUDA, -1};
+  expect_invalid({"q is on CUDA device -1; allowed: 0 and up"});
+  p_.q.dl.device = {kDLMetal, 0};
+  expect_invalid(
+      {"q is on device type 8; allowed: 1 (CPU), 2 (CUDA), 3 (CUDA, pinned CPU memory), 13 (CUDA, managed)"});
+  // The oracle stays on the CPU.
+  p_.q.dl.device = {kDLCUDA, 0};
+  const attnjit_row row = {0, 0, 0};
+  double lse;
+  EXPECT_EQ(attnjit_reference(context_.get(), &p_.attention, &row, 1, nullptr, &lse, nullptr),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "q is on CUDA device 0; the reference reads CPU memory");
+}
+
+TEST_F(Errors, Backends) {
+  attnjit_context_options options = ATTNJIT_CONTEXT_OPTIONS_INIT;
+  options.backends = 1u << ATTNJIT_BACKEND_MATH;
+  attnjit_context* raw = nullptr;
+  ASSERT_EQ(attnjit_context_create(&options, &raw), ATTNJIT_OK) << attnjit_last_error();
+  context_.reset(raw);
+  EXPECT_EQ(attnjit_plan_backend(prepare(context_, p_.attention).get()), ATTNJIT_BACKEND_MATH);
+  p_.attention.backend = ATTNJIT_BACKEND_CPU;
+  expect_prepare(ATTNJIT_UNSUPPORTED,
+                 {"no permitted backend serves B=2 Hq=4 Hkv=2 Sq=40 Skv=50 D=16 Dv=24 float32 on the CPU; ",
+                  "cpu: not permitted by the context's options or ATTNJIT_BACKENDS", "math: not asked for"});
+  options.backends = 1u;  // AUTO is none
+  EXPECT_EQ(attnjit_context_create(&options, &raw), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "options.backends is 0x1; allowed: 0, or bits of 0xe");
 }
 
 TEST_F(Errors, Rank) {
@@ -367,6 +412,21 @@ TEST_F(Errors, ReferenceRows) {
   EXPECT_STREQ(attnjit_last_error(), "k has a NULL data pointer");
 }
 
+TEST_F(Errors, ExplainOptions) {
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  char* text = nullptr;
+  for (const char* arch : {"", "sm_", "90", "sm_90b", "sm_90aa", "sm_-1", "sm_9", "sm_a"}) {
+    options.arch = arch;
+    EXPECT_EQ(attnjit_explain(context_.get(), &p_.attention, &options, &text), ATTNJIT_INVALID_ARGUMENT);
+    EXPECT_EQ(attnjit_last_error(),
+              "options.arch is '" + std::string(arch) + "'; allowed: sm_80, sm_86, sm_89, sm_90, sm_90a, ...");
+  }
+  options.struct_size = 3;
+  EXPECT_EQ(attnjit_explain(context_.get(), &p_.attention, &options, &text), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("options.struct_size is 3"));
+  EXPECT_EQ(text, nullptr);
+}
+
 TEST_F(Errors, RunData) {
   expect_run([&] { p_.v.dl.data = nullptr; }, {"v has a NULL data pointer"});
   p_.v.dl.data = p_.v_data.data();
@@ -453,8 +513,10 @@ TEST_F(Errors, MessageStaysUntilTheNextFailure) {
 TEST(ErrorNames, StatusAndBackend) {
   EXPECT_STREQ(attnjit_status_name(ATTNJIT_OK), "ok");
   EXPECT_STREQ(attnjit_status_name(ATTNJIT_UNSUPPORTED), "unsupported");
+  EXPECT_STREQ(attnjit_status_name(ATTNJIT_NOT_PREPARED), "not prepared");
   EXPECT_STREQ(attnjit_status_name(std::bit_cast<attnjit_status>(99)), "unknown status");
   EXPECT_STREQ(attnjit_backend_name(ATTNJIT_BACKEND_CPU), "cpu");
+  EXPECT_STREQ(attnjit_backend_name(ATTNJIT_BACKEND_SM80), "sm80");
   EXPECT_STREQ(attnjit_backend_name(std::bit_cast<attnjit_backend>(99)), "unknown backend");
 }
 
@@ -475,7 +537,10 @@ TEST(ErrorEnvironment, BadValues) {
     const char* message;
   } cases[] = {
       {"ATTNJIT_LOG", "loud", "ATTNJIT_LOG is 'loud'; allowed: off, error, warn, info, debug, trace"},
-      {"ATTNJIT_DUMP", "mlir,ptx", "ATTNJIT_DUMP is 'mlir,ptx'; allowed: a comma-separated list of mlir, llvm, asm"},
+      {"ATTNJIT_DUMP", "mlir,sass",
+       "ATTNJIT_DUMP is 'mlir,sass'; allowed: a comma-separated list of mlir, llvm, asm, cuda, ptx, cubin"},
+      {"ATTNJIT_BACKENDS", "cpu,gpu",
+       "ATTNJIT_BACKENDS is 'cpu,gpu'; allowed: a comma-separated list of sm80, math, cpu"},
       {"ATTNJIT_NUM_THREADS", "0", "ATTNJIT_NUM_THREADS is '0'; allowed: a whole number from 1 to 1024"},
       {"ATTNJIT_NUM_THREADS", "2x", "ATTNJIT_NUM_THREADS is '2x'; allowed: a whole number from 1 to 1024"},
       {"ATTNJIT_CPU_ISA", "neon", "ATTNJIT_CPU_ISA is 'neon'; allowed: sse2, avx2, avx512, avx512bf16"},

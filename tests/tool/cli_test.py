@@ -275,7 +275,7 @@ class Explain(Tool):
                 (["score + x[h]", "--captures", "x:float32:4,4"], "2 dimensions"),
                 (["score", "--shape", "1,2"], "B,Hq,Sq,Hkv,Skv,D"),
                 (["score", "--shape", "1,3,4,2,4,8"], "3"),
-                (["score", "--dump", "ptx"], "ptx"),
+                (["score", "--dump", "sass"], "ptx"),
                 (["score", "--format", "xml"], "xml"),
                 ([], "EXPR")]:
             with self.subTest(arguments=arguments):

@@ -34,7 +34,8 @@ typedef enum attnjit_status ATTNJIT_ENUM {
   ATTNJIT_UNSUPPORTED = 3,        /* no permitted backend serves the problem; the message lists each with its reason */
   ATTNJIT_OUT_OF_MEMORY = 4,
   ATTNJIT_ENVIRONMENT = 5, /* the machine's: a file, a library, a device */
-  ATTNJIT_INTERNAL = 6     /* ours: please report it */
+  ATTNJIT_INTERNAL = 6,    /* ours: please report it */
+  ATTNJIT_NOT_PREPARED = 7 /* the call would have to compile while its stream is captured: prepare it beforehand */
 } attnjit_status;
 
 ATTNJIT_API const char* attnjit_status_name(attnjit_status status);
@@ -50,8 +51,10 @@ typedef struct attnjit_context attnjit_context;
 typedef struct attnjit_context_options {
   size_t struct_size;
   int num_threads; /* CPU threads of one call, the caller's included; 0: one per processor this process may use */
+  uint32_t
+      backends; /* those that may be picked: 1u << attnjit_backend of each; 0: what ATTNJIT_BACKENDS says, or all */
 } attnjit_context_options;
-#define ATTNJIT_CONTEXT_OPTIONS_INIT {sizeof(attnjit_context_options), 0}
+#define ATTNJIT_CONTEXT_OPTIONS_INIT {sizeof(attnjit_context_options), 0, 0}
 
 /* `options` may be NULL. */
 ATTNJIT_API attnjit_status attnjit_context_create(const attnjit_context_options* options, attnjit_context** context);
@@ -67,13 +70,16 @@ ATTNJIT_API attnjit_status attnjit_register_mod(attnjit_context* context, const 
 /* ---- One attention call ----------------------------------------------------------------------------------------- */
 
 typedef enum attnjit_backend ATTNJIT_ENUM {
-  ATTNJIT_BACKEND_AUTO = 0, /* the fastest that serves the problem */
-  ATTNJIT_BACKEND_MATH = 1, /* eager: materialised scores, one pass per operation of the expression */
-  ATTNJIT_BACKEND_CPU = 2   /* fused, compiled for the host's processor */
+  ATTNJIT_BACKEND_AUTO = 0, /* the fastest that serves the problem where its tensors are */
+  ATTNJIT_BACKEND_MATH = 1, /* eager: materialised scores; on the CPU one pass per operation of the expression */
+  ATTNJIT_BACKEND_CPU = 2,  /* fused, compiled for the host's processor */
+  ATTNJIT_BACKEND_SM80 = 3  /* fused, for CUDA devices of compute capability 8.0 and later */
 } attnjit_backend;
 ATTNJIT_API const char* attnjit_backend_name(attnjit_backend backend);
 
-/* A captured tensor (or, with ndim 0, scalar) of an expression, by the name it has there. */
+/* A captured tensor (or, with ndim 0, scalar) of an expression, by the name it has there. A call on a CUDA device takes
+ * its scalars from there too, or from the CPU: the value is read during attnjit_run then, and a captured CUDA graph
+ * keeps it, while a scalar in device memory is read at each replay. */
 typedef struct attnjit_capture {
   const char* name;
   const DLTensor* tensor; /* bool, int8/16/32/64, uint8, float16, bfloat16, float32; rank 0 to 5; strides from 0 */
@@ -81,6 +87,8 @@ typedef struct attnjit_capture {
 
 /* The arguments of one call, the same for prepare and run.
  *
+ * All tensors are on one device: kDLCPU (kDLCUDAHost is CPU memory), or one kDLCUDA device (kDLCUDAManaged belongs to
+ * its device_id). On a device, pointers are those of its primary context, which the CUDA runtime works in.
  * q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv), o (B, Hq, Sq, Dv); float32, float16 or bfloat16, one type
  * for all four; Hq a multiple of Hkv; D and Dv from 1 to 256; the innermost stride 1, any others for q, k and v (0
  * broadcasts); o must not overlap itself or an input. lse and row_max: (B, Hq, Sq) float32, or NULL. */
@@ -104,24 +112,39 @@ typedef struct attnjit_attention {
 
 typedef struct attnjit_plan attnjit_plan;
 
-/* Validates, picks a backend and compiles, or finds the compiled plan. Data pointers are not read and may be NULL.
- * Threads that ask for one problem at once wait for one compile. */
+/* Validates, picks a backend and compiles, or finds the compiled plan; on a CUDA device, loads it. Data is not read and
+ * pointers may be NULL; what is given there on a CUDA device says how far data is aligned, and NULL counts as 16 bytes.
+ * Threads that ask for one problem at once wait for one compile. A stream capture that is under way goes on
+ * undisturbed.
+ */
 ATTNJIT_API attnjit_status attnjit_prepare(attnjit_context* context, const attnjit_attention* attention,
                                            attnjit_plan** plan);
 ATTNJIT_API void attnjit_plan_destroy(attnjit_plan* plan); /* NULL is allowed */
 
-/* Bytes of scratch memory that one run needs, 0 included. Alignment 64. */
+/* Bytes of scratch memory that one run needs, 0 included: aligned to 64 bytes, or to 256 in the memory of the plan's
+ * CUDA device. */
 ATTNJIT_API size_t attnjit_plan_workspace_size(const attnjit_plan* plan);
 ATTNJIT_API attnjit_backend attnjit_plan_backend(const attnjit_plan* plan);
 /* The plan as JSON: backend, canonical expression, hash, facts, cached or compiled, milliseconds by phase. Owned by the
  * plan. */
 ATTNJIT_API const char* attnjit_plan_description(const attnjit_plan* plan);
 
-/* Runs a prepared plan. Shapes, strides classes, dtypes, texts and captured names must be those that were prepared;
- * data, captured values and scale may change. Does not compile, allocate or read the environment.
- * `workspace` may be NULL when its size is 0. `stream` is reserved and must be NULL for CPU backends. */
+/* Runs a prepared plan. Shapes, strides classes, dtypes, device, texts and captured names must be those that were
+ * prepared; data, captured values and scale may change. Does not compile, allocate or read the environment.
+ * `workspace` may be NULL when its size is 0.
+ *
+ * CPU: computes before it returns; `stream` must be NULL. CUDA: `stream` is a CUstream of the device's primary context,
+ * NULL the legacy default stream; the work is queued there, or captured into a graph. Tensors and workspace must stay
+ * until it is done, and a graph needs its plan for as long as it is replayed. Rows must be aligned as far as they were
+ * when the plan was prepared. */
 ATTNJIT_API attnjit_status attnjit_run(attnjit_plan* plan, const attnjit_attention* attention, void* workspace,
                                        size_t workspace_size, void* stream);
+
+/* attnjit_prepare and attnjit_run in one, for a caller that keeps no plans. `workspace` as the plan needs it; what is
+ * too small is refused with the size. Where there is no plan yet and `stream` is being captured into a graph, nothing
+ * is compiled: ATTNJIT_NOT_PREPARED, and the capture goes on undisturbed. */
+ATTNJIT_API attnjit_status attnjit_forward(attnjit_context* context, const attnjit_attention* attention,
+                                           void* workspace, size_t workspace_size, void* stream);
 
 /* ---- Checking and explaining ------------------------------------------------------------------------------------ */
 
@@ -149,10 +172,20 @@ ATTNJIT_API attnjit_status attnjit_reference_bounds(attnjit_context* context, co
                                                     const attnjit_row* rows, size_t num_rows, double* o_bound,
                                                     double* lse_bound, unsigned char* decided);
 
-/* What the compiler makes of a problem, as JSON: canonical text, hash, types, facts, and, for a non-zero `dump`, MLIR,
- * LLVM IR and assembly. Free it with attnjit_free. */
-ATTNJIT_API attnjit_status attnjit_explain(attnjit_context* context, const attnjit_attention* attention, int dump,
-                                           char** json);
+typedef struct attnjit_explain_options {
+  size_t struct_size;
+  /* "sm_80", "sm_90a", ...: the CUDA kernels for this architecture, on any machine, wherever the tensors are said to
+   * be. NULL: what is compiled where they are. */
+  const char* arch;
+  int dump; /* non-zero: the texts in between too: MLIR, LLVM IR and assembly, or MLIR, CUDA and PTX */
+} attnjit_explain_options;
+#define ATTNJIT_EXPLAIN_OPTIONS_INIT {sizeof(attnjit_explain_options), NULL, 0}
+
+/* What the compiler makes of a problem, as JSON: canonical text, hash, types, facts, times; of CUDA kernels registers,
+ * shared memory, spills and warnings. CUDA binaries are kept in the disk cache, as attnjit_prepare's are. attention->o,
+ * lse and row_max may be NULL. `options` may be NULL. Free the text with attnjit_free. */
+ATTNJIT_API attnjit_status attnjit_explain(attnjit_context* context, const attnjit_attention* attention,
+                                           const attnjit_explain_options* options, char** json);
 /* Registered mods as a JSON array of {name, parameters, body, is_mask, summary}. Free it with attnjit_free. */
 ATTNJIT_API attnjit_status attnjit_list_mods(attnjit_context* context, char** json);
 /* Names that `score_mod` (and `mask_mod`, may be NULL) capture, as a JSON array of {name, rank}. */

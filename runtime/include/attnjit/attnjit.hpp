@@ -87,7 +87,7 @@ constexpr DType dtype_of() {
 }
 
 // Somebody's memory, seen as a tensor. Borrows data; keeps a copy of shape and strides. Strides count elements; without
-// them the tensor is compact, the last dimension innermost.
+// them the tensor is compact, the last dimension innermost. It is CPU memory unless on_cuda() says otherwise.
 class TensorRef {
  public:
   static constexpr std::size_t kMaxRank = 5;
@@ -113,9 +113,17 @@ class TensorRef {
     std::copy_n(strides.begin(), std::min(strides.size(), kMaxRank), strides_.begin());
   }
 
+  // The same tensor in the memory of a CUDA device.
+  TensorRef on_cuda(int ordinal = 0) const {
+    TensorRef tensor = *this;
+    tensor.device_ = {kDLCUDA, ordinal};
+    return tensor;
+  }
+
   explicit operator bool() const { return given_; }
   void* data() const { return data_; }
   DType dtype() const { return dtype_; }
+  DLDevice device() const { return device_; }
   std::span<const std::int64_t> shape() const {
     return {shape_.data(), std::min(static_cast<std::size_t>(std::max(rank_, 0)), kMaxRank)};
   }
@@ -123,7 +131,7 @@ class TensorRef {
   // Points into this object.
   DLTensor dlpack() const {
     return {.data = data_,
-            .device = {kDLCPU, 0},
+            .device = device_,
             .ndim = rank_,
             .dtype = dl_type(dtype_),
             .shape = const_cast<std::int64_t*>(shape_.data()),
@@ -158,6 +166,7 @@ class TensorRef {
   }
 
   void* data_ = nullptr;
+  DLDevice device_ = {kDLCPU, 0};
   DType dtype_ = DType::kFloat32;
   std::int32_t rank_ = 0;  // -1: strides and shape disagree
   bool has_strides_ = false;
@@ -172,6 +181,7 @@ enum class Backend {
   kAuto = ATTNJIT_BACKEND_AUTO,
   kMath = ATTNJIT_BACKEND_MATH,
   kCpu = ATTNJIT_BACKEND_CPU,
+  kSm80 = ATTNJIT_BACKEND_SM80,
 };
 
 // An expression: text, a registered name, a lambda (expr.hpp: of five values as a score_mod, of four as a mask_mod), or
@@ -270,7 +280,13 @@ inline Result<std::string> take(attnjit_status status, char* text) {
 
 // ---- Workspace, Plan, Context ---------------------------------------------------------------------------------------
 
-// Scratch memory with the alignment that a run needs.
+// Somebody's scratch memory: on a plan's CUDA device, aligned to 256 bytes.
+struct WorkspaceRef {
+  void* data = nullptr;
+  std::size_t size = 0;
+};
+
+// Scratch memory with the alignment that a run on the CPU needs.
 class Workspace {
  public:
   Workspace() = default;
@@ -278,6 +294,7 @@ class Workspace {
       : memory_(size ? ::operator new(size, kAlignment, std::nothrow) : nullptr), size_(memory_ ? size : 0) {}
   void* data() const { return memory_.get(); }
   std::size_t size() const { return size_; }  // 0 where there was no memory
+  operator WorkspaceRef() const { return {memory_.get(), size_}; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
@@ -299,9 +316,11 @@ class Plan {
   std::string description() const { return attnjit_plan_description(plan_.get()); }  // JSON
 
   // Shapes, dtypes, texts and captured names are those that were prepared; data, captured values and scale may change.
-  Status run(const Attention& attention, const Workspace& workspace) const {
+  // `stream`: of a plan on a CUDA device, the CUstream that the work is queued on, null being the legacy default
+  // stream; null on the CPU.
+  Status run(const Attention& attention, WorkspaceRef workspace = {}, void* stream = nullptr) const {
     const detail::CAttention c(attention);
-    return Status::of(attnjit_run(plan_.get(), c.get(), workspace.data(), workspace.size(), nullptr));
+    return Status::of(attnjit_run(plan_.get(), c.get(), workspace.data, workspace.size, stream));
   }
 
   attnjit_plan* get() const { return plan_.get(); }
@@ -314,7 +333,8 @@ class Plan {
 };
 
 struct ContextOptions {
-  int num_threads = 0;  // of one call, the caller's included; 0: one per processor this process may use
+  int num_threads = 0;                 // of one call, the caller's included; 0: one per processor this process may use
+  std::vector<Backend> backends = {};  // those that may be picked; none: what ATTNJIT_BACKENDS says, or all
 };
 
 // One query row of a problem.
@@ -326,6 +346,7 @@ class Context {
   static Result<Context> create(const ContextOptions& options = {}) {
     attnjit_context_options c = ATTNJIT_CONTEXT_OPTIONS_INIT;
     c.num_threads = options.num_threads;
+    for (const Backend backend : options.backends) c.backends |= 1u << static_cast<unsigned>(backend);
     attnjit_context* context = nullptr;
     if (const attnjit_status status = attnjit_context_create(&c, &context); status != ATTNJIT_OK) {
       return Status::of(status);
@@ -352,16 +373,29 @@ class Context {
     return Plan(plan);
   }
 
-  // Prepares, allocates a workspace and runs. To call again and again, keep the Plan and the Workspace instead.
+  // Prepares, allocates a workspace and runs, on the CPU. To call again and again, keep the Plan and the Workspace
+  // instead.
   Status forward(const Attention& attention) const {
     Result<Plan> plan = prepare(attention);
     if (!plan) return plan.status();
+    if (plan->workspace_size() > 0 && attention.q.device().device_type != kDLCPU) {
+      return Status(ATTNJIT_INVALID_ARGUMENT, "the plan needs a workspace of " +
+                                                  std::to_string(plan->workspace_size()) +
+                                                  " bytes in device memory; pass one");
+    }
     const Workspace workspace(plan->workspace_size());
     if (workspace.size() < plan->workspace_size()) {
       return Status(ATTNJIT_OUT_OF_MEMORY,
                     "no memory for a workspace of " + std::to_string(plan->workspace_size()) + " bytes");
     }
     return plan->run(attention, workspace);
+  }
+
+  // The same with what the caller has: a workspace, and on a CUDA device the stream to queue on. While the stream is
+  // being captured, what was not prepared is refused with ATTNJIT_NOT_PREPARED.
+  Status forward(const Attention& attention, WorkspaceRef workspace, void* stream = nullptr) const {
+    const detail::CAttention c(attention);
+    return Status::of(attnjit_forward(context_.get(), c.get(), workspace.data, workspace.size, stream));
   }
 
   // The double-precision oracle: o (rows, Dv), lse and row_max (rows), each of that size or empty.
@@ -389,11 +423,15 @@ class Context {
                                                data_or_null(lse_bound), data_or_null(decided)));
   }
 
-  // JSON: what the compiler makes of a problem; with `dump`, its intermediate texts too.
-  Result<std::string> explain(const Attention& attention, bool dump = false) const {
+  // JSON: what the compiler makes of a problem; with `dump`, its intermediate texts too. `arch` "sm_80" and the like:
+  // of its CUDA kernels, on any machine; empty: of what runs where the tensors are.
+  Result<std::string> explain(const Attention& attention, bool dump = false, const std::string& arch = {}) const {
     const detail::CAttention c(attention);
+    attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+    options.arch = arch.empty() ? nullptr : arch.c_str();
+    options.dump = dump ? 1 : 0;
     char* json = nullptr;
-    const attnjit_status status = attnjit_explain(context_.get(), c.get(), dump ? 1 : 0, &json);
+    const attnjit_status status = attnjit_explain(context_.get(), c.get(), &options, &json);
     return detail::take(status, json);
   }
   // JSON: the registered mods.

@@ -1,0 +1,274 @@
+// Picks a backend and makes it ready.
+#include "runtime/backends.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <utility>
+
+#include "runtime/cpu_backend.h"
+#include "runtime/math_backend.h"
+
+namespace attnjit::runtime {
+namespace {
+
+// ---- The CPU's
+
+// Without keys, every row is a fully masked one.
+void run_without_keys(const ForwardCall& call) {
+  const std::int64_t* shape = call.o.shape;
+  const std::int64_t size = dsl::dtype_size(call.o.dtype);
+  for (std::int64_t b = 0; b < shape[0]; ++b) {
+    for (std::int64_t h = 0; h < shape[1]; ++h) {
+      for (std::int64_t q = 0; q < shape[2]; ++q) {
+        const std::int64_t offset = b * call.o.stride[0] + h * call.o.stride[1] + q * call.o.stride[2];
+        std::memset(static_cast<char*>(call.o.data) + offset * size, 0, static_cast<std::size_t>(shape[3] * size));
+        for (const RowView* rows : {&call.lse, &call.row_max}) {
+          if (!rows->data) continue;
+          rows->data[b * rows->stride[0] + h * rows->stride[1] + q * rows->stride[2]] =
+              -std::numeric_limits<float>::infinity();
+        }
+      }
+    }
+  }
+}
+
+// The eager loops keep to the instruction set that the compiled code is held to.
+MathOptions math_options(const Context& context) {
+  MathOptions options;
+  switch (context.cpu_isa()) {
+    case compiler::CpuIsa::kSse2:
+      options.passes = &sse2_passes();
+      break;
+    case compiler::CpuIsa::kAvx2:
+      options.passes = &avx2_passes();
+      break;
+    case compiler::CpuIsa::kAvx512:
+    case compiler::CpuIsa::kAvx512Bf16:
+      options.passes = &avx512_passes();
+      break;
+  }
+  return options;
+}
+
+Result<ReadyBackend> prepare_cpu(const Request& request) {
+  ReadyBackend ready;
+  if (no_keys(request.call.signature)) {
+    ready.forward.run = [](const ForwardCall& call, void*, CudaStream) {
+      run_without_keys(call);
+      return Check();
+    };
+    return ready;
+  }
+  Result<std::shared_ptr<const compiler::CpuTile>> tile = compile_tile(request, nullptr);
+  if (!tile) return tile.failure();
+  ThreadPool& pool = request.context.pool();
+  ready.forward.workspace_size = cpu_workspace_size(request.call.forward, **tile, pool.size());
+  ready.forward.run = [tile = *tile, isa = request.context.cpu_isa(), &pool](const ForwardCall& call, void* workspace,
+                                                                             CudaStream) {
+    cpu_forward(call, *tile, isa, workspace, pool);
+    return Check();
+  };
+  ready.description["hash"] = hash_text((*tile)->facts());
+  ready.description["facts"] = facts_json((*tile)->facts());
+  ready.phases = (*tile)->phases();
+  return ready;
+}
+
+Result<ReadyBackend> prepare_math(const Request& request) {
+  ReadyBackend ready;
+  if (no_keys(request.call.signature)) {
+    ready.forward.run = [](const ForwardCall& call, void*, CudaStream) {
+      run_without_keys(call);
+      return Check();
+    };
+    return ready;
+  }
+  const Mods& bound = request.mods;
+  auto math =
+      std::make_shared<const MathPlan>(request.call.forward, bound.score_mod,
+                                       bound.mask_mod ? &*bound.mask_mod : nullptr, math_options(request.context));
+  if (math->workspace_size() == std::numeric_limits<std::size_t>::max()) {
+    return Failure{ATTNJIT_UNSUPPORTED, "its scores cannot be addressed"};
+  }
+  ready.forward.workspace_size = math->workspace_size();
+  ready.description["passes"] = math->describe();
+  ready.forward.run = [math = std::move(math), &pool = request.context.pool()](const ForwardCall& call, void* workspace,
+                                                                               CudaStream) {
+    math->run(call, workspace, pool);
+    return Check();
+  };
+  return ready;
+}
+
+// ---- The choice
+
+// Best first.
+struct Backend {
+  attnjit_backend id;
+  bool on_cpu, on_cuda;
+  Result<ReadyBackend> (*prepare)(const Request&);
+};
+constexpr std::array<Backend, 2> kBackends = {
+    {{ATTNJIT_BACKEND_CPU, true, false, prepare_cpu}, {ATTNJIT_BACKEND_MATH, true, false, prepare_math}}};
+
+// Why a call cannot be given to `backend`, as far as that is known without trying; empty where it can.
+std::string why_not(const Backend& backend, const Context& context, const Signature& s) {
+  const auto asked = static_cast<attnjit_backend>(s.backend);
+  if (asked != ATTNJIT_BACKEND_AUTO && asked != backend.id) return "not asked for";
+  if (!context.permits(backend.id)) return "not permitted by the context's options or ATTNJIT_BACKENDS";
+  if (s.device == kCpu ? !backend.on_cpu : !backend.on_cuda) {
+    return fmt::format("the tensors are on {}", device_text(s.device));
+  }
+  return {};
+}
+
+// Gathers why each backend does not serve.
+class Reasons {
+ public:
+  void add(attnjit_backend backend, std::string_view reason) {
+    text_ += fmt::format("{}{}: {}", text_.empty() ? "" : "; ", attnjit_backend_name(backend), reason);
+  }
+  Failure failure(const Signature& s) const {
+    return {ATTNJIT_UNSUPPORTED,
+            fmt::format("no permitted backend serves {} on {}; {}", shape_text(s), device_text(s.device), text_)};
+  }
+
+ private:
+  std::string text_;
+};
+
+std::string_view score_class_name(compiler::ScoreClass score_class) {
+  switch (score_class) {
+    case compiler::ScoreClass::kIdentity:
+      return "identity";
+    case compiler::ScoreClass::kAffine:
+      return "affine";
+    case compiler::ScoreClass::kNonlinear:
+      return "nonlinear";
+  }
+  return "?";
+}
+
+}  // namespace
+
+Result<attnjit_backend> choose_backend(const Context& context, const Signature& signature) {
+  Reasons reasons;
+  for (const Backend& backend : kBackends) {
+    const std::string reason = why_not(backend, context, signature);
+    if (reason.empty()) return backend.id;
+    reasons.add(backend.id, reason);
+  }
+  return reasons.failure(signature);
+}
+
+Result<ReadyBackend> prepare_backend(const Request& request) {
+  const Signature& s = request.call.signature;
+  Reasons reasons;
+  for (const Backend& backend : kBackends) {
+    std::string reason = why_not(backend, request.context, s);
+    if (reason.empty()) {
+      ReadyBackend nothing;
+      nothing.forward.run = [](const ForwardCall&, void*, CudaStream) { return Check(); };
+      Result<ReadyBackend> ready = no_output(s) ? std::move(nothing) : backend.prepare(request);
+      if (ready) {
+        ready->backend = backend.id;
+        return ready;
+      }
+      // A backend that broke is no reason to take a slower one in silence.
+      if (ready.failure().status != ATTNJIT_UNSUPPORTED) return ready;
+      reason = ready.failure().message;
+    }
+    reasons.add(backend.id, reason);
+  }
+  return reasons.failure(s);
+}
+
+Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect) {
+  compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = nullptr};
+  if (request.files.any() || collect) {
+    options.dump = [&](std::string_view kind, std::string_view text) {
+      if (request.files.wants(kind)) request.files.write(kind, "", text);
+      if (collect) collect(kind, text);
+    };
+  }
+  // A panel always has all its lanes; those of a shorter problem reach beyond it.
+  auto tile = compiler::compile_cpu_tile(
+      mod_problem(request.mods, request.call, std::max<std::int64_t>(request.call.signature.seqlen_q, cpu::kPanelLanes),
+                  request.call.signature.seqlen_kv),
+      options);
+  if (tile.error) return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", tile.error->message)};
+  return std::move(tile.value);
+}
+
+compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std::int64_t seqlen_q,
+                                 std::int64_t seqlen_kv) {
+  const Signature& s = call.signature;
+  compiler::ModProblem problem;
+  problem.score_mod = bound.score_mod;
+  problem.mask_mod = bound.mask_mod;
+  for (std::size_t i = 0; i < call.forward.num_captures; ++i) {
+    const Signature::Capture& capture = s.captures[i];
+    compiler::CaptureInfo info;
+    info.dtype = static_cast<dsl::DType>(capture.dtype);
+    info.offsets_fit_32 = capture.offsets_fit_32 != 0;
+    for (int d = 0; d < capture.rank; ++d) {
+      info.extent.push_back(capture.extent[d]);
+      info.stride_class.push_back(static_cast<compiler::StrideClass>(capture.stride_class[d]));
+    }
+    problem.captures.push_back(std::move(info));
+  }
+  problem.batch = std::max<std::int64_t>(s.batch, 1);
+  problem.num_heads = std::max<std::int64_t>(s.num_heads, 1);
+  problem.seqlen_q = std::max<std::int64_t>(seqlen_q, 1);
+  problem.seqlen_kv = std::max<std::int64_t>(seqlen_kv, 1);
+  return problem;
+}
+
+std::string shape_text(const Signature& s) {
+  return fmt::format("B={} Hq={} Hkv={} Sq={} Skv={} D={} Dv={} {}", s.batch, s.num_heads, s.num_heads_kv, s.seqlen_q,
+                     s.seqlen_kv, s.head_dim, s.head_dim_v, dsl::dtype_name(static_cast<dsl::DType>(s.dtype)));
+}
+
+std::string hash_text(const compiler::ModFacts& facts) {
+  return fmt::format("{:016x}{:016x}", facts.hash_high, facts.hash_low);
+}
+
+Json facts_json(const compiler::ModFacts& facts) {
+  return {{"score_class", score_class_name(facts.score_class)},
+          {"has_mask", facts.has_mask},
+          {"mask_reads_score", facts.mask_reads_score},
+          {"reads_proven", facts.reads_proven},
+          {"reads_clamped", facts.reads_clamped},
+          {"indices_fit_32", facts.indices_fit_32}};
+}
+
+Json phases_json(const compiler::PhaseTimes& phases) {
+  Json json = Json::object();
+  for (const auto& [name, milliseconds] : phases) json[name] = milliseconds;
+  return json;
+}
+
+Json host_json(const Context& context) {
+  return {{"isa", compiler::cpu_isa_name(context.cpu_isa())}, {"threads", context.num_threads()}};
+}
+
+Json binary_json(const FoundBinary& found, std::string_view entry) {
+  Json json = {{"entry", entry}, {"key", found.key}, {"origin", binary_origin_name(found.origin)}};
+  for (const compiler::CudaResources& resources : found.binary->resources) {
+    if (resources.entry != entry) continue;
+    json["registers"] = resources.registers;
+    json["static_shared_bytes"] = resources.static_shared_bytes;
+    json["spill_store_bytes"] = resources.spill_store_bytes;
+    json["spill_load_bytes"] = resources.spill_load_bytes;
+    json["stack_bytes"] = resources.stack_bytes;
+  }
+  json["warnings"] = found.binary->warnings;
+  return json;
+}
+
+}  // namespace attnjit::runtime

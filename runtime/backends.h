@@ -1,0 +1,75 @@
+// The backends: which of them serves a call, and what it takes to make one ready.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+
+#include "compiler/compiler.h"
+#include "runtime/context.h"
+#include "runtime/cuda_binaries.h"
+#include "runtime/cuda_driver.h"
+#include "runtime/dumps.h"
+#include "runtime/forward.h"
+#include "runtime/mods.h"
+#include "runtime/status.h"
+#include "runtime/validation.h"
+
+namespace attnjit::runtime {
+
+using Json = nlohmann::ordered_json;
+
+// A checked call with its expressions: what a backend is made ready from.
+struct Request {
+  Context& context;
+  const CheckedCall& call;
+  const Mods& mods;  // bound
+  const DumpFiles& files;
+};
+
+// A backend made ready for one problem.
+struct PreparedForward {
+  std::size_t workspace_size = 0;
+  // Allocates only to report a failure; safe from several threads at once, each with its own workspace.
+  std::function<Check(const ForwardCall&, void* workspace, CudaStream stream)> run;
+};
+
+struct ReadyBackend {
+  attnjit_backend backend = ATTNJIT_BACKEND_CPU;
+  PreparedForward forward;
+  Json description = Json::object();  // what it says of itself in a plan's description
+  compiler::PhaseTimes phases;
+};
+
+// Makes the best backend ready among those that are asked for, permitted by the context and serve the call.
+// ATTNJIT_UNSUPPORTED with each backend and its reason where there is none.
+Result<ReadyBackend> prepare_backend(const Request& request);
+
+// Which one AUTO would take where nothing has to be compiled to know; and why not, for those that cannot.
+Result<attnjit_backend> choose_backend(const Context& context, const Signature& signature);
+
+// Runs the compiler's CPU end for `request`. `collect` receives every text in between, beside the files.
+using CollectText = std::function<void(std::string_view kind, std::string_view text)>;
+Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect);
+
+// The problem as the compiler takes it, of sequences that reach from 0 to at least `seqlen_q` and `seqlen_kv`.
+compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std::int64_t seqlen_q,
+                                 std::int64_t seqlen_kv);
+
+// Nothing to run; nothing to attend to.
+inline bool no_output(const Signature& s) { return s.batch == 0 || s.num_heads == 0 || s.seqlen_q == 0; }
+inline bool no_keys(const Signature& s) { return s.seqlen_kv == 0; }
+
+// ---- How things are spelled in descriptions and messages.
+std::string shape_text(const Signature& s);
+std::string hash_text(const compiler::ModFacts& facts);
+Json facts_json(const compiler::ModFacts& facts);
+Json phases_json(const compiler::PhaseTimes& phases);
+Json host_json(const Context& context);
+// What is known of one kernel of a binary: entry, key, where it was found, registers, spills, warnings.
+Json binary_json(const FoundBinary& found, std::string_view entry);
+
+}  // namespace attnjit::runtime

@@ -1,0 +1,55 @@
+// Fills the parameters of CUDA kernels.
+#include "runtime/cuda_call.h"
+
+#include <cstring>
+#include <numbers>
+
+namespace attnjit::runtime {
+
+static_assert(cuda::kMaxCaptures == dsl::kMaxCaptures && cuda::kMaxCaptureRank == dsl::kMaxRank);
+
+void fill_captured(const ForwardCall& call, cuda::CapturedView* views) {
+  for (std::size_t i = 0; i < call.num_captures; ++i) {
+    const dsl::CaptureView& capture = call.captures[i];
+    cuda::CapturedView& view = views[i];
+    view.data = capture.data;
+    view.value = 0;
+    if (call.host_scalars >> i & 1u) {
+      view.data = nullptr;
+      // Little-endian, as every machine with a CUDA device is.
+      std::memcpy(&view.value, capture.data, static_cast<std::size_t>(dsl::dtype_size(capture.dtype)));
+    }
+    for (int d = 0; d < cuda::kMaxCaptureRank; ++d) {
+      view.stride[d] = d < capture.rank ? capture.stride[d] : 0;
+      view.extent[d] = d < capture.rank ? static_cast<int>(capture.extent[d]) : 1;
+    }
+  }
+}
+
+cuda::ForwardParams forward_params(const ForwardCall& call, bool scores_in_log2) {
+  cuda::ForwardParams params = {};
+  params.q = call.q.data;
+  params.k = call.k.data;
+  params.v = call.v.data;
+  params.o = call.o.data;
+  params.lse = call.lse.data;
+  params.row_max = call.row_max.data;
+  for (int d = 0; d < 3; ++d) {
+    params.q_stride[d] = call.q.stride[d];
+    params.k_stride[d] = call.k.stride[d];
+    params.v_stride[d] = call.v.stride[d];
+    params.o_stride[d] = call.o.stride[d];
+    params.lse_stride[d] = call.lse.stride[d];
+    params.row_max_stride[d] = call.row_max.stride[d];
+  }
+  params.batch = static_cast<int>(call.q.shape[0]);
+  params.num_heads = static_cast<int>(call.q.shape[1]);
+  params.num_heads_kv = static_cast<int>(call.k.shape[1]);
+  params.seqlen_q = static_cast<int>(call.q.shape[2]);
+  params.seqlen_kv = static_cast<int>(call.k.shape[2]);
+  params.score_scale = finite_scale(call.scale, scores_in_log2 ? std::numbers::log2e : 1.0);
+  fill_captured(call, params.captured);
+  return params;
+}
+
+}  // namespace attnjit::runtime

@@ -1,0 +1,128 @@
+// Compiles a problem, or its kernels for another machine, and writes down what came out.
+#include "runtime/explain.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <optional>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "compiler/compiler.h"
+#include "dsl/printer.h"
+#include "runtime/backends.h"
+#include "runtime/plan.h"
+
+namespace attnjit::runtime {
+namespace {
+
+// "sm_90a".
+Result<compiler::CudaArch> parse_arch(std::string_view text) {
+  compiler::CudaArch arch;
+  const Failure refused{ATTNJIT_INVALID_ARGUMENT,
+                        fmt::format("options.arch is '{}'; allowed: sm_80, sm_86, sm_89, sm_90, sm_90a, ...", text)};
+  if (!text.starts_with("sm_")) return refused;
+  const char* const last = text.data() + text.size();
+  const auto [end, error] = std::from_chars(text.data() + 3, last, arch.number);
+  arch.specific = end + 1 == last && *end == 'a';
+  if (error != std::errc() || (end != last && !arch.specific) || arch.number < 10 || arch.number > 999) return refused;
+  return arch;
+}
+
+// What a compile is explained by.
+struct Findings {
+  compiler::ModFacts facts;
+  compiler::PhaseTimes phases;
+  Json kernels;  // of CUDA
+  Json dumps = Json::object();
+};
+
+Check compile_for_cpu(const Request& request, const CollectText& collect, Findings* findings) {
+  Result<std::shared_ptr<const compiler::CpuTile>> tile = compile_tile(request, collect);
+  if (!tile) return tile.failure();
+  findings->facts = (*tile)->facts();
+  findings->phases = (*tile)->phases();
+  return {};
+}
+
+Json captures_json(const CheckedCall& call) {
+  Json captures = Json::array();
+  for (std::size_t i = 0; i < call.forward.num_captures; ++i) {
+    const dsl::CaptureView& capture = call.captures[i];
+    captures.push_back({{"name", call.capture_names[i]},
+                        {"dtype", dsl::dtype_name(capture.dtype)},
+                        {"type", dsl::type_name(dsl::value_type(capture.dtype))},
+                        {"shape", Json(std::vector<std::int64_t>(capture.extent, capture.extent + capture.rank))}});
+  }
+  return captures;
+}
+
+Json expression_json(const dsl::Expr& parsed, const dsl::Expr& bound) {
+  return {{"canonical", dsl::print(parsed)},
+          {"typed", dsl::print(bound)},
+          {"type", dsl::type_name(bound[bound.root].type)}};
+}
+
+}  // namespace
+
+Result<std::string> explain(Context& context, const attnjit_attention* attention,
+                            const attnjit_explain_options* options) {
+  std::optional<compiler::CudaArch> arch;
+  bool dump = false;
+  if (options) {
+    if (Check failure = check_struct("options", "ATTNJIT_EXPLAIN_OPTIONS_INIT", options, options->struct_size,
+                                     sizeof(attnjit_explain_options))) {
+      return *failure;
+    }
+    dump = options->dump != 0;
+    if (options->arch) {
+      Result<compiler::CudaArch> parsed = parse_arch(options->arch);
+      if (!parsed) return parsed.failure();
+      arch = *parsed;
+    }
+  }
+  CheckedCall call;
+  if (Check failure = check_call(attention, arch ? Purpose::kExplainCuda : Purpose::kExplain, &call)) return *failure;
+  const RegistrySnapshot snapshot = context.registry();
+  Result<Mods> parsed = parse_mods(attention->score_mod, attention->mask_mod, *snapshot.registry);
+  if (!parsed) return parsed.failure();
+  Result<Mods> bound = bind_mods(*parsed, attention->score_mod, attention->mask_mod, *snapshot.registry, call);
+  if (!bound) return bound.failure();
+  Result<attnjit_backend> backend = choose_backend(context, call.signature);
+  if (!backend) return backend.failure();
+
+  const std::string key = make_key(call, *attention, snapshot.generation);
+  const DumpFiles files(context, key, dump_header(context, call, *attention));
+  const Request request{.context = context, .call = call, .mods = *bound, .files = files};
+  Findings findings;
+  CollectText collect;
+  if (dump) {
+    collect = [&](std::string_view kind, std::string_view text) {
+      if (kind != "cubin") findings.dumps[std::string(kind)] = text;
+    };
+  }
+  if (Check failure = compile_for_cpu(request, collect, &findings)) return *failure;
+
+  const std::optional<dsl::Expr>& mask = parsed->mask_mod;
+  const std::optional<dsl::Expr>& bound_mask = bound->mask_mod;
+  Json json = {{"score_mod", expression_json(parsed->score_mod, bound->score_mod)},
+               {"mask_mod", mask && bound_mask ? expression_json(*mask, *bound_mask) : Json()},
+               {"captures", captures_json(call)},
+               {"problem", shape_text(call.signature)},
+               {"backend", attnjit_backend_name(*backend)}};
+  if (arch) {
+    json["arch"] = fmt::format("sm_{}{}", arch->number, arch->specific ? "a" : "");
+    json["kernels"] = std::move(findings.kernels);
+  } else {
+    json["host"] = host_json(context);
+  }
+  json["hash"] = hash_text(findings.facts);
+  json["facts"] = facts_json(findings.facts);
+  json["phases_ms"] = phases_json(findings.phases);
+  json.update(findings.dumps);
+  return json.dump(2);
+}
+
+}  // namespace attnjit::runtime
