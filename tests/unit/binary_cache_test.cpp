@@ -337,7 +337,9 @@ TEST_F(BinaryCacheTest, AnEntryThatAppearsEndsTheWait) {
     std::this_thread::sleep_for(std::chrono::milliseconds(30));
     disk().put(kKey, binary_to_bytes(sample("another")));
   });
+  const auto start = std::chrono::steady_clock::now();
   const auto found = BinaryCache(disk(), logger_).find(kKey, counting());
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20)) << "it waited for the lock";
   writer.join();
   ASSERT_TRUE(found);
   EXPECT_EQ(found->origin, BinaryOrigin::kDisk);
