@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <ctime>
@@ -35,21 +36,35 @@ std::string time_text(std::time_t seconds) {
   return fmt::format("{:%Y-%m-%d %H:%M}", local);
 }
 
+// On one line, and no longer than a table bears.
+std::string about_text(const Json& entry) {
+  constexpr std::size_t kMaxSize = 100;
+  std::string text = entry.value("about", "");
+  std::ranges::replace(text, '\n', ';');
+  if (text.size() > kMaxSize) {
+    std::size_t size = kMaxSize - 3;
+    while ((static_cast<unsigned char>(text[size]) & 0xc0) == 0x80) --size;  // no half of a UTF-8 character
+    text = text.substr(0, size) + "...";
+  }
+  return text;
+}
+
 std::string check_text(const Json& entry) {
   if (entry.at("valid")) return "whole";
   return entry.at("removed") ? "damaged, removed" : "damaged";
 }
 
 std::string list_text(const Json& json, bool verify) {
-  std::vector<std::string> columns = {"key", "size", "last used"};
-  std::vector<bool> right = {false, true, false};
+  std::vector<std::string> columns = {"key", "size", "last used", "made for"};
+  std::vector<bool> right = {false, true, false, false};
   if (verify) {
     columns.emplace_back("check");
     right.push_back(false);
   }
   std::vector<std::vector<std::string>> rows;
   for (const Json& entry : json.at("entries")) {
-    rows.push_back({entry.at("key"), size_text(entry.at("bytes")), time_text(entry.at("last_used"))});
+    rows.push_back(
+        {entry.at("key"), size_text(entry.at("bytes")), time_text(entry.at("last_used")), about_text(entry)});
     if (verify) rows.back().push_back(check_text(entry));
   }
   return fmt::format("{}{}: {} {}, {} of at most {}\n", rows.empty() ? "" : github_table(columns, right, rows) + "\n",

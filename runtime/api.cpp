@@ -308,6 +308,10 @@ attnjit_status attnjit_cache_list(attnjit_context* context, int verify, char** j
     for (const auto& entry : disk.list(verify != 0)) {
       bytes += entry.bytes;
       list.push_back({{"key", entry.key}, {"bytes", entry.bytes}, {"last_used", entry.last_used}});
+      if (const auto payload = disk.peek(entry.key)) {
+        if (auto stored = attnjit::runtime::binary_from_bytes(*payload))
+          list.back()["about"] = std::move(stored->about);
+      }
       if (!verify) continue;
       list.back()["valid"] = entry.valid;
       if (!entry.valid) list.back()["removed"] = disk.remove(entry.key);

@@ -77,9 +77,11 @@ class Reader {
 };
 
 // The fields, for both directions. A binding names every member: a new one is an error here.
-template <typename Archive, typename Binary>
-void describe(Archive& archive, Binary& binary) {
+template <typename Archive, typename Stored>
+void describe(Archive& archive, Stored& stored) {
+  auto& [about, binary] = stored;
   auto& [cubin, resources, warnings] = binary;
+  archive.text(about);
   archive.text(cubin);
   archive.list(resources, [&](auto& kernel) {
     auto& [entry, registers, spill_stores, spill_loads, stack, shared] = kernel;
@@ -111,26 +113,26 @@ std::string_view binary_origin_name(BinaryOrigin origin) {
   return "?";
 }
 
-std::string binary_to_bytes(const CudaBinary& binary) {
+std::string binary_to_bytes(const StoredBinary& stored) {
   Writer writer;
   writer.number(kBytesVersion);
-  describe(writer, binary);
+  describe(writer, stored);
   return writer.take();
 }
 
-std::optional<CudaBinary> binary_from_bytes(std::string_view bytes) {
+std::optional<StoredBinary> binary_from_bytes(std::string_view bytes) {
   Reader reader(bytes);
   std::uint32_t version = 0;
   reader.number(version);
   if (version != kBytesVersion) return std::nullopt;
-  CudaBinary binary;
-  describe(reader, binary);
+  StoredBinary stored;
+  describe(reader, stored);
   if (!reader.done()) return std::nullopt;
-  return binary;
+  return stored;
 }
 
-Result<FoundBinary> BinaryCache::find(const std::string& key, const Compile& compile) {
-  auto found = memory_.get(key, [&] { return make(key, compile); });
+Result<FoundBinary> BinaryCache::find(const std::string& key, std::string_view about, const Compile& compile) {
+  auto found = memory_.get(key, [&] { return make(key, about, compile); });
   if (found.outcome && !found.compiled_here) {
     found.outcome->origin = BinaryOrigin::kMemory;
     found.outcome->phases.clear();
@@ -138,12 +140,14 @@ Result<FoundBinary> BinaryCache::find(const std::string& key, const Compile& com
   return std::move(found.outcome);
 }
 
-Result<FoundBinary> BinaryCache::make(const std::string& key, const Compile& compile) const {
+Result<FoundBinary> BinaryCache::make(const std::string& key, std::string_view about, const Compile& compile) const {
   using State = DiskCache::KeyLock::State;
   const Clock::time_point start = Clock::now();
   const auto from_disk = [&]() -> std::optional<CudaBinary> {
     const std::optional<std::string> bytes = disk_.get(key);
-    return bytes ? binary_from_bytes(*bytes) : std::nullopt;
+    std::optional<StoredBinary> stored = bytes ? binary_from_bytes(*bytes) : std::nullopt;
+    if (!stored) return std::nullopt;
+    return std::move(stored->binary);
   };
   const auto found = [&](CudaBinary binary, BinaryOrigin origin, compiler::PhaseTimes phases) {
     return FoundBinary{.binary = std::make_shared<const CudaBinary>(std::move(binary)),
@@ -176,16 +180,17 @@ Result<FoundBinary> BinaryCache::make(const std::string& key, const Compile& com
   }
   Result<CudaBinary> compiled = compile(&phases);
   if (!compiled) return compiled.failure();
+  StoredBinary stored{.about = std::string(about), .binary = std::move(*compiled)};
   if (disk_.enabled()) {
     const Clock::time_point written = Clock::now();
     std::string why;
-    if (disk_.put(key, binary_to_bytes(*compiled), &why)) {
+    if (disk_.put(key, binary_to_bytes(stored), &why)) {
       phases.emplace_back("disk_write", milliseconds_since(written));
     } else if (logger_.enabled(LogLevel::kWarn)) {
       logger_.log(LogLevel::kWarn, fmt::format("binary {} is not kept on disk: {}", key, why));
     }
   }
-  return found(std::move(*compiled), BinaryOrigin::kCompiled, std::move(phases));
+  return found(std::move(stored.binary), BinaryOrigin::kCompiled, std::move(phases));
 }
 
 }  // namespace attnjit::runtime

@@ -43,12 +43,12 @@ class BinaryCache {
 
   const DiskCache& disk() const { return disk_; }
 
-  // `key` in lower-case hexadecimal digits decides the binary. A failure of `compile` reaches the threads that waited
-  // for it, and is not kept.
-  Result<FoundBinary> find(const std::string& key, const Compile& compile);
+  // `key` in lower-case hexadecimal digits decides the binary; `about` tells a person what it is. A failure of
+  // `compile` reaches the threads that waited for it, and is not kept.
+  Result<FoundBinary> find(const std::string& key, std::string_view about, const Compile& compile);
 
  private:
-  Result<FoundBinary> make(const std::string& key, const Compile& compile) const;
+  Result<FoundBinary> make(const std::string& key, std::string_view about, const Compile& compile) const;
 
   const DiskCache disk_;
   const Logger& logger_;
@@ -56,8 +56,13 @@ class BinaryCache {
   PlanCache<Result<FoundBinary>> memory_{kMaxCachedBinaries};
 };
 
-// A binary as an entry's payload, and back; nothing where the bytes are not one.
-std::string binary_to_bytes(const compiler::CudaBinary& binary);
-std::optional<compiler::CudaBinary> binary_from_bytes(std::string_view bytes);
+// An entry's payload.
+struct StoredBinary {
+  std::string about;
+  compiler::CudaBinary binary;
+};
+// As bytes, and back; nothing where the bytes are not one.
+std::string binary_to_bytes(const StoredBinary& stored);
+std::optional<StoredBinary> binary_from_bytes(std::string_view bytes);
 
 }  // namespace attnjit::runtime

@@ -269,11 +269,14 @@ FileDescriptor DiskCache::open_directory(bool create, std::string* why) const {
   return opened;
 }
 
-std::optional<std::string> DiskCache::get(std::string_view key) const {
+std::optional<std::string> DiskCache::get(std::string_view key) const { return read(key, true); }
+std::optional<std::string> DiskCache::peek(std::string_view key) const { return read(key, false); }
+
+std::optional<std::string> DiskCache::read(std::string_view key, bool mark_used) const {
   if (!enabled() || !valid_key(key)) return std::nullopt;
   const FileDescriptor directory = open_directory(false, nullptr);
   if (!directory) return std::nullopt;
-  return read_entry(directory.get(), key, true);
+  return read_entry(directory.get(), key, mark_used);
 }
 
 bool DiskCache::put(std::string_view key, std::string_view payload, std::string* why) const {

@@ -49,6 +49,8 @@ class DiskCache {
   // The payload stored under `key` (1 to 128 lower-case hexadecimal digits), or nothing. Marks the entry as used. A
   // corrupt, truncated or foreign file is nothing; the next put replaces it.
   std::optional<std::string> get(std::string_view key) const;
+  // The same without a mark: to look is no use.
+  std::optional<std::string> peek(std::string_view key) const;
   // False where it could not be stored, with `why` set where given. Removes the least recently used entries beyond
   // max_bytes, and what writers that died left behind.
   bool put(std::string_view key, std::string_view payload, std::string* why = nullptr) const;
@@ -87,6 +89,7 @@ class DiskCache {
   KeyLock lock(std::string_view key) const;
 
  private:
+  std::optional<std::string> read(std::string_view key, bool mark_used) const;
   FileDescriptor open_directory(bool create, std::string* why) const;
 
   std::filesystem::path directory_;

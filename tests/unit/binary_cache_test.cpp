@@ -39,7 +39,9 @@ CudaBinary sample(const std::string& text = "bytes") {
           .warnings = {"a spill", ""}};
 }
 
-bool same(const CudaBinary& a, const CudaBinary& b) { return binary_to_bytes(a) == binary_to_bytes(b); }
+std::string bytes_of(const CudaBinary& binary) { return binary_to_bytes({.about = "about", .binary = binary}); }
+
+bool same(const CudaBinary& a, const CudaBinary& b) { return bytes_of(a) == bytes_of(b); }
 
 class BinaryCacheTest : public testing::Test {
  protected:
@@ -101,8 +103,10 @@ std::vector<std::string> names(const compiler::PhaseTimes& phases) {
 
 TEST(BinaryCacheBytes, ThereAndBack) {
   for (const CudaBinary& binary : {sample(), CudaBinary{}, sample(std::string(100000, '\xff'))}) {
-    const std::optional<CudaBinary> back = binary_from_bytes(binary_to_bytes(binary));
-    ASSERT_TRUE(back);
+    std::optional<StoredBinary> stored = binary_from_bytes(bytes_of(binary));
+    ASSERT_TRUE(stored);
+    EXPECT_EQ(stored->about, "about");
+    const CudaBinary* back = &stored->binary;
     EXPECT_EQ(back->cubin, binary.cubin);
     EXPECT_EQ(back->warnings, binary.warnings);
     ASSERT_EQ(back->resources.size(), binary.resources.size());
@@ -120,14 +124,14 @@ TEST(BinaryCacheBytes, ThereAndBack) {
 
 // The disk's checksum comes first; these bytes are believed by nobody all the same.
 TEST(BinaryCacheBytes, DamageIsRefusedOrAnotherBinaryOfTheSameSize) {
-  const std::string good = binary_to_bytes(sample());
+  const std::string good = bytes_of(sample());
   for (std::size_t i = 0; i < good.size(); ++i) {
     EXPECT_FALSE(binary_from_bytes(good.substr(0, i))) << "cut at " << i;
     for (int value = 0; value < 256; ++value) {
       std::string bad = good;
       bad[i] = static_cast<char>(value);
       if (bad == good) continue;
-      const std::optional<CudaBinary> read = binary_from_bytes(bad);
+      const std::optional<StoredBinary> read = binary_from_bytes(bad);
       if (i < 4) {
         EXPECT_FALSE(read) << "another version";
       }
@@ -144,20 +148,20 @@ TEST(BinaryCacheBytes, DamageIsRefusedOrAnotherBinaryOfTheSameSize) {
 
 TEST_F(BinaryCacheTest, CompiledThenMemoryThenDisk) {
   BinaryCache first(disk(), logger_);
-  auto found = first.find(kKey, counting());
+  auto found = first.find(kKey, "about", counting());
   ASSERT_TRUE(found);
   EXPECT_EQ(found->origin, BinaryOrigin::kCompiled);
   EXPECT_EQ(found->key, kKey);
   EXPECT_EQ(names(found->phases), (std::vector<std::string>{"compile", "disk_write"}));
   EXPECT_TRUE(same(*found->binary, sample()));
 
-  const auto again = first.find(kKey, counting());
+  const auto again = first.find(kKey, "about", counting());
   ASSERT_TRUE(again);
   EXPECT_EQ(again->origin, BinaryOrigin::kMemory);
   EXPECT_EQ(again->binary, found->binary);
   EXPECT_TRUE(again->phases.empty());
 
-  const auto other = BinaryCache(disk(), logger_).find(kKey, counting());
+  const auto other = BinaryCache(disk(), logger_).find(kKey, "about", counting());
   ASSERT_TRUE(other);
   EXPECT_EQ(other->origin, BinaryOrigin::kDisk);
   EXPECT_EQ(names(other->phases), (std::vector<std::string>{"disk_read"}));
@@ -167,29 +171,29 @@ TEST_F(BinaryCacheTest, CompiledThenMemoryThenDisk) {
 
 TEST_F(BinaryCacheTest, WithoutADisk) {
   BinaryCache cache(DiskCache("", kPlenty), logger_);
-  EXPECT_EQ(cache.find(kKey, counting())->origin, BinaryOrigin::kCompiled);
-  EXPECT_EQ(cache.find(kKey, counting())->origin, BinaryOrigin::kMemory);
+  EXPECT_EQ(cache.find(kKey, "about", counting())->origin, BinaryOrigin::kCompiled);
+  EXPECT_EQ(cache.find(kKey, "about", counting())->origin, BinaryOrigin::kMemory);
   EXPECT_EQ(compiles(), 1u);
 }
 
 TEST_F(BinaryCacheTest, ADiskThatRefusesCostsNoResult) {
   std::ofstream(directory()) << "a file in the directory's place";
   BinaryCache cache(disk(), logger_);
-  const auto found = cache.find(kKey, counting());
+  const auto found = cache.find(kKey, "about", counting());
   ASSERT_TRUE(found);
   EXPECT_TRUE(same(*found->binary, sample()));
-  EXPECT_EQ(cache.find(kKey, counting())->origin, BinaryOrigin::kMemory);
+  EXPECT_EQ(cache.find(kKey, "about", counting())->origin, BinaryOrigin::kMemory);
 
   // It was fine when the cache was made.
   fs::remove(directory());
   BinaryCache later(disk(), logger_);
   std::ofstream(directory()) << "a file in the directory's place";
-  EXPECT_TRUE(later.find(kKey, counting()));
+  EXPECT_TRUE(later.find(kKey, "about", counting()));
   EXPECT_EQ(compiles(), 2u);
 }
 
 TEST_F(BinaryCacheTest, ADamagedEntryIsCompiledAgainAndReplaced) {
-  ASSERT_TRUE(BinaryCache(disk(), logger_).find(kKey, counting()));
+  ASSERT_TRUE(BinaryCache(disk(), logger_).find(kKey, "about", counting()));
   const auto size = fs::file_size(entry());
   for (std::uintmax_t i = 0; i < size; i += 13) {
     std::fstream file(entry(), std::ios::binary | std::ios::in | std::ios::out);
@@ -198,33 +202,33 @@ TEST_F(BinaryCacheTest, ADamagedEntryIsCompiledAgainAndReplaced) {
     file.seekp(static_cast<std::streamoff>(i)).put(static_cast<char>(byte ^ 4));
     file.close();
     const std::size_t before = compiles();
-    const auto found = BinaryCache(disk(), logger_).find(kKey, counting());
+    const auto found = BinaryCache(disk(), logger_).find(kKey, "about", counting());
     ASSERT_TRUE(found);
     ASSERT_EQ(found->origin, BinaryOrigin::kCompiled) << i;
     ASSERT_TRUE(same(*found->binary, sample())) << i;
     ASSERT_EQ(compiles(), before + 1);
-    ASSERT_EQ(BinaryCache(disk(), logger_).find(kKey, counting())->origin, BinaryOrigin::kDisk) << i;
+    ASSERT_EQ(BinaryCache(disk(), logger_).find(kKey, "about", counting())->origin, BinaryOrigin::kDisk) << i;
   }
 }
 
 // Sound for the disk cache, but no binary: from another version of the library.
 TEST_F(BinaryCacheTest, AnotherPayloadIsReplaced) {
   ASSERT_TRUE(disk().put(kKey, "something else"));
-  const auto found = BinaryCache(disk(), logger_).find(kKey, counting());
+  const auto found = BinaryCache(disk(), logger_).find(kKey, "about", counting());
   ASSERT_TRUE(found);
   EXPECT_EQ(found->origin, BinaryOrigin::kCompiled);
-  EXPECT_EQ(BinaryCache(disk(), logger_).find(kKey, counting())->origin, BinaryOrigin::kDisk);
+  EXPECT_EQ(BinaryCache(disk(), logger_).find(kKey, "about", counting())->origin, BinaryOrigin::kDisk);
 }
 
 TEST_F(BinaryCacheTest, AFailureIsReportedAndNotKept) {
   BinaryCache cache(disk(), logger_);
-  const auto failed = cache.find(kKey, [](auto*) { return Failure{ATTNJIT_INTERNAL, "it does not compile"}; });
+  const auto failed = cache.find(kKey, "about", [](auto*) { return Failure{ATTNJIT_INTERNAL, "it does not compile"}; });
   ASSERT_FALSE(failed);
   EXPECT_EQ(failed.failure().message, "it does not compile");
-  EXPECT_THROW((void)cache.find(kKey, [](auto*) -> Result<CudaBinary> { throw std::runtime_error("no"); }),
+  EXPECT_THROW((void)cache.find(kKey, "about", [](auto*) -> Result<CudaBinary> { throw std::runtime_error("no"); }),
                std::runtime_error);
   EXPECT_FALSE(fs::exists(entry()));
-  EXPECT_EQ(cache.find(kKey, counting())->origin, BinaryOrigin::kCompiled);
+  EXPECT_EQ(cache.find(kKey, "about", counting())->origin, BinaryOrigin::kCompiled);
 }
 
 // ---- One compile
@@ -238,7 +242,7 @@ TEST_F(BinaryCacheTest, OneCompileForManyThreads) {
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&] {
       start.arrive_and_wait();
-      const auto found = cache.find(kKey, counting("bytes", 20));
+      const auto found = cache.find(kKey, "about", counting("bytes", 20));
       wrong += !found || !same(*found->binary, sample());
       compiled += found && found->origin == BinaryOrigin::kCompiled;
     });
@@ -255,7 +259,7 @@ TEST_F(BinaryCacheTest, OneCompileForManyCachesOfOneProcess) {
   std::vector<std::thread> threads;
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([&] {
-      const auto found = BinaryCache(disk(), logger_).find(kKey, counting("bytes", 30));
+      const auto found = BinaryCache(disk(), logger_).find(kKey, "about", counting("bytes", 30));
       wrong += !found || !same(*found->binary, sample());
     });
   }
@@ -274,7 +278,7 @@ TEST_F(BinaryCacheTest, OneCompilePerKeyForManyProcesses) {
                            for (int i = 0; i < kKeys; ++i) {
                              const int which = (i + process) % kKeys;
                              const std::string text = std::to_string(which);
-                             const auto found = cache.find(key(which), counting(text, 20));
+                             const auto found = cache.find(key(which), "about", counting(text, 20));
                              wrong |= !found || !same(*found->binary, sample(text));
                            }
                            return wrong;
@@ -285,11 +289,11 @@ TEST_F(BinaryCacheTest, OneCompilePerKeyForManyProcesses) {
 
 // The damaged entry is there when all of them start: each sees it, one replaces it.
 TEST_F(BinaryCacheTest, OneCompileForManyProcessesThatFindADamagedEntry) {
-  ASSERT_TRUE(BinaryCache(disk(), logger_).find(kKey, counting()));
+  ASSERT_TRUE(BinaryCache(disk(), logger_).find(kKey, "about", counting()));
   fs::resize_file(entry(), fs::file_size(entry()) - 1);
   EXPECT_EQ(in_processes(16,
                          [&](int) {
-                           const auto found = BinaryCache(disk(), logger_).find(kKey, counting("bytes", 30));
+                           const auto found = BinaryCache(disk(), logger_).find(kKey, "about", counting("bytes", 30));
                            return !found || !same(*found->binary, sample());
                          }),
             0);
@@ -299,7 +303,7 @@ TEST_F(BinaryCacheTest, OneCompileForManyProcessesThatFindADamagedEntry) {
 TEST_F(BinaryCacheTest, AProcessThatDiesWhileItCompilesIsReplaced) {
   const pid_t child = ::fork();
   if (child == 0) {
-    (void)BinaryCache(disk(), logger_).find(kKey, counting("bytes", 60000));
+    (void)BinaryCache(disk(), logger_).find(kKey, "about", counting("bytes", 60000));
     ::_exit(0);
   }
   while (compiles() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -308,7 +312,7 @@ TEST_F(BinaryCacheTest, AProcessThatDiesWhileItCompilesIsReplaced) {
     ::kill(child, SIGKILL);
     ::waitpid(child, nullptr, 0);
   });
-  const auto found = BinaryCache(disk(), logger_).find(kKey, counting());
+  const auto found = BinaryCache(disk(), logger_).find(kKey, "about", counting());
   killer.join();
   ASSERT_TRUE(found);
   EXPECT_EQ(found->origin, BinaryOrigin::kCompiled);
@@ -320,7 +324,7 @@ TEST_F(BinaryCacheTest, PatienceWithAnotherProcessEnds) {
   DiskCache::KeyLock lock = disk().lock(kKey);
   ASSERT_EQ(lock.try_acquire(), DiskCache::KeyLock::State::kHeld);
   const auto start = std::chrono::steady_clock::now();
-  const auto found = BinaryCache(disk(), logger_, std::chrono::milliseconds(60)).find(kKey, counting());
+  const auto found = BinaryCache(disk(), logger_, std::chrono::milliseconds(60)).find(kKey, "about", counting());
   const auto waited = std::chrono::steady_clock::now() - start;
   ASSERT_TRUE(found);
   EXPECT_EQ(found->origin, BinaryOrigin::kCompiled);
@@ -335,10 +339,10 @@ TEST_F(BinaryCacheTest, AnEntryThatAppearsEndsTheWait) {
   ASSERT_EQ(lock.try_acquire(), DiskCache::KeyLock::State::kHeld);
   std::thread writer([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(30));
-    disk().put(kKey, binary_to_bytes(sample("another")));
+    disk().put(kKey, bytes_of(sample("another")));
   });
   const auto start = std::chrono::steady_clock::now();
-  const auto found = BinaryCache(disk(), logger_).find(kKey, counting());
+  const auto found = BinaryCache(disk(), logger_).find(kKey, "about", counting());
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20)) << "it waited for the lock";
   writer.join();
   ASSERT_TRUE(found);

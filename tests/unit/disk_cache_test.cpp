@@ -481,6 +481,7 @@ TEST_F(DiskCacheTest, AUseIsRecordedButNotEveryTime) {
   // To list or verify is no use.
   set_age(entry(), std::chrono::hours(5));
   ASSERT_EQ(a.list(true).size(), 1u);
+  EXPECT_EQ(a.peek(kKey), "payload");
   EXPECT_GE(age(entry()), std::chrono::hours(4));
 }
 
