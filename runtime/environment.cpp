@@ -154,6 +154,7 @@ Result<Environment> read_environment() {
     environment.cpu_isa = *isa;
   }
   environment.nvrtc = variable("ATTNJIT_NVRTC");
+  environment.cublas = variable("ATTNJIT_CUBLAS");
   for (const std::string_view name : split(variable("ATTNJIT_BACKENDS"))) {
     const attnjit_backend* backend = lookup(kBackends, name);
     if (!backend) {

@@ -21,6 +21,7 @@ struct Environment {
   int num_threads = 0;                      // ATTNJIT_NUM_THREADS: 1 to kMaxThreads; 0: not set
   std::optional<compiler::CpuIsa> cpu_isa;  // ATTNJIT_CPU_ISA: sse2, avx2, avx512, avx512bf16; nothing: the host's
   std::string nvrtc;                        // ATTNJIT_NVRTC: the library's path or name; empty: the usual names
+  std::string cublas;                       // ATTNJIT_CUBLAS: likewise
   // Where binaries are kept, absolute: ATTNJIT_CACHE_DIR, else $XDG_CACHE_HOME/attnjit, else ~/.cache/attnjit. Empty
   // with ATTNJIT_DISABLE_CACHE=1 and for a user without a home, and then cache_off says why.
   std::filesystem::path cache_dir;

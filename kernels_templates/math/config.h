@@ -5,10 +5,10 @@
 //   math/mod.cuh      behind the emitted attnjit::cuda::Mod; one per expression, the same for every element type
 //   math/kernels.cuh  behind a definition of attnjit::math::kConfig; one per element type
 //
-// Scores are f32 of (B, Hq, Sq, pitch), in natural or log2 units before the mod (Mod::kScoresInLog2) and in log2 units
-// after it. `pitch` is the number of keys rounded up to kVector, so that every row is aligned to 16 bytes; what lies
-// beyond a row's keys is nobody's. Softmax leaves the probabilities in their place, in the type of the inputs: a row of
-// them starts where the scores' row started, so that 16-bit ones have a pitch of 2 * pitch elements.
+// Scores are f32 of (B, Hq, Sq, pitch), scaled as Mod::score expects them before the mod and in log2 units after it.
+// `pitch` is the number of keys rounded up to kVector, so that every row is aligned to 16 bytes; what lies beyond a
+// row's keys is nobody's. Softmax leaves the probabilities in their place, in the type of the inputs: a row of them
+// starts where the scores' row started, so that 16-bit ones have a pitch of 2 * pitch elements.
 #pragma once
 
 namespace attnjit::math {
@@ -28,7 +28,7 @@ constexpr float probability_scale(Element element) { return element == Element::
 inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 inline constexpr int kVector = 4;  // scores of one access
 
-// attnjit_math_mod: `kModThreads` threads.
+// attnjit_math_mod: up to `kModThreads` threads.
 inline constexpr int kModThreads = 256;
 inline constexpr int kModRows = 4;  // of one thread
 struct ModParams {
@@ -38,8 +38,8 @@ struct ModParams {
   int num_heads, seqlen_q, seqlen_kv;
   unsigned heads;                   // B * Hq; blocks along y take them in turn
   int q_idx_origin, kv_idx_origin;  // logical positions of the first query and key
-  int log2_vectors;   // a block is 2^log2_vectors vectors wide and kModThreads / 2^log2_vectors threads high
-  unsigned kv_tiles;  // along x: kv_tiles times the tiles of queries
+  int log2_vectors;                 // a block is 2^log2_vectors threads wide, each with a vector
+  unsigned kv_tiles;                // blocks along x: kv_tiles times the tiles of kModRows * the block's height queries
   cuda::CapturedView captured[cuda::kMaxCaptures];
 };
 

@@ -11,7 +11,7 @@ struct alignas(16) Vector {
 extern "C" __global__ void __launch_bounds__(kModThreads) attnjit_math_mod(const __grid_constant__ ModParams p) {
   using cuda::Mod;
   const int width = 1 << p.log2_vectors;
-  const int height = kModThreads >> p.log2_vectors;
+  const int height = static_cast<int>(blockDim.x) >> p.log2_vectors;
   const int x = static_cast<int>(threadIdx.x) & (width - 1);
   const int y = static_cast<int>(threadIdx.x) >> p.log2_vectors;
   const unsigned q_tile = blockIdx.x / p.kv_tiles;
@@ -23,12 +23,13 @@ extern "C" __global__ void __launch_bounds__(kModThreads) attnjit_math_mod(const
     const unsigned b = head / static_cast<unsigned>(p.num_heads);
     const unsigned h = head - b * static_cast<unsigned>(p.num_heads);
     const auto block = Mod::block(p.captured, static_cast<int>(b), static_cast<int>(h));
+    int kv_idx[kVector];
     typename Mod::Column column[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       // Beyond the last key there is nothing to read from captured tensors: their reads are in bounds for keys only.
-      const int kv = min(static_cast<int>(first_kv) + i, p.seqlen_kv - 1);
-      column[i] = Mod::column(p.captured, block, p.kv_idx_origin + kv);
+      kv_idx[i] = p.kv_idx_origin + min(static_cast<int>(first_kv) + i, p.seqlen_kv - 1);
+      column[i] = Mod::column(p.captured, block, kv_idx[i]);
     }
     float* const scores = p.scores + static_cast<long long>(head) * p.seqlen_q * p.pitch + first_kv;
     Vector s[kModRows];
@@ -41,13 +42,12 @@ extern "C" __global__ void __launch_bounds__(kModThreads) attnjit_math_mod(const
     for (int r = 0; r < kModRows; ++r) {
       const long long q = first_q + r * height;
       if (q >= p.seqlen_q) break;
-      const auto row = Mod::row(p.captured, block, p.q_idx_origin + static_cast<int>(q));
+      const int q_idx = p.q_idx_origin + static_cast<int>(q);
+      const auto row = Mod::row(p.captured, block, q_idx);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
+        const auto diagonal = Mod::diagonal(p.captured, block, q_idx - kv_idx[i]);
         const float score = s[r].x[i] * p.factor;
-        const int kv = min(static_cast<int>(first_kv) + i, p.seqlen_kv - 1);
-        const auto diagonal =
-            Mod::diagonal(p.captured, block, p.q_idx_origin + static_cast<int>(q) - (p.kv_idx_origin + kv));
         float value = Mod::score(p.captured, score, block, row, column[i], diagonal);
         if constexpr (Mod::kHasMask) {
           if (!Mod::keep(p.captured, score, block, row, column[i], diagonal)) value = -kInfinity;

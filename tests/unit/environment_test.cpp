@@ -46,7 +46,8 @@ class EnvironmentTest : public testing::Test {
   void TearDown() override { fs::remove_all(home_); }
 
   Variable home{"HOME", home_}, xdg{"XDG_CACHE_HOME", {}}, directory{"ATTNJIT_CACHE_DIR", {}},
-      disable{"ATTNJIT_DISABLE_CACHE", {}}, max{"ATTNJIT_CACHE_MAX_BYTES", {}}, nvrtc{"ATTNJIT_NVRTC", {}};
+      disable{"ATTNJIT_DISABLE_CACHE", {}}, max{"ATTNJIT_CACHE_MAX_BYTES", {}}, nvrtc{"ATTNJIT_NVRTC", {}},
+      cublas{"ATTNJIT_CUBLAS", {}};
 };
 
 TEST_F(EnvironmentTest, CacheDirectory) {
@@ -107,10 +108,13 @@ TEST_F(EnvironmentTest, DisabledAndBounded) {
   }
 }
 
-TEST_F(EnvironmentTest, Nvrtc) {
+TEST_F(EnvironmentTest, Libraries) {
   EXPECT_EQ(read_environment()->nvrtc, "");
   const Variable set("ATTNJIT_NVRTC", "/opt/libnvrtc.so.13");
   EXPECT_EQ(read_environment()->nvrtc, "/opt/libnvrtc.so.13");
+  EXPECT_EQ(read_environment()->cublas, "");
+  const Variable set_cublas("ATTNJIT_CUBLAS", "/opt/libcublas.so.13");
+  EXPECT_EQ(read_environment()->cublas, "/opt/libcublas.so.13");
 }
 
 }  // namespace
