@@ -10,6 +10,11 @@ packages=(
   nlohmann-json3-dev libopenblas0-pthread
 )
 
+# The tests' NVRTC comes as a wheel where no toolkit is installed: cmake/AttnjitNvrtc.cmake.
+if ! compgen -G '/usr/local/cuda/lib64/libnvrtc.so.1[23]' >/dev/null && ! python3 -m pip --version >/dev/null 2>&1; then
+  packages+=(python3-pip)
+fi
+
 missing=()
 for package in "${packages[@]}"; do
   [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
