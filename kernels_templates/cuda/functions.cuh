@@ -2,9 +2,9 @@
 // for. Everything is total: no trap, no undefined result.
 namespace attnjit::cuda {
 
-constexpr float kMaxFloat = 3.402823466e38f;
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-constexpr float kNan = __builtin_bit_cast(float, 0x7fffffff);
+inline constexpr float kMaxFloat = 3.402823466e38f;
+inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+inline constexpr float kNan = __builtin_bit_cast(float, 0x7fffffff);
 
 // ---- Integers: two's complement
 

@@ -30,7 +30,7 @@ constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp
 constexpr int kRows = 2 * kMTiles;       // rows of a thread: lane / 4 + 8 * r of its warp's
 constexpr int kNTiles = kTileN / 8;      // n8 tiles of the scores; a thread has two neighbouring columns of each
 constexpr int kDvTiles = kDv / 8;        // n8 tiles of the output
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 constexpr float kLn2 = 0.693147180559945309f;
 
 static_assert(kTileM % (16 * kWarps) == 0 && kTileN % 16 == 0);
