@@ -12,6 +12,7 @@
 
 #include "runtime/cpu_backend.h"
 #include "runtime/math_backend.h"
+#include "runtime/sm80_backend.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -80,6 +81,9 @@ Result<ReadyBackend> prepare_cpu(const Request& request) {
 }
 
 Result<ReadyBackend> prepare_math(const Request& request) {
+  if (request.call.signature.device != kCpu) {
+    return Failure{ATTNJIT_UNSUPPORTED, "it does not run on CUDA devices yet"};
+  }
   ReadyBackend ready;
   if (no_keys(request.call.signature)) {
     ready.forward.run = [](const ForwardCall& call, void*, CudaStream) {
@@ -113,8 +117,9 @@ struct Backend {
   bool on_cpu, on_cuda;
   Result<ReadyBackend> (*prepare)(const Request&);
 };
-constexpr std::array<Backend, 2> kBackends = {
-    {{ATTNJIT_BACKEND_CPU, true, false, prepare_cpu}, {ATTNJIT_BACKEND_MATH, true, false, prepare_math}}};
+constexpr std::array<Backend, 3> kBackends = {{{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80},
+                                               {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu},
+                                               {ATTNJIT_BACKEND_MATH, true, true, prepare_math}}};
 
 // Why a call cannot be given to `backend`, as far as that is known without trying; empty where it can.
 std::string why_not(const Backend& backend, const Context& context, const Signature& s) {

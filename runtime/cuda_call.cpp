@@ -2,7 +2,6 @@
 #include "runtime/cuda_call.h"
 
 #include <cstring>
-#include <numbers>
 
 namespace attnjit::runtime {
 
@@ -26,7 +25,7 @@ void fill_captured(const ForwardCall& call, cuda::CapturedView* views) {
   }
 }
 
-cuda::ForwardParams forward_params(const ForwardCall& call, bool scores_in_log2) {
+cuda::ForwardParams forward_params(const ForwardCall& call, double score_factor) {
   cuda::ForwardParams params = {};
   params.q = call.q.data;
   params.k = call.k.data;
@@ -47,7 +46,7 @@ cuda::ForwardParams forward_params(const ForwardCall& call, bool scores_in_log2)
   params.num_heads_kv = static_cast<int>(call.k.shape[1]);
   params.seqlen_q = static_cast<int>(call.q.shape[2]);
   params.seqlen_kv = static_cast<int>(call.k.shape[2]);
-  params.score_scale = finite_scale(call.scale, scores_in_log2 ? std::numbers::log2e : 1.0);
+  params.score_scale = finite_scale(call.scale, score_factor);
   fill_captured(call, params.captured);
   return params;
 }

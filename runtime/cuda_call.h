@@ -10,7 +10,7 @@ namespace attnjit::runtime {
 // cuda::kMaxCaptures, the rest is left alone.
 void fill_captured(const ForwardCall& call, cuda::CapturedView* views);
 
-// The whole call, for a kernel whose Mod::kScoresInLog2 is `scores_in_log2`.
-cuda::ForwardParams forward_params(const ForwardCall& call, bool scores_in_log2);
+// The whole call, for a kernel of compiler::CudaSource::score_factor.
+cuda::ForwardParams forward_params(const ForwardCall& call, double score_factor);
 
 }  // namespace attnjit::runtime

@@ -14,6 +14,7 @@
 #include "dsl/printer.h"
 #include "runtime/backends.h"
 #include "runtime/plan.h"
+#include "runtime/sm80_backend.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -44,6 +45,20 @@ Check compile_for_cpu(const Request& request, const CollectText& collect, Findin
   if (!tile) return tile.failure();
   findings->facts = (*tile)->facts();
   findings->phases = (*tile)->phases();
+  return {};
+}
+
+Check compile_for_cuda(const Request& request, compiler::CudaArch arch, std::size_t shared_memory,
+                       const CollectText& collect, Findings* findings) {
+  findings->kernels = Json::array();
+  Result<Sm80Binary> binary = build_sm80(request, arch, shared_memory, collect);
+  if (!binary) return binary.failure();
+  Json kernel = {{"backend", attnjit_backend_name(ATTNJIT_BACKEND_SM80)}};
+  kernel.update(kernel_json(*binary));
+  kernel["phases_ms"] = phases_json(binary->phases);
+  findings->kernels.push_back(std::move(kernel));
+  findings->facts = std::move(binary->facts);
+  findings->phases = std::move(binary->phases);
   return {};
 }
 
@@ -103,7 +118,25 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
       if (kind != "cubin") findings.dumps[std::string(kind)] = text;
     };
   }
-  if (Check failure = compile_for_cpu(request, collect, &findings)) return *failure;
+  Check failure;
+  if (arch) {
+    failure = compile_for_cuda(request, *arch, max_shared_memory(arch->number), collect, &findings);
+  } else if (call.signature.device == kCpu) {
+    failure = compile_for_cpu(request, collect, &findings);
+  } else {
+    Result<std::shared_ptr<CudaDevice>> device = context.cuda_device(call.signature.device);
+    if (!device) return device.failure();
+    arch = {.number = (*device)->arch(), .specific = false};
+    failure = compile_for_cuda(
+        request, *arch, std::min(max_shared_memory(arch->number), (*device)->max_shared_memory()), collect, &findings);
+  }
+  if (failure) {
+    if (failure->status == ATTNJIT_UNSUPPORTED) {
+      failure->message = fmt::format("{} does not serve {}: {}", attnjit_backend_name(*backend),
+                                     shape_text(call.signature), failure->message);
+    }
+    return *failure;
+  }
 
   const std::optional<dsl::Expr>& mask = parsed->mask_mod;
   const std::optional<dsl::Expr>& bound_mask = bound->mask_mod;
@@ -113,7 +146,7 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
                {"problem", shape_text(call.signature)},
                {"backend", attnjit_backend_name(*backend)}};
   if (arch) {
-    json["arch"] = fmt::format("sm_{}{}", arch->number, arch->specific ? "a" : "");
+    json["arch"] = compiler::cuda_arch_name(*arch);
     json["kernels"] = std::move(findings.kernels);
   } else {
     json["host"] = host_json(context);

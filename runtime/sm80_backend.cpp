@@ -1,0 +1,236 @@
+// Problem to configuration, kernel and launch of the sm80 family.
+#include "runtime/sm80_backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <span>
+#include <utility>
+
+#include "runtime/cuda_call.h"
+
+namespace attnjit::runtime {
+namespace {
+
+constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+constexpr int kMaxTile = 256;  // of queries or keys
+
+constexpr std::size_t kib(std::size_t n) { return n * 1024; }
+
+// A way to cut the work, for problems whose padded head dims are at most `head_dim`.
+struct Tiling {
+  int head_dim;
+  int tile_m, tile_n, warps, stages;
+  bool q_in_registers = false;
+  bool not_busy = false;  // only for mods that leave the registers alone
+};
+
+// By rising head_dim, and of one head_dim the best first: the first that fits is taken. Measured on an H200, bf16
+// (bench/notes.md, "The sm80 family's forward kernel"): 32 rows to a warp as long as O leaves room for it.
+constexpr Tiling k16Bit[] = {
+    {.head_dim = 64, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 2, .q_in_registers = true},
+    {.head_dim = 64, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1, .q_in_registers = true},
+    {.head_dim = 96, .tile_m = 128, .tile_n = 48, .warps = 4, .stages = 2},
+    {.head_dim = 96, .tile_m = 64, .tile_n = 48, .warps = 4, .stages = 1},
+    // O and the scores are 192 registers of 255: a mask or a captured read would spill.
+    {.head_dim = 128, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 1, .not_busy = true},
+    {.head_dim = 128, .tile_m = 128, .tile_n = 32, .warps = 4, .stages = 2},
+    {.head_dim = 128, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 192, .tile_m = 64, .tile_n = 48, .warps = 4, .stages = 1},
+    // Fills the 99 KiB of sm_86, sm_89 and sm_120 to the byte.
+    {.head_dim = 256, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 256, .tile_m = 64, .tile_n = 32, .warps = 4, .stages = 1},
+};
+// Probabilities pass through shared memory, and rows are twice as wide.
+constexpr Tiling kF32[] = {
+    {.head_dim = 64, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 64, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 128, .tile_m = 128, .tile_n = 16, .warps = 4, .stages = 1},
+    {.head_dim = 128, .tile_m = 64, .tile_n = 32, .warps = 4, .stages = 1},
+    {.head_dim = 256, .tile_m = 64, .tile_n = 16, .warps = 4, .stages = 1},
+    {.head_dim = 256, .tile_m = 32, .tile_n = 16, .warps = 2, .stages = 1},
+};
+
+sm80::Element element_of(dsl::DType dtype) {
+  switch (dtype) {
+    case dsl::DType::kF16:
+      return sm80::Element::kF16;
+    case dsl::DType::kBF16:
+      return sm80::Element::kBF16;
+    default:
+      return sm80::Element::kF32;
+  }
+}
+
+std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+
+// Blocks of a launch: the tiles of a head side by side, then heads, then batches.
+std::int64_t blocks_of(const Signature& s, const sm80::ForwardConfig& config) {
+  const std::int64_t tiles = round_up(s.seqlen_q, config.tile_m) / config.tile_m;
+  std::int64_t blocks = 0;
+  if (__builtin_mul_overflow(tiles, s.num_heads, &blocks) || __builtin_mul_overflow(blocks, s.batch, &blocks)) {
+    return std::numeric_limits<std::int64_t>::max();
+  }
+  return blocks;
+}
+
+Failure unsupported(std::string reason) { return {ATTNJIT_UNSUPPORTED, std::move(reason)}; }
+
+}  // namespace
+
+std::size_t max_shared_memory(int arch) {
+  switch (arch) {
+    case 80:
+    case 87:
+      return kib(163);
+    case 90:
+    case 100:
+    case 103:
+    case 110:
+      return kib(227);
+    default:  // 86, 89, 120, 121, and what is not known
+      return kib(99);
+  }
+}
+
+std::optional<sm80::ForwardConfig> choose_config(const Sm80Problem& problem) {
+  const bool f32 = problem.element == sm80::Element::kF32;
+  const int head_dim = std::max(sm80::padded(problem.head_dim), sm80::padded(problem.head_dim_v));
+  const std::span<const Tiling> table = f32 ? std::span<const Tiling>(kF32) : std::span<const Tiling>(k16Bit);
+  std::optional<sm80::ForwardConfig> found;
+  int bracket = 0;  // the smallest one that holds the head dim
+  for (const Tiling& row : table) {
+    if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
+    if (row.not_busy && problem.busy) continue;
+    const sm80::ForwardConfig config{.element = problem.element,
+                                     .head_dim = problem.head_dim,
+                                     .head_dim_v = problem.head_dim_v,
+                                     .tile_m = row.tile_m,
+                                     .tile_n = row.tile_n,
+                                     .warps = row.warps,
+                                     .stages = row.stages,
+                                     .q_in_registers = row.q_in_registers,
+                                     .load_bytes = problem.load_bytes,
+                                     .store_bytes = problem.store_bytes};
+    if (static_cast<std::size_t>(sm80::forward_shared_memory(config)) > problem.max_shared_memory) continue;
+    bracket = row.head_dim;
+    // A smaller tile where it holds all queries: most of a larger one would be padding.
+    if (!found || (found->tile_m > row.tile_m && problem.seqlen_q <= row.tile_m)) found = config;
+  }
+  return found;
+}
+
+Result<Sm80Binary> build_sm80(const Request& request, compiler::CudaArch arch, std::size_t max_shared_memory,
+                              const CollectText& collect) {
+  const Signature& s = request.call.signature;
+  if (arch.number < 80) {
+    return unsupported(
+        fmt::format("it needs compute capability 8.0 or later, and not {}", compiler::cuda_arch_name(arch)));
+  }
+  Sm80Problem by = {.element = element_of(static_cast<dsl::DType>(s.dtype)),
+                    .head_dim = static_cast<int>(s.head_dim),
+                    .head_dim_v = static_cast<int>(s.head_dim_v),
+                    .seqlen_q = s.seqlen_q,
+                    .seqlen_kv = s.seqlen_kv,
+                    .arch = arch.number,
+                    .max_shared_memory = max_shared_memory,
+                    .load_bytes = s.load_bytes,
+                    .store_bytes = s.store_bytes,
+                    .busy = request.mods.mask_mod.has_value() || s.num_captures > 0};
+  std::optional<sm80::ForwardConfig> config = choose_config(by);
+  if (!config) {
+    return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}", max_shared_memory,
+                                   compiler::cuda_arch_name(arch)));
+  }
+  // Positions are 32-bit in the kernel, those behind the end of the last tile included.
+  constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max() - kMaxTile;
+  if (s.seqlen_q > kLongest || s.seqlen_kv > kLongest) {
+    return unsupported(fmt::format("it takes sequences up to {}", kLongest));
+  }
+  if (const std::int64_t blocks = blocks_of(s, *config); blocks > kMaxGrid) {
+    return unsupported(fmt::format("a launch of {} blocks is beyond the {} of a grid", blocks, kMaxGrid));
+  }
+
+  compiler::CompileOptions options;
+  if (request.files.any() || collect) {
+    options.dump = [&](std::string_view kind, std::string_view text) {
+      if (request.files.wants(kind)) request.files.write(kind, "", text);
+      if (collect) collect(kind, text);
+    };
+  }
+  const auto emit = [&] {
+    return compiler::emit_sm80_forward(mod_problem(request.mods, request.call, round_up(s.seqlen_q, config->tile_m),
+                                                   round_up(s.seqlen_kv, config->tile_n)),
+                                       *config, options);
+  };
+  auto emitted = emit();
+  if (!emitted.error && emitted.value.facts.has_mask && !by.busy) {
+    // A mask inside the score_mod, which only the compiler sees.
+    by.busy = true;
+    const std::optional<sm80::ForwardConfig> other = choose_config(by);
+    if (other && (other->tile_m != config->tile_m || other->tile_n != config->tile_n)) {
+      config = other;
+      emitted = emit();
+    }
+  }
+  if (emitted.error) {
+    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
+  }
+  // Texts of the emission do not need a compile.
+  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  Result<FoundBinary> found = find_cuda_binary(request.context, emitted.value.source, arch, options);
+  if (!found) return found.failure();
+  Sm80Binary binary{.config = *config,
+                    .facts = std::move(emitted.value.facts),
+                    .score_factor = emitted.value.source.score_factor,
+                    .entry = emitted.value.source.entries.front(),
+                    .found = std::move(*found),
+                    .phases = std::move(emitted.value.phases)};
+  binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
+  return binary;
+}
+
+Json kernel_json(const Sm80Binary& binary) {
+  const sm80::ForwardConfig& c = binary.config;
+  Json json = binary_json(binary.found, binary.entry);
+  json["shared_bytes"] = sm80::forward_shared_memory(c);
+  json["tile"] = fmt::format("{} x {}", c.tile_m, c.tile_n);
+  json["warps"] = c.warps;
+  json["stages"] = c.stages;
+  json["load_bytes"] = c.load_bytes;
+  json["store_bytes"] = c.store_bytes;
+  return json;
+}
+
+Result<ReadyBackend> prepare_sm80(const Request& request) {
+  Result<std::shared_ptr<CudaDevice>> found = request.context.cuda_device(request.call.signature.device);
+  if (!found) return found.failure();
+  const std::shared_ptr<CudaDevice>& device = *found;
+  Result<Sm80Binary> binary =
+      build_sm80(request, {.number = device->arch(), .specific = false},
+                 std::min(max_shared_memory(device->arch()), device->max_shared_memory()), nullptr);
+  if (!binary) return binary.failure();
+  const sm80::ForwardConfig& config = binary->config;
+  Result<std::shared_ptr<const CudaKernel>> kernel =
+      CudaKernel::load(device, binary->found.binary->cubin, binary->entry,
+                       static_cast<std::size_t>(sm80::forward_shared_memory(config)));
+  if (!kernel) return kernel.failure();
+
+  ReadyBackend ready;
+  const CudaKernel::Grid grid{.x = static_cast<unsigned>(blocks_of(request.call.signature, config))};
+  ready.forward.run = [kernel = std::move(*kernel), grid, threads = 32u * static_cast<unsigned>(config.warps),
+                       score_factor = binary->score_factor](const ForwardCall& call, void*, CudaStream stream) {
+    const cuda::ForwardParams params = forward_params(call, score_factor);
+    return kernel->launch(grid, threads, &params, stream);
+  };
+  ready.description = {{"device", device->name()},
+                       {"hash", hash_text(binary->facts)},
+                       {"facts", facts_json(binary->facts)},
+                       {"kernels", Json::array({kernel_json(*binary)})}};
+  ready.phases = std::move(binary->phases);
+  return ready;
+}
+
+}  // namespace attnjit::runtime

@@ -1,0 +1,388 @@
+// The C interface on a CUDA device, with a fake driver: what is launched and with what, captures, alignment, refusals.
+// Kernels are compiled for real, and not run: gpu tests do that.
+#include <gmock/gmock.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <filesystem>
+#include <initializer_list>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "allocation_count.h"
+#include "kernels_templates/cuda/params.h"
+#include "support/fake_cuda/fake_cuda.h"
+#include "test_problem.h"
+
+namespace attnjit::test {
+namespace {
+
+using cuda::ForwardParams;
+using testing::AllOf;
+using testing::HasSubstr;
+using Json = nlohmann::json;
+
+constexpr const char* kDriver = ATTNJIT_FAKE_CUDA;
+
+class CudaApi : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    cache_ = std::filesystem::temp_directory_path() / ("attnjit-cuda-api-test-" + std::to_string(getpid()));
+  }
+  static void TearDownTestSuite() { std::filesystem::remove_all(cache_); }
+
+  void SetUp() override {
+    fake_ = fake_cuda(kDriver);
+    ASSERT_NE(fake_, nullptr);
+    fake_->reset();
+    fake_->parameter_bytes = sizeof(ForwardParams);
+    context_ = create();
+    for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o, &p_.lse, &p_.row_max}) tensor->dl.device = {kDLCUDA, 0};
+  }
+
+  ContextPtr create(const char* driver = kDriver, const attnjit_context_options* options = nullptr) {
+    setenv("ATTNJIT_CUDA_DRIVER", driver, 1);
+    setenv("ATTNJIT_CACHE_DIR", cache_.c_str(), 1);
+    attnjit_context* context = nullptr;
+    EXPECT_EQ(attnjit_context_create(options, &context), ATTNJIT_OK) << attnjit_last_error();
+    unsetenv("ATTNJIT_CUDA_DRIVER");
+    unsetenv("ATTNJIT_CACHE_DIR");
+    return ContextPtr(context);
+  }
+
+  // Skips, visibly, where there is no NVRTC.
+  PlanPtr prepared() {
+    attnjit_plan* plan = nullptr;
+    const attnjit_status status = attnjit_prepare(context_.get(), &p_.attention, &plan);
+    no_compiler_ =
+        status == ATTNJIT_ENVIRONMENT && std::string(attnjit_last_error()).find("NVRTC") != std::string::npos;
+    if (!no_compiler_) EXPECT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+    return PlanPtr(plan);
+  }
+  attnjit_status run(const PlanPtr& plan, void* stream = nullptr) {
+    return attnjit_run(plan.get(), &p_.attention, nullptr, 0, stream);
+  }
+  ForwardParams last_params() {
+    ForwardParams params = {};
+    if (!fake_->launches.empty()) std::memcpy(&params, fake_->launches.back().parameters.data(), sizeof(params));
+    return params;
+  }
+  // A scalar "slope" of the expression, on the CPU or on the device.
+  Tensor& slope(float* value, DLDeviceType type) {
+    p_.attention.score_mod = "score - slope * kv_idx";
+    Tensor& tensor = p_.capture("slope", value, {});
+    tensor.dl.device = {type, 0};
+    return tensor;
+  }
+
+  static std::filesystem::path cache_;
+  FakeCuda* fake_ = nullptr;
+  bool no_compiler_ = false;
+  Problem p_;
+  ContextPtr context_;
+};
+std::filesystem::path CudaApi::cache_;
+
+#define PREPARE_OR_SKIP(plan)                             \
+  const PlanPtr plan = prepared();                        \
+  if (no_compiler_) GTEST_SKIP() << attnjit_last_error(); \
+  ASSERT_TRUE(plan)
+
+TEST_F(CudaApi, Launch) {
+  PREPARE_OR_SKIP(plan);
+  EXPECT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_SM80);
+  EXPECT_EQ(attnjit_plan_workspace_size(plan.get()), 0u);
+  EXPECT_EQ(fake_->launched, 0) << "prepare launched something";
+  int stream = 0;
+  ASSERT_EQ(run(plan, &stream), ATTNJIT_OK) << attnjit_last_error();
+  ASSERT_EQ(fake_->launches.size(), 1u);
+  const FakeCuda::Launch& launch = fake_->launches[0];
+  EXPECT_EQ(launch.entry, "attnjit_forward");
+  EXPECT_EQ(launch.stream, &stream);
+  const Json kernel = Json::parse(attnjit_plan_description(plan.get()))["kernels"][0];
+  EXPECT_EQ(launch.shared, kernel["shared_bytes"].get<unsigned>());
+  EXPECT_EQ(launch.block, 32 * kernel["warps"].get<unsigned>());
+  // 40 queries in one tile, of 4 heads and 2 batches.
+  EXPECT_EQ(launch.grid[0], 8u);
+  EXPECT_EQ(launch.grid[1], 1u);
+  const ForwardParams params = last_params();
+  EXPECT_EQ(params.q, p_.q_data.data());
+  EXPECT_EQ(params.o, p_.o_data.data());
+  EXPECT_EQ(params.lse, p_.lse_data.data());
+  EXPECT_EQ(params.seqlen_q, 40);
+  EXPECT_EQ(params.seqlen_kv, 50);
+  EXPECT_EQ(params.num_heads_kv, 2);
+  EXPECT_EQ(params.v_stride[2], 24);
+  EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+}
+
+TEST_F(CudaApi, ByteOffsetAndManagedMemory) {
+  PREPARE_OR_SKIP(plan);
+  p_.q.dl.device.device_type = kDLCUDAManaged;
+  p_.q.dl.byte_offset = 32;
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(last_params().q, p_.q_data.data() + 8);
+}
+
+TEST_F(CudaApi, Scalars) {
+  float value = 0.5f;
+  Tensor& scalar = slope(&value, kDLCPU);
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  const auto by_value = [&] {
+    const cuda::CapturedView view = last_params().captured[0];
+    EXPECT_EQ(view.data, nullptr);
+    float found;
+    std::memcpy(&found, &view.value, sizeof(found));
+    return found;
+  };
+  EXPECT_EQ(by_value(), 0.5f);
+  value = -2.0f;
+  ASSERT_EQ(run(plan), ATTNJIT_OK);
+  EXPECT_EQ(by_value(), -2.0f);
+  // The same plan takes it from the device.
+  scalar.dl.device = {kDLCUDA, 0};
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(last_params().captured[0].data, &value);
+  scalar.dl.device = {kDLCUDAHost, 0};
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(by_value(), -2.0f);
+}
+
+TEST_F(CudaApi, RunAllocatesNothing) {
+  if (!counts_allocations()) GTEST_SKIP() << "malloc belongs to a sanitizer";
+  float value = 0.5f;
+  slope(&value, kDLCPU);
+  PREPARE_OR_SKIP(plan);
+  fake_->record = false;
+  ASSERT_EQ(run(plan), ATTNJIT_OK);
+  const long before = allocation_count();
+  for (int i = 0; i < 10; ++i) ASSERT_EQ(run(plan), ATTNJIT_OK);
+  EXPECT_EQ(allocation_count(), before);
+  EXPECT_EQ(fake_->launched, 11);
+}
+
+// What is prepared during a capture leaves it whole, and a run becomes part of it.
+TEST_F(CudaApi, PrepareAndRunDuringACapture) {
+  int stream = 0;
+  fake_->capturing = true;
+  fake_->captured_stream = &stream;
+  PREPARE_OR_SKIP(plan);
+  EXPECT_EQ(fake_->modules_loaded, 1);
+  ASSERT_EQ(run(plan, &stream), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_TRUE(fake_->launches.at(0).captured);
+  context_.reset();
+  EXPECT_FALSE(fake_->capture_broken);
+}
+
+TEST_F(CudaApi, ForwardRefusesToCompileDuringACapture) {
+  int stream = 0, other = 0;
+  fake_->capturing = true;
+  fake_->captured_stream = &stream;
+  p_.attention.score_mod = "score * 0.75";
+  ASSERT_EQ(attnjit_forward(context_.get(), &p_.attention, nullptr, 0, &stream), ATTNJIT_NOT_PREPARED);
+  EXPECT_THAT(attnjit_last_error(), AllOf(HasSubstr("B=2 Hq=4"), HasSubstr("its stream is being captured"),
+                                          HasSubstr("call attnjit_prepare")));
+  EXPECT_EQ(fake_->modules_loaded, 0);
+  EXPECT_EQ(fake_->launched, 0);
+  // Another stream may compile meanwhile.
+  const attnjit_status status = attnjit_forward(context_.get(), &p_.attention, nullptr, 0, &other);
+  if (status == ATTNJIT_ENVIRONMENT) GTEST_SKIP() << attnjit_last_error();
+  ASSERT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->modules_loaded, 1);
+  // Now there is a plan.
+  ASSERT_EQ(attnjit_forward(context_.get(), &p_.attention, nullptr, 0, &stream), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_TRUE(fake_->launches.back().captured);
+  EXPECT_FALSE(fake_->capture_broken);
+  EXPECT_EQ(fake_->modules_loaded, 1);
+}
+
+TEST_F(CudaApi, Alignment) {
+  // Rows of 20 floats: 16 bytes by their strides.
+  p_.k.strides = {2000, 1000, 20, 1};
+  p_.k.sync();
+  PREPARE_OR_SKIP(plan);
+  const auto kernel = [](const PlanPtr& of) { return Json::parse(attnjit_plan_description(of.get()))["kernels"][0]; };
+  EXPECT_EQ(kernel(plan)["load_bytes"], 16);
+  EXPECT_EQ(kernel(plan)["store_bytes"], 16);
+  // A batch stride of 8 bytes, in the same class.
+  p_.k.strides[0] = 2002;
+  EXPECT_EQ(run(plan), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("k has rows aligned to 8 bytes, by its address and strides; the plan was "
+                                              "prepared for 16"));
+  p_.k.strides[0] = 2004;
+  EXPECT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  p_.v.dl.byte_offset = 4;
+  EXPECT_EQ(run(plan), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("v has rows aligned to 4 bytes"));
+  p_.v.dl.byte_offset = 0;
+  p_.o.dl.byte_offset = 8;
+  EXPECT_EQ(run(plan), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("o has rows aligned to 8 bytes"));
+  EXPECT_EQ(fake_->launched, 1);
+
+  // Prepared with these pointers, the plan is another one, and takes whatever is aligned further.
+  p_.q.dl.byte_offset = 4;
+  PREPARE_OR_SKIP(unaligned);
+  EXPECT_EQ(kernel(unaligned)["load_bytes"], 4);
+  EXPECT_EQ(kernel(unaligned)["store_bytes"], 8);
+  EXPECT_EQ(run(unaligned), ATTNJIT_OK) << attnjit_last_error();
+  p_.q.dl.byte_offset = p_.o.dl.byte_offset = 0;
+  EXPECT_EQ(run(unaligned), ATTNJIT_OK) << attnjit_last_error();
+  // NULL counts as aligned.
+  p_.q.dl.data = nullptr;
+  PREPARE_OR_SKIP(null);
+  EXPECT_EQ(kernel(null)["load_bytes"], 16);
+}
+
+TEST_F(CudaApi, Devices) {
+  fake_->devices = 2;
+  PREPARE_OR_SKIP(first);
+  for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o, &p_.lse, &p_.row_max}) tensor->dl.device.device_id = 1;
+  EXPECT_EQ(run(first), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("q's device was CUDA device 0 when the plan was prepared and is CUDA "
+                                              "device 1 now"));
+  PREPARE_OR_SKIP(second);
+  ASSERT_EQ(run(second), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->launches.back().device, 1);
+  p_.q.dl.device.device_id = p_.k.dl.device.device_id = p_.v.dl.device.device_id = 2;
+  p_.o.dl.device.device_id = p_.lse.dl.device.device_id = p_.row_max.dl.device.device_id = 2;
+  attnjit_plan* plan = nullptr;
+  EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_ENVIRONMENT);
+  EXPECT_STREQ(attnjit_last_error(), "there is no CUDA device 2; the driver shows 2");
+}
+
+TEST_F(CudaApi, NoDriver) {
+  context_ = create("libno_such_driver.so.1");
+  attnjit_plan* plan = nullptr;
+  EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_ENVIRONMENT);
+  EXPECT_THAT(attnjit_last_error(), AllOf(HasSubstr("no CUDA driver"), HasSubstr("libno_such_driver.so.1")));
+}
+
+TEST_F(CudaApi, NobodyServes) {
+  fake_->major = 7;
+  fake_->minor = 5;
+  attnjit_plan* plan = nullptr;
+  p_.attention.backend = ATTNJIT_BACKEND_SM80;
+  EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_UNSUPPORTED);
+  EXPECT_STREQ(attnjit_last_error(),
+               "no permitted backend serves B=2 Hq=4 Hkv=2 Sq=40 Skv=50 D=16 Dv=24 float32 on CUDA device 0; sm80: it "
+               "needs compute capability 8.0 or later, and not sm_75; cpu: not asked for; math: not asked for");
+  p_.attention.backend = ATTNJIT_BACKEND_CPU;
+  EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_UNSUPPORTED);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("cpu: the tensors are on CUDA device 0"));
+  attnjit_context_options options = ATTNJIT_CONTEXT_OPTIONS_INIT;
+  options.backends = 1u << ATTNJIT_BACKEND_CPU;
+  context_ = create(kDriver, &options);
+  p_.attention.backend = ATTNJIT_BACKEND_AUTO;
+  EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_UNSUPPORTED);
+  EXPECT_THAT(attnjit_last_error(),
+              AllOf(HasSubstr("sm80: not permitted"), HasSubstr("math: not permitted"), HasSubstr("cpu: the tensors")));
+  Problem on_cpu;
+  on_cpu.attention.backend = ATTNJIT_BACKEND_SM80;
+  context_ = create();
+  EXPECT_EQ(attnjit_prepare(context_.get(), &on_cpu.attention, &plan), ATTNJIT_UNSUPPORTED);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("sm80: the tensors are on the CPU"));
+}
+
+TEST_F(CudaApi, LaunchFailure) {
+  PREPARE_OR_SKIP(plan);
+  fake_->failing = {{"cuLaunchKernel", 400}};
+  EXPECT_EQ(run(plan, this), ATTNJIT_ENVIRONMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("cuLaunchKernel failed: CUDA_ERROR_INVALID_HANDLE"));
+}
+
+TEST_F(CudaApi, EmptyProblems) {
+  p_.q.shape[2] = p_.o.shape[2] = p_.lse.shape[2] = p_.row_max.shape[2] = 0;
+  {
+    PREPARE_OR_SKIP(plan);
+    ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+    EXPECT_EQ(fake_->launched, 0);
+    EXPECT_EQ(fake_->modules_loaded, 0);
+  }
+  // Without keys, the kernel writes what an empty row holds.
+  p_.q.shape[2] = p_.o.shape[2] = p_.lse.shape[2] = p_.row_max.shape[2] = 40;
+  p_.k.shape[2] = p_.v.shape[2] = 0;
+  p_.k.dl.data = p_.v.dl.data = nullptr;
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  ASSERT_EQ(fake_->launched, 1);
+  EXPECT_EQ(last_params().seqlen_kv, 0);
+}
+
+// 70,000 pairs of batch and head are beyond a grid's second dimension; more blocks than its first has are refused.
+TEST_F(CudaApi, ManyHeads) {
+  const auto shape = [&](std::int64_t batch, std::int64_t heads) {
+    for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o}) tensor->shape = {batch, heads, 1, 16};
+    p_.lse.shape = p_.row_max.shape = {batch, heads, 1};
+  };
+  shape(700, 100);
+  p_.attention.lse = p_.attention.row_max = nullptr;
+  PREPARE_OR_SKIP(plan);
+  const std::vector<float> memory(4 * 700 * 100 * 16);
+  float* place = const_cast<float*>(memory.data());
+  for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o}) tensor->dl.data = place, place += 700 * 100 * 16;
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->launches.at(0).grid[0], 70000u);
+  shape(1 << 20, 1 << 12);
+  attnjit_plan* refused = nullptr;
+  p_.attention.backend = ATTNJIT_BACKEND_SM80;
+  EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &refused), ATTNJIT_UNSUPPORTED);
+  EXPECT_THAT(attnjit_last_error(),
+              HasSubstr("sm80: a launch of 4294967296 blocks is beyond the 2147483647 of a grid"));
+}
+
+TEST_F(CudaApi, ExplainNeedsNoDevice) {
+  context_ = create("libno_such_driver.so.1");
+  Problem p;  // on the CPU
+  p.attention.score_mod = "softcap(20)";
+  p.attention.mask_mod = "causal";
+  p.attention.o = nullptr;
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  options.arch = "sm_86";
+  char* text = nullptr;
+  const auto explain = [&] {
+    const attnjit_status status = attnjit_explain(context_.get(), &p.attention, &options, &text);
+    Json json = status == ATTNJIT_OK ? Json::parse(text) : Json();
+    attnjit_free(text);
+    return json;
+  };
+  const Json json = explain();
+  if (json.is_null() && std::string(attnjit_last_error()).find("NVRTC") != std::string::npos) {
+    GTEST_SKIP() << attnjit_last_error();
+  }
+  ASSERT_FALSE(json.is_null()) << attnjit_last_error();
+  EXPECT_EQ(json["arch"], "sm_86");
+  EXPECT_EQ(json["backend"], "sm80");
+  EXPECT_EQ(json["facts"]["has_mask"], true);
+  const Json& kernel = json["kernels"][0];
+  EXPECT_EQ(kernel["entry"], "attnjit_forward");
+  EXPECT_EQ(kernel["origin"], "compiled");
+  EXPECT_EQ(kernel["spill_store_bytes"], 0);
+  EXPECT_GT(kernel["registers"], 16);
+  EXPECT_LE(kernel["shared_bytes"], 99 * 1024);
+  EXPECT_FALSE(json.contains("cuda"));
+  // It is on disk now, for whoever runs it.
+  context_ = create();
+  EXPECT_EQ(explain()["kernels"][0]["origin"], "disk");
+  fake_->minor = 6;
+  fake_->major = 8;
+  p_.attention.score_mod = p.attention.score_mod;
+  p_.attention.mask_mod = p.attention.mask_mod;
+  PREPARE_OR_SKIP(plan);
+  EXPECT_EQ(Json::parse(attnjit_plan_description(plan.get()))["kernels"][0]["key"], kernel["key"]);
+  options.dump = 1;
+  const Json dumped = explain();
+  EXPECT_THAT(dumped["mlir"].get<std::string>(), HasSubstr("func"));
+  EXPECT_THAT(dumped["cuda"].get<std::string>(), HasSubstr("attnjit_forward"));
+  EXPECT_THAT(dumped["ptx"].get<std::string>(), HasSubstr(".target sm_86"));
+  options.arch = "sm_75";
+  EXPECT_EQ(attnjit_explain(context_.get(), &p.attention, &options, &text), ATTNJIT_UNSUPPORTED);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("it needs compute capability 8.0 or later, and not sm_75"));
+}
+
+}  // namespace
+}  // namespace attnjit::test
