@@ -143,5 +143,44 @@ TEST(CompilerFunctions, AreRightOverAllFloats) {
   }
 }
 
+// What a bound of relative errors leaves open, and people count on.
+TEST(CompilerFunctions, AreExactAtTheirEnds) {
+  constexpr struct {
+    const char* text;
+    double score, exact;
+  } kPoints[] = {
+      {"tanh(score)", kInfinity, 1},
+      {"tanh(score)", -kInfinity, -1},
+      {"tanh(score)", 20, 1},
+      {"tanh(score)", -9.02, -1},
+      {"tanh(score)", 0, 0},
+      {"erf(score)", kInfinity, 1},
+      {"erf(score)", -6, -1},
+      {"sigmoid(score)", 20, 1},
+      {"sigmoid(score)", kInfinity, 1},
+      {"sigmoid(score)", -kInfinity, 0},
+      {"sigmoid(score)", 0, 0.5},
+      {"exp(score)", 0, 1},
+      {"exp2(score)", -126, 0x1p-126},
+      {"exp2(score)", 127, 0x1p127},
+      {"log(score)", 1, 0},
+      {"log2(score)", 0x1p-126, -126},
+      {"log1p(score)", 0, 0},
+      {"rsqrt(score)", 4, 0.5},
+      {"cos(score)", 0, 1},
+      {"2.0 ** score", 100, 0x1p100},
+      {"score ** 0.5", 4, 2},
+  };
+  for (const auto& point : kPoints) {
+    const Mod mod("(" + std::string(point.text) + ") * 0.6931471805599453");
+    for (const CpuIsa isa : {CpuIsa::kSse2, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+      if (isa > host_cpu_isa()) continue;
+      const std::vector<dsl::Point> at = {{.score = point.score}};
+      EXPECT_EQ(Elementwise(mod, isa).log2_values(at)[0], point.exact)
+          << point.text << " of " << point.score << ", " << cpu_isa_name(isa);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace attnjit::compiler::testing
