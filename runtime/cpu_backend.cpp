@@ -126,6 +126,22 @@ char* at(const TensorView& t, std::int64_t b, std::int64_t h, std::int64_t row) 
 // what it is about to use: packing the block first is cheaper (bench/notes.md, "CPU kernels").
 bool strides_collide(std::int64_t stride_in_floats) { return stride_in_floats * 4 % 2048 == 0; }
 
+// On the scores: the scale times what the tile expects, as a product. `rest` is 1 unless that leaves the range in which
+// floats are finite and have all their digits, which the scores themselves need not do; then a power of two.
+struct Factor {
+  float main, rest;
+};
+
+Factor factor_of(float scale, double score_factor) {
+  using Limits = std::numeric_limits<float>;
+  const double factor = static_cast<double>(scale) * score_factor;
+  int exponent = 0;
+  std::frexp(factor, &exponent);
+  // Below the largest exponent, which rounding could leave.
+  const int rest = exponent - std::clamp(exponent, Limits::min_exponent, Limits::max_exponent - 1);
+  return {static_cast<float>(std::ldexp(factor, -rest)), std::ldexp(1.0f, rest)};
+}
+
 // Everything tasks share.
 struct Pass {
   const ForwardCall& call;
@@ -139,8 +155,8 @@ struct Pass {
   cpu::RowsFn rows;                // where there are staged reads
   std::int64_t keys_per_prefetch;  // keys that a product takes between two prefetches of staged rows
   cpu::Storage storage;
-  float factor;  // on the scores: the scale, with log2(e) where the tile expects it
-  bool bf16;     // the products are computed on BF16 itself
+  Factor factor;
+  bool bf16;  // the products are computed on BF16 itself
 };
 
 // Where a panel lies. The last panel of a head that ends within it starts earlier, so that all its lanes are rows; only
@@ -283,9 +299,12 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
         float* const scores = params.scores + first * kPanelLanes;
         if (pass.bf16) {
           products.qk_bf16(static_cast<const std::uint16_t*>(k) + first * call.k.stride[2], call.k.stride[2], count,
-                           head_dim, queries, pass.factor, scores);
+                           head_dim, queries, pass.factor.main, scores);
         } else {
-          products.qk(keys + first * keys_stride, keys_stride, count, head_dim, queries, pass.factor, scores);
+          products.qk(keys + first * keys_stride, keys_stride, count, head_dim, queries, pass.factor.main, scores);
+        }
+        if (pass.factor.rest != 1.0f) {
+          for (std::int64_t i = 0; i < count * kPanelLanes; ++i) scores[i] *= pass.factor.rest;
         }
       };
       if (pass.staged.empty()) {
@@ -354,7 +373,7 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .keys_per_prefetch =
                       (kKeysPerPrefetch + products.rows_at_once - 1) / products.rows_at_once * products.rows_at_once,
                   .storage = storage,
-                  .factor = finite_scale(call.scale, tile.score_factor()),
+                  .factor = factor_of(call.scale, tile.score_factor()),
                   // An odd head dim has no pairs.
                   .bf16 = storage == cpu::Storage::kBF16 && products.qk_bf16 && call.q.shape[3] % 2 == 0};
   pool.parallel_for(s.tasks, [&pass](std::int64_t task, int thread) { run_task(pass, task, thread); });

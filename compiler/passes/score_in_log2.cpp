@@ -80,7 +80,7 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
   // it is rounded once in the place of twice. tanh never enlarges a relative error, and its bound leaves room for this
   // one.
   double take_literal(Value score) {
-    // Far enough from float's ends for any sensible scale.
+    // Two floats hold the product with any scale.
     constexpr double kLargest = 0x1p64;
     if (!score.hasOneUse()) return 1.0;
     mlir::Operation* const op = *score.user_begin();

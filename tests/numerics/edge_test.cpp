@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <string>
 
 #include "tests/numerics/check.h"
@@ -148,6 +149,35 @@ TEST(NumericsEdge, KeptNanReachesItsRows) {
       problem.k.set({0, 0, 20, 3}, std::numeric_limits<double>::quiet_NaN());
       const Check check = check_problem(problem);
       EXPECT_TRUE(check.accepted) << check.message << " (with k[0, 0, 20, 3] NaN)";
+    }
+  }
+}
+
+// The scale times log2(e), or times a literal that was taken into it, may leave float's range where the scores do not.
+TEST(NumericsEdge, ScaleAtTheEndsOfFloat) {
+  struct {
+    const char* fields;
+    double magnitude;  // of q and k
+  } const problems[] = {
+      {"scale=3e38 score_mod=\"noop\"", 3e-19},
+      {"scale=3e38 score_mod=\"score + t[q_idx, kv_idx]\" capture=t:float32:40x70:packed:normal", 3e-19},
+      {"scale=1e38 score_mod=\"3 * tanh(score / 0.1)\"", 1e-19},
+      {"scale=1e38 score_mod=\"3 * tanh(score * 1e9)\"", 1e-19},
+      {"scale=1e-30 score_mod=\"1e15 * tanh(score / 1e15)\"", 1e15},
+      {"scale=-1e-30 score_mod=\"1e15 * tanh(score / 1e15)\" dtype=bfloat16", 1e15},
+      {"scale=1e-30 score_mod=\"score + h\" dtype=bfloat16", 1e15},
+  };
+  for (const char* const backend : kBackends) {
+    for (const auto& each : problems) {
+      Problem problem = make(std::string("b=1 hq=2 hkv=1 sq=40 skv=70 d=16 ") + each.fields + " backend=" + backend);
+      for (Tensor* const tensor : {&problem.q, &problem.k}) {
+        for_each_index(tensor->shape(), [&](std::span<const std::int64_t> index) {
+          tensor->set(index, tensor->at(index) * each.magnitude);
+        });
+      }
+      const Check check = check_problem(problem, nullptr, true);
+      EXPECT_TRUE(check.accepted) << check.message << " (with q and k times " << each.magnitude << ")";
+      EXPECT_EQ(check.verdict.undecided, 0) << check.message;
     }
   }
 }
