@@ -21,6 +21,7 @@
 #include <set>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "bench/api.h"
@@ -338,7 +339,7 @@ class Bench {
     const std::uint64_t available = available_memory_bytes();
     std::set<std::string> read;
     for (const Shape& s : shapes_) {
-      check_memory(s, tensor_bytes(s, type_), available);
+      check_memory(s, "for q, k, v and o", tensor_bytes(s, type_), available);
       const std::vector q_shape = {s.batch, s.heads_q, s.seqlen_q, s.head_dim};
       const std::vector kv_shape = {s.batch, s.heads_kv, s.seqlen_kv, s.head_dim};
       DLTensor q = dl_without_data(type_, q_shape), kv = dl_without_data(type_, kv_shape), o = q;
@@ -355,7 +356,8 @@ class Bench {
         attention.num_captures = captures.lent.size();
         attention.backend = ATTNJIT_BACKEND_MATH;
         const PlanPtr plan = prepare(context.get(), attention);
-        check_memory(s, tensor_bytes(s, type_) + attnjit_plan_workspace_size(plan.get()), available);
+        check_memory(s, "with the eager baseline's scores",
+                     tensor_bytes(s, type_) + attnjit_plan_workspace_size(plan.get()), available);
         if (math_products_.empty()) math_products_ = eager_products(description_of(plan));
       }
     }
@@ -366,13 +368,12 @@ class Bench {
     }
   }
 
-  static void check_memory(const Shape& shape, std::uint64_t needed, std::uint64_t available) {
+  static void check_memory(const Shape& shape, std::string_view what, std::uint64_t needed, std::uint64_t available) {
     if (needed <= available) return;
     constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
     throw environment_error(fmt::format(
-        "shape {} needs {:.1f} GiB with the eager baseline's scores, but {:.1f} GiB of memory are available; "
-        "choose smaller -b, -nh or -s",
-        shape.text(), static_cast<double>(needed) / kGiB, static_cast<double>(available) / kGiB));
+        "shape {} needs {:.1f} GiB {}, but {:.1f} GiB of memory are available; choose smaller -b, -nh or -s",
+        shape.text(), static_cast<double>(needed) / kGiB, what, static_cast<double>(available) / kGiB));
   }
 
   // The compiler sets itself up in the first compile of a process; the cold times of the mods leave that out.

@@ -408,7 +408,8 @@ class Bench(Tool):
                 (["--captures", "x:float32:4", "--captures", "x:int8:4"], 1, "twice"),
                 (["--seed", "-1"], 1, "--seed"),
                 (["-mods", "score + x[b, h, q_idx, kv_idx]", "-s", "4096", "-nh", "64"], 1, "--captures x"),
-                (["-b", "1000000", "-s", "65536"], 2, "GiB"),
+                (["-b", "1000000", "-s", "65536"], 2, "GiB for q, k, v and o"),
+                (["-b", "1", "-s", "1000000"], 2, "GiB with the eager baseline's scores"),
                 (["--device", "cuda"], 2, "no CUDA backend"),
                 (["--output", self.path / "no" / "file"], 2, "--output")]:
             with self.subTest(arguments=arguments):
