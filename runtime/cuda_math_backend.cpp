@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <utility>
 
 #include "kernels_templates/cuda/params.h"
@@ -16,6 +18,10 @@
 
 namespace attnjit::runtime {
 namespace {
+
+constexpr const char* kModEntry = "attnjit_math_mod";
+constexpr const char* kZeroRowsEntry = "attnjit_math_zero_rows";
+constexpr const char* kCopyEntry = "attnjit_math_copy";
 
 constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
 // More calls than this for one product, where strides of batches and heads do not merge: packing costs less.
@@ -198,7 +204,7 @@ std::string CudaMathPlan::refuse(const ForwardCall& problem) {
   const std::int64_t pitch = pitch_of(seqlen_kv);
   const ModGrid grid = mod_grid(seqlen_q, seqlen_kv);
   constexpr std::int64_t kMaxScores = std::int64_t{1} << 48;  // a thousand times any device's memory
-  if (2 * pitch > kMaxInt || pitch > kMaxScores / (batch * heads * seqlen_q) ||
+  if (2 * pitch > kMaxInt || pitch > kMaxScores / std::max<std::int64_t>(batch * heads * seqlen_q, 1) ||
       grid.kv_tiles * grid.q_tiles > kMaxInt) {
     return "its scores cannot be addressed";
   }
@@ -251,6 +257,10 @@ std::string CudaMathPlan::describe() const {
 
 Check CudaMathPlan::run(const ForwardCall& call, void* workspace, CudaStream stream) const {
   char* const bytes = static_cast<char*>(workspace);
+  if (seqlen_kv_ == 0) {
+    if (Check failure = run_softmax(call, bytes, stream)) return failure;
+    return run_zero_rows(call, bytes, stream);
+  }
   const float scale = finite_scale(call.scale, parts_.score_factor);
   // A product times 0 would not see NaN and infinity in q and k.
   const bool folds = scale != 0.0f;
@@ -350,15 +360,18 @@ Check CudaMathPlan::run_output(const ForwardCall& call, char* workspace, CudaStr
     if (Check failure = products().run(queue)) return failure;
   }
   if (Check failure = run_copy(o, call.o, stream)) return failure;
+  return run_zero_rows(call, workspace, stream);
+}
 
-  // 0 times a V that is not finite stays out of an empty row.
-  math::ZeroParams params{.empty = reinterpret_cast<unsigned char*>(workspace + empty_),
-                          .o = call.o.data,
-                          .o_stride = {call.o.stride[0], call.o.stride[1], call.o.stride[2]},
-                          .rows = static_cast<unsigned>(batch_ * heads_ * seqlen_q_),
-                          .num_heads = static_cast<unsigned>(heads_),
-                          .seqlen_q = static_cast<unsigned>(seqlen_q_),
-                          .head_dim_v = static_cast<int>(head_dim_v_)};
+// 0 times a V that is not finite stays out of an empty row.
+Check CudaMathPlan::run_zero_rows(const ForwardCall& call, char* workspace, CudaStream stream) const {
+  const math::ZeroParams params{.empty = reinterpret_cast<unsigned char*>(workspace + empty_),
+                                .o = call.o.data,
+                                .o_stride = {call.o.stride[0], call.o.stride[1], call.o.stride[2]},
+                                .rows = static_cast<unsigned>(batch_ * heads_ * seqlen_q_),
+                                .num_heads = static_cast<unsigned>(heads_),
+                                .seqlen_q = static_cast<unsigned>(seqlen_q_),
+                                .head_dim_v = static_cast<int>(head_dim_v_)};
   return parts_.zero_rows->launch({.x = static_cast<unsigned>(ceil_div(params.rows, math::kWarpThreads))},
                                   math::kWarpThreads, &params, stream);
 }
@@ -392,6 +405,112 @@ Check CudaMathPlan::run_copy(const TensorView& from, const TensorView& to, CudaS
   params.log2_width = std::countr_zero(width);
   return parts_.copy->launch({.x = static_cast<unsigned>(ceil_div(params.rows, math::kCopyThreads / width))},
                              math::kCopyThreads, &params, stream);
+}
+
+// ---- Making one
+
+Result<CudaMathBinaries> build_cuda_math(const Request& request, compiler::CudaArch arch, const CollectText& collect) {
+  if (std::string reason = CudaMathPlan::refuse(request.call.forward); !reason.empty()) {
+    return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
+  }
+  const Signature& s = request.call.signature;
+  compiler::CompileOptions options;
+  if (request.files.any() || collect) {
+    options.dump = [&](std::string_view kind, std::string_view text) {
+      if (request.files.wants(kind)) request.files.write(kind, "", text);
+      if (collect) collect(kind, text);
+    };
+  }
+  auto emitted = compiler::emit_cuda_math(mod_problem(request.mods, request.call, s.seqlen_q, s.seqlen_kv), options);
+  if (emitted.error) {
+    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
+  }
+  CudaMathBinaries binaries{.facts = std::move(emitted.value.facts),
+                            .score_factor = emitted.value.source.score_factor,
+                            .mod = {},
+                            .kernels = {},
+                            .phases = std::move(emitted.value.phases)};
+  const auto find = [&](const compiler::CudaSource& source, FoundBinary* binary) -> Check {
+    Result<FoundBinary> found = find_cuda_binary(request.context, source, arch, options);
+    if (!found) return found.failure();
+    *binary = std::move(*found);
+    for (const auto& [name, milliseconds] : binary->phases) {
+      const auto same = std::find_if(binaries.phases.begin(), binaries.phases.end(),
+                                     [&name = name](const auto& phase) { return phase.first == name; });
+      if (same == binaries.phases.end()) {
+        binaries.phases.emplace_back(name, milliseconds);
+      } else {
+        same->second += milliseconds;
+      }
+    }
+    return {};
+  };
+  // Texts of the emission do not need a compile.
+  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  if (Check failure = find(emitted.value.source, &binaries.mod)) return *failure;
+  // Nothing of the expression is in these.
+  options.dump = nullptr;
+  if (Check failure = find(compiler::cuda_math_kernels(request.call.forward.q.dtype), &binaries.kernels)) {
+    return *failure;
+  }
+  return binaries;
+}
+
+Json kernels_json(const CudaMathBinaries& binaries, std::int64_t seqlen_kv) {
+  return Json::array({binary_json(binaries.mod, kModEntry),
+                      binary_json(binaries.kernels, CudaMathPlan::softmax_entry(seqlen_kv)),
+                      binary_json(binaries.kernels, kZeroRowsEntry), binary_json(binaries.kernels, kCopyEntry)});
+}
+
+Result<ReadyBackend> prepare_cuda_math(const Request& request) {
+  Result<std::shared_ptr<CudaDevice>> found = request.context.cuda_device(request.call.signature.device);
+  if (!found) return found.failure();
+  const std::shared_ptr<CudaDevice>& device = *found;
+  const std::int64_t seqlen_kv = request.call.signature.seqlen_kv;
+  Result<CudaMathBinaries> binaries = build_cuda_math(request, {.number = device->arch(), .specific = false}, nullptr);
+  if (!binaries) return binaries.failure();
+
+  const auto start = std::chrono::steady_clock::now();
+  CudaMathPlan::Parts parts;
+  parts.arch = device->arch();
+  parts.score_factor = binaries->score_factor;
+  parts.mod_is_identity = binaries->facts.score_class == compiler::ScoreClass::kIdentity && !binaries->facts.has_mask &&
+                          binaries->score_factor == std::numbers::log2e;
+  const struct {
+    std::shared_ptr<const CudaKernel>* kernel;
+    const FoundBinary& binary;
+    const char* entry;
+  } wanted[] = {{&parts.mod, binaries->mod, kModEntry},
+                {&parts.softmax, binaries->kernels, CudaMathPlan::softmax_entry(seqlen_kv)},
+                {&parts.zero_rows, binaries->kernels, kZeroRowsEntry},
+                {&parts.copy, binaries->kernels, kCopyEntry}};
+  for (const auto& [kernel, binary, entry] : wanted) {
+    auto loaded = CudaKernel::load(device, binary.binary->cubin, entry, 0);
+    if (!loaded) return loaded.failure();
+    *kernel = std::move(*loaded);
+  }
+  const auto loaded_at = std::chrono::steady_clock::now();
+  Result<std::shared_ptr<const Cublas>> cublas = Cublas::get(device, request.context.environment().cublas);
+  if (!cublas) return cublas.failure();
+  parts.cublas = std::move(*cublas);
+  const auto end = std::chrono::steady_clock::now();
+
+  using Milliseconds = std::chrono::duration<double, std::milli>;
+  ReadyBackend ready;
+  ready.phases = std::move(binaries->phases);
+  ready.phases.emplace_back("load", Milliseconds(loaded_at - start).count());
+  ready.phases.emplace_back("cublas", Milliseconds(end - loaded_at).count());
+  const auto plan = std::make_shared<const CudaMathPlan>(request.call.forward, std::move(parts));
+  ready.description = {{"device", device->name()},
+                       {"hash", hash_text(binaries->facts)},
+                       {"facts", facts_json(binaries->facts)},
+                       {"passes", plan->describe()},
+                       {"kernels", kernels_json(*binaries, seqlen_kv)}};
+  ready.forward.workspace_size = plan->workspace_size();
+  ready.forward.run = [plan](const ForwardCall& call, void* workspace, CudaStream stream) {
+    return plan->run(call, workspace, stream);
+  };
+  return ready;
 }
 
 }  // namespace attnjit::runtime

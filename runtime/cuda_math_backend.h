@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "compiler/compiler.h"
+#include "runtime/backends.h"
 #include "runtime/cublas.h"
 #include "runtime/cuda_binaries.h"
 #include "runtime/cuda_driver.h"
@@ -16,8 +16,6 @@
 #include "runtime/status.h"
 
 namespace attnjit::runtime {
-
-class Context;
 
 // Immutable; may run in several threads at once, each run with its own workspace. A run queues its work and returns; it
 // allocates nothing, does not synchronise, and may be captured into a graph, which the plan then has to outlive.
@@ -32,15 +30,8 @@ class CudaMathPlan {
     bool mod_is_identity = false;  // Mod::kIdentity, and no mask
   };
 
-  // Compiles or finds the kernels, loads them and makes the cuBLAS handle. Of `problem`, shapes and dtypes are used;
-  // every extent is positive. The captures of `mod` are those of the calls. ATTNJIT_UNSUPPORTED, with the bare reason,
-  // where no call of these shapes can be served; ATTNJIT_ENVIRONMENT without NVRTC or cuBLAS. Appends to `phases` what
-  // it spent.
-  static Result<std::shared_ptr<const CudaMathPlan>> create(Context& context, std::shared_ptr<CudaDevice> device,
-                                                            const ForwardCall& problem, const compiler::ModProblem& mod,
-                                                            const compiler::CompileOptions& options,
-                                                            compiler::PhaseTimes* phases);
-  // From parts that are there, for a problem that refuse() has nothing against.
+  // For a problem that refuse() has nothing against: its shapes and dtypes are used. Every extent is positive but that
+  // of the keys, which may be 0.
   CudaMathPlan(const ForwardCall& problem, Parts parts);
 
   // Why no call of these shapes can be served, on any device; empty where it can.
@@ -52,11 +43,6 @@ class CudaMathPlan {
   std::size_t workspace_size() const { return workspace_size_; }
   // One line per pass.
   std::string describe() const;
-  // What the compiler found out about the expression; empty for a plan from parts.
-  const compiler::ModFacts& facts() const { return facts_; }
-  // The mod's, then that of the other kernels; empty for a plan from parts.
-  const std::vector<FoundBinary>& binaries() const { return binaries_; }
-
   // `call` has the shapes and dtypes of the problem; its data is in the device's memory.
   Check run(const ForwardCall& call, void* workspace, CudaStream stream) const;
 
@@ -65,6 +51,7 @@ class CudaMathPlan {
   Check run_mod(const ForwardCall& call, float factor, char* workspace, CudaStream stream) const;
   Check run_softmax(const ForwardCall& call, char* workspace, CudaStream stream) const;
   Check run_output(const ForwardCall& call, char* workspace, CudaStream stream) const;
+  Check run_zero_rows(const ForwardCall& call, char* workspace, CudaStream stream) const;
   Check run_copy(const TensorView& from, const TensorView& to, CudaStream stream) const;
 
   Parts parts_;
@@ -74,8 +61,24 @@ class CudaMathPlan {
   // Offsets in the workspace, which starts with the scores. Copies of q and k, and later of v and o, share their room.
   std::size_t empty_ = 0, q_ = 0, k_ = 0, v_ = 0, o_ = 0, cublas_ = 0;
   std::size_t cublas_size_ = 0, workspace_size_ = 0;
-  compiler::ModFacts facts_;
-  std::vector<FoundBinary> binaries_;
 };
+
+// The kernels of a call as compiled for an architecture.
+struct CudaMathBinaries {
+  compiler::ModFacts facts;
+  double score_factor = 1.0;
+  FoundBinary mod, kernels;
+  compiler::PhaseTimes phases;  // of all it took
+};
+// ATTNJIT_UNSUPPORTED, with the reason alone, where the call cannot be served. `collect` receives every text in between
+// of the mod's compile, beside the files; with it the mod is always compiled.
+Result<CudaMathBinaries> build_cuda_math(const Request& request, compiler::CudaArch arch, const CollectText& collect);
+
+// Its rows of a description: the kernels that a call runs, with their resources.
+Json kernels_json(const CudaMathBinaries& binaries, std::int64_t seqlen_kv);
+
+// Compiles or finds the kernels, loads them on the call's device and makes the cuBLAS handle there.
+// ATTNJIT_ENVIRONMENT without NVRTC or cuBLAS.
+Result<ReadyBackend> prepare_cuda_math(const Request& request);
 
 }  // namespace attnjit::runtime

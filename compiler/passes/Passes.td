@@ -53,11 +53,12 @@ def NarrowIntegers : Pass<"attnjit-narrow-integers", "::mlir::func::FuncOp"> {
 }
 
 def SplitConversions : Pass<"attnjit-split-conversions", "::mlir::func::FuncOp"> {
-  let summary = "Convert integers to float where they vary with the query or the key alone";
+  let summary = "Convert integers to float where they vary in one way only";
   let description = [{
-    `float(q_idx - kv_idx)` is a conversion per element, at a quarter of an addition's rate or less on GPUs.
-    `float(q_idx) - float(kv_idx)` is one per row, one per column and a subtraction, and the same number wherever
-    operands and result stay below 2^24. Through sums, differences, products, minima, maxima and choices.
+    `float(q_idx + kv_idx)` is a conversion per element, at a quarter of an addition's rate or less on GPUs.
+    `float(q_idx) + float(kv_idx)` is one per row, one per column and an addition, and the same number wherever operands
+    and result stay below 2^24. Through sums, differences, products, minima, maxima and choices. What varies with the
+    two positions' difference alone is left: it has a place of its own.
   }];
   let dependentDialects = ["::mlir::arith::ArithDialect"];
 }

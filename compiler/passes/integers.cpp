@@ -1,5 +1,8 @@
 // attnjit-prove-bounds, attnjit-narrow-integers and attnjit-split-conversions: what upstream's integer range analysis
 // proves.
+#include <algorithm>
+#include <cstdlib>
+
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
 #include "llvm/ADT/DenseMap.h"
@@ -152,27 +155,49 @@ class SplitConversions : public impl::SplitConversionsBase<SplitConversions> {
     if (mlir::failed(solve(solver, function))) return signalPassFailure();
     solver_ = &solver;
     varies_.clear();
+    multiples_.clear();
     floats_.clear();
     mlir::OpBuilder builder(function);
     for (mlir::Operation& op : llvm::make_early_inc_range(block->without_terminator())) {
-      unsigned varies = 0;
-      for (const Value operand : op.getOperands()) varies |= varies_.lookup(operand);
-      if (auto index = llvm::dyn_cast<IndexOp>(op))
-        varies |= index.getRole() == Role::Q ? kWithQuery : index.getRole() == Role::Kv ? kWithKey : 0;
-      varies_[op.getResult(0)] = varies;
+      note(op);
       auto conversion = llvm::dyn_cast<arith::SIToFPOp>(op);
-      if (!conversion || varies != (kWithQuery | kWithKey) || !splits(conversion.getIn())) continue;
+      if (!conversion || !varies_twice(conversion) || !splits(conversion.getIn())) continue;
       builder.setInsertionPoint(conversion);
       conversion.replaceAllUsesWith(split(builder, conversion.getIn()));
     }
     erase_dead(*block);
   }
 
+  // What the result of `op` varies with.
+  void note(mlir::Operation& op) {
+    const Value result = op.getResult(0);
+    unsigned varies = 0;
+    for (const Value operand : op.getOperands()) varies |= varies_.lookup(operand);
+    if (auto index = llvm::dyn_cast<IndexOp>(op)) {
+      if (index.getRole() == Role::Q) varies = kWithQuery, multiples_[result] = {1, 0};
+      if (index.getRole() == Role::Kv) varies = kWithKey, multiples_[result] = {0, 1};
+    } else if (llvm::isa<arith::ExtSIOp, arith::TruncIOp, arith::AddIOp, arith::SubIOp>(op) &&
+               llvm::all_of(op.getOperands(),
+                            [&](Value v) { return multiples_.contains(v) || varies_.lookup(v) == 0; })) {
+      Multiples sum = multiples_.lookup(op.getOperand(0));
+      if (op.getNumOperands() == 2) {
+        const Multiples other = multiples_.lookup(op.getOperand(1));
+        const int sign = llvm::isa<arith::SubIOp>(op) ? -1 : 1;
+        sum = {sum.first + sign * other.first, sum.second + sign * other.second};
+      }
+      constexpr int kSensible = 1 << 16;  // a text can double a sum a thousand times
+      if (std::max(std::abs(sum.first), std::abs(sum.second)) <= kSensible) multiples_[result] = sum;
+      if (sum.first != 0 && sum.first + sum.second == 0) varies = kWithDifference;
+    }
+    varies_[result] = varies;
+  }
+  bool varies_twice(Value v) { return llvm::popcount(varies_.lookup(v)) > 1; }
+
   // Whether `v`, and all it is made of, is exact as float and can be put together from what varies in one way only.
   bool splits(Value v) {
     constexpr std::int64_t kExact = 1 << 24;
     if (!within(*solver_, v, -kExact, kExact)) return false;
-    if (varies_.lookup(v) != (kWithQuery | kWithKey)) return true;
+    if (!varies_twice(v)) return true;
     mlir::Operation* op = v.getDefiningOp();
     if (auto select = llvm::dyn_cast<arith::SelectOp>(op))
       return splits(select.getTrueValue()) && splits(select.getFalseValue());
@@ -185,7 +210,7 @@ class SplitConversions : public impl::SplitConversionsBase<SplitConversions> {
     const mlir::Location loc = v.getLoc();
     mlir::Operation* op = v.getDefiningOp();
     Value result;
-    if (varies_.lookup(v) != (kWithQuery | kWithKey)) {
+    if (!varies_twice(v)) {
       llvm::APInt literal;
       if (mlir::matchPattern(v, mlir::m_ConstantInt(&literal))) {
         result = arith::ConstantOp::create(builder, loc,
@@ -215,9 +240,11 @@ class SplitConversions : public impl::SplitConversionsBase<SplitConversions> {
     return result;
   }
 
-  static constexpr unsigned kWithQuery = 1, kWithKey = 2;
+  static constexpr unsigned kWithQuery = 1, kWithKey = 2, kWithDifference = 4;
+  using Multiples = std::pair<int, int>;  // of the query's and the key's position, in a sum with what varies with none
   mlir::DataFlowSolver* solver_ = nullptr;
   llvm::DenseMap<Value, unsigned> varies_;
+  llvm::DenseMap<Value, Multiples> multiples_;
   llvm::DenseMap<Value, Value> floats_;
 };
 

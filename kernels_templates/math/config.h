@@ -47,7 +47,7 @@ struct ModParams {
 // a short row.
 inline constexpr long long kMaxRows = 0x7fffffff;
 
-// attnjit_math_softmax_*: each takes rows of up to so many keys, and one launch all rows.
+// attnjit_math_softmax_*: each takes rows of up to so many keys, from 0, and one launch all rows.
 inline constexpr int kWarpThreads = 256;  // _warp2 and _warp8: a warp per row
 inline constexpr int kMaxWarp2 = 2 * 32 * kVector;
 inline constexpr int kMaxWarp8 = 8 * 32 * kVector;

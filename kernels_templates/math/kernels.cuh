@@ -143,7 +143,7 @@ __device__ __forceinline__ void store_probabilities(float* row, int index, const
   }
 }
 
-__device__ __forceinline__ int vectors_of(int seqlen_kv) { return (seqlen_kv - 1) / kVector + 1; }
+__device__ __forceinline__ int vectors_of(int seqlen_kv) { return (seqlen_kv + kVector - 1) / kVector; }
 
 // A row that its team holds in registers: kCount vectors each. Nothing is stored before the sum is known, to which
 // every thread's loads contributed: probabilities may overwrite other threads' scores.

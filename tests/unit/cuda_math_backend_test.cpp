@@ -265,7 +265,7 @@ class Tensor {
       stride[2] = 0;
     }
     std::int64_t elements = 2 * kGuard + 1;
-    for (int d = 0; d < 4; ++d) elements += (view_.shape[d] - 1) * stride[d];
+    for (int d = 0; d < 4; ++d) elements += std::max<std::int64_t>(view_.shape[d] - 1, 0) * stride[d];
     bytes_.assign(static_cast<std::size_t>(elements * size()), '\xff');
     view_.data = bytes_.data() + kGuard * size();
   }
@@ -655,6 +655,13 @@ TEST_F(CudaMathBackend, Shapes) {
          .head_dim = 1,
          .head_dim_v = 1,
          .mod = "causal"});
+}
+
+TEST_F(CudaMathBackend, NoKeys) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    check({.seqlen_kv = 0, .dtype = dtype, .o_layout = Layout::kPadded, .mod = "causal"});
+    EXPECT_EQ(fake_->products, 0);
+  }
 }
 
 // Each of the softmax kernels, at its edges.
