@@ -26,6 +26,9 @@
 
 #include "bench/api.h"
 #include "bench/commands.h"
+#include "bench/cuda.h"
+#include "bench/device_tensor.h"
+#include "bench/gpu_timing.h"
 #include "bench/judge.h"
 #include "bench/machine.h"
 #include "bench/problem.h"
@@ -38,8 +41,9 @@ namespace attnjit::tool {
 
 namespace {
 
-// PyTorch's sweep (2 8 16 / 16,16 / 512 1024 4096 / 64 128) is one for a GPU. On a CPU it would take an hour and 16 GiB
-// of eager scores; this one takes about a minute on two cores and 256 MiB.
+// PyTorch's sweep is one for a GPU. On a CPU it would take an hour and 16 GiB of eager scores; the one there takes
+// about a minute on two cores and 256 MiB.
+constexpr std::int64_t kGpuBatches[] = {2, 8, 16}, kGpuSeqlens[] = {512, 1024, 4096};
 constexpr std::int64_t kCpuBatches[] = {1}, kCpuSeqlens[] = {512, 1024, 2048}, kHeadDims[] = {64, 128};
 constexpr const char* kHeads[] = {"16,16"};
 constexpr const char* kMods[] = {"noop", "causal", "rel", "head_bias"};
@@ -52,6 +56,7 @@ struct BenchOptions {
   std::vector<std::string> heads, mods, captures;
   std::string dtype = "bfloat16", device = "auto", baseline = "math", backend = "auto", format = "github", output;
   bool dynamic = false;
+  bool on_gpu = false, default_sweep = false;  // found out from the others
   int repetitions = 5, threads = 0;
   std::size_t rows = 16;
   std::uint64_t seed = 1;
@@ -129,30 +134,68 @@ std::uint64_t tensor_bytes(const Shape& s, ElementType type) {
   return static_cast<std::uint64_t>(std::min(elements * info(type).bits / 8, 1e18));
 }
 
-// A call with its inputs, outputs and plan. Stays where it is made: the structs point into each other.
+// A problem's tensors, on the host for the oracle and where the calls want them.
+struct Inputs {
+  Inputs(const Shape& s, ElementType type, std::uint64_t seed, bool on_gpu)
+      : q(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim), on_gpu),
+        k(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim), on_gpu),
+        v(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim), on_gpu),
+        o(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim), on_gpu),
+        eager_o(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim), on_gpu),
+        lse(Tensor(ElementType::kFloat32, {s.batch, s.heads_q, s.seqlen_q}), on_gpu),
+        eager_lse(Tensor(ElementType::kFloat32, {s.batch, s.heads_q, s.seqlen_q}), on_gpu) {
+    fill_normal(q.host, seed * 3 + 0);
+    fill_normal(k.host, seed * 3 + 1);
+    fill_normal(v.host, seed * 3 + 2);
+    for (const Placed* input : {&q, &k, &v}) input->device.upload();
+  }
+  Placed q, k, v, o, eager_o, lse, eager_lse;
+};
+
+// Captured tensors where the calls want them; scalars stay on the host, and are passed by value.
+class PlacedCaptures {
+ public:
+  PlacedCaptures(Captures& captures, bool on_gpu) : dl_(captures.dl), lent_(captures.lent) {
+    memory_.reserve(dl_.size());
+    for (std::size_t i = 0; i < dl_.size(); ++i) {
+      memory_.emplace_back(captures.tensors[i], on_gpu && dl_[i].ndim > 0);
+      memory_.back().upload();
+      dl_[i] = memory_.back().dl();
+      lent_[i].tensor = &dl_[i];
+    }
+  }
+  PlacedCaptures(const PlacedCaptures&) = delete;
+  PlacedCaptures& operator=(const PlacedCaptures&) = delete;
+  std::span<const attnjit_capture> lent() const { return lent_; }
+
+ private:
+  std::vector<DeviceTensor> memory_;
+  std::vector<DLTensor> dl_;
+  std::vector<attnjit_capture> lent_;
+};
+
+// A call with its plan. Stays where it is made: the structs point into each other.
 class Call {
  public:
-  Call(attnjit_context* context, const Tensor& q, const Tensor& k, const Tensor& v, const Captures* captures,
-       const char* score_mod, attnjit_backend backend)
-      : context_(context), q_dl_(q.dl()), k_dl_(k.dl()), v_dl_(v.dl()) {
+  Call(attnjit_context* context, const DLTensor& q, const DLTensor& k, const DLTensor& v,
+       std::span<const attnjit_capture> captures, const char* score_mod, attnjit_backend backend)
+      : context_(context), q_(q), k_(k), v_(v) {
     attention_.score_mod = score_mod;
-    attention_.q = &q_dl_;
-    attention_.k = &k_dl_;
-    attention_.v = &v_dl_;
-    if (captures != nullptr) {
-      attention_.captures = captures->lent.data();
-      attention_.num_captures = captures->lent.size();
-    }
+    attention_.q = &q_;
+    attention_.k = &k_;
+    attention_.v = &v_;
+    attention_.captures = captures.data();
+    attention_.num_captures = captures.size();
     attention_.backend = backend;
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  void bind_outputs(const Tensor& o, const Tensor& lse) {
-    o_dl_ = o.dl();
-    lse_dl_ = lse.dl();
-    attention_.o = &o_dl_;
-    attention_.lse = &lse_dl_;
+  void bind_outputs(const DLTensor& o, const DLTensor& lse) {
+    o_ = o;
+    lse_ = lse;
+    attention_.o = &o_;
+    attention_.lse = &lse_;
   }
 
   // Milliseconds.
@@ -164,24 +207,21 @@ class Call {
   }
   nlohmann::ordered_json description() const { return description_of(plan_); }
   std::size_t workspace_size() const { return attnjit_plan_workspace_size(plan_.get()); }
-  void allocate_workspace() { workspace_ = Tensor(ElementType::kUInt8, {static_cast<std::int64_t>(workspace_size())}); }
-  void free_workspace() { workspace_ = Tensor(); }
-  void run() { check(attnjit_run(plan_.get(), &attention_, workspace_.data(), workspace_size(), nullptr)); }
+  void allocate_workspace() { workspace_ = Workspace(workspace_size(), q_.device.device_type == kDLCUDA); }
+  void free_workspace() { workspace_ = Workspace(); }
+  void run(void* stream = nullptr) {
+    check(attnjit_run(plan_.get(), &attention_, workspace_.data(), workspace_size(), stream));
+  }
   const attnjit_attention& attention() const { return attention_; }
 
  private:
   attnjit_context* context_;
   attnjit_attention attention_ = ATTNJIT_ATTENTION_INIT;
-  DLTensor q_dl_, k_dl_, v_dl_;
-  DLTensor o_dl_ = q_dl_, lse_dl_ = q_dl_;  // until bind_outputs()
+  DLTensor q_, k_, v_;
+  DLTensor o_ = q_, lse_ = q_;  // until bind_outputs()
   PlanPtr plan_;
-  Tensor workspace_;
+  Workspace workspace_;
 };
-
-void fill_nan(Tensor& tensor) {
-  const std::int64_t size = tensor.size();
-  for (std::int64_t i = 0; i < size; ++i) tensor.set(i, std::numeric_limits<double>::quiet_NaN());
-}
 
 std::int64_t offset_of(const Tensor& tensor, const attnjit_row& row) {
   return row.b * tensor.strides()[0] + row.h * tensor.strides()[1] + row.q_idx * tensor.strides()[2];
@@ -306,9 +346,11 @@ class Bench {
       : options_(options),
         type_(parse_dtype(options.dtype)),
         backend_(parse_backend(options.backend)),
+        on_gpu_(options.on_gpu),
         specs_(parse_captures(options.captures)),
         shapes_(make_shapes(options)) {
     context_ = make_context(options.threads);
+    cold_context_ = cold_context();
     mods_ = registered_mods(context_.get());
     check_problems();
   }
@@ -331,21 +373,33 @@ class Bench {
   }
 
  private:
+  // What compiles the calls that are measured: without the disk cache, whose entries would be no compiles.
+  ContextPtr cold_context() const {
+    constexpr const char* kVariable = "ATTNJIT_DISABLE_CACHE";
+    const bool set = !variable(kVariable).empty();
+    if (!set) setenv(kVariable, "1", 1);
+    ContextPtr context = make_context(options_.threads);
+    if (!set) unsetenv(kVariable);
+    return context;
+  }
+
   // Everything that can be wrong is found before minutes are spent on the cells in front of it: texts, captured
   // tensors, shapes, and the memory for eager attention's scores. In a context of its own, so that the compiles below
   // stay cold.
   void check_problems() {
     const ContextPtr context = make_context(options_.threads);
-    const std::uint64_t available = available_memory_bytes();
+    const std::uint64_t host_memory = available_memory_bytes();
+    const std::uint64_t available = on_gpu_ ? Gpu::get().free_memory() : host_memory;
     std::set<std::string> read;
     for (const Shape& s : shapes_) {
-      check_memory(s, "for q, k, v and o", tensor_bytes(s, type_), available);
+      check_memory(s, "for q, k, v and o", tensor_bytes(s, type_), host_memory);
       const std::vector q_shape = {s.batch, s.heads_q, s.seqlen_q, s.head_dim};
       const std::vector kv_shape = {s.batch, s.heads_kv, s.seqlen_kv, s.head_dim};
       DLTensor q = dl_without_data(type_, q_shape), kv = dl_without_data(type_, kv_shape), o = q;
+      for (DLTensor* tensor : {&q, &kv, &o}) tensor->device.device_type = on_gpu_ ? kDLCUDA : kDLCPU;
       for (const std::string& mod : options_.mods) {
-        const Captures captures =
-            make_captures(context.get(), mod.c_str(), nullptr, specs_, mods_, s, std::nullopt, false);
+        Captures captures = make_captures(context.get(), mod.c_str(), nullptr, specs_, mods_, s, std::nullopt, false);
+        for (DLTensor& captured : captures.dl) captured.device = q.device;
         read.insert(captures.names.begin(), captures.names.end());
         attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
         attention.score_mod = mod.c_str();
@@ -379,42 +433,28 @@ class Bench {
   // The compiler sets itself up in the first compile of a process; the cold times of the mods leave that out.
   void first_compile() {
     const Shape shape{1, 1, 64, 1, 64, 64};
-    Inputs inputs(shape, type_, options_.seed);
-    Call call(context_.get(), inputs.q, inputs.k, inputs.v, nullptr, "score * 0.9990234375 + 0.0009765625 * kv_idx",
-              backend_);
-    call.bind_outputs(inputs.o, inputs.lse);
+    const Inputs inputs(shape, type_, options_.seed, on_gpu_);
+    Call call(cold_context_.get(), inputs.q.device.dl(), inputs.k.device.dl(), inputs.v.device.dl(), {},
+              "score * 0.9990234375 + 0.0009765625 * kv_idx", backend_);
+    call.bind_outputs(inputs.o.device.dl(), inputs.lse.device.dl());
     first_compile_ = call.prepare();
     const nlohmann::ordered_json description = call.description();
     if (description.contains("host")) host_ = description["host"];
   }
 
-  struct Inputs {
-    Inputs(const Shape& s, ElementType type, std::uint64_t seed)
-        : q(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim)),
-          k(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim)),
-          v(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim)),
-          o(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim)),
-          eager_o(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim)),
-          lse(ElementType::kFloat32, {s.batch, s.heads_q, s.seqlen_q}),
-          eager_lse(ElementType::kFloat32, {s.batch, s.heads_q, s.seqlen_q}) {
-      fill_normal(q, seed * 3 + 0);
-      fill_normal(k, seed * 3 + 1);
-      fill_normal(v, seed * 3 + 2);
-    }
-    Tensor q, k, v, o, eager_o, lse, eager_lse;
-  };
-
   void run_shape(std::size_t shape_index, Progress& progress, Report& report) {
     const Shape& shape = shapes_[shape_index];
-    Inputs inputs(shape, type_, options_.seed + shape_index);
+    Inputs inputs(shape, type_, options_.seed + shape_index, on_gpu_);
+    const DLTensor q = inputs.q.device.dl(), k = inputs.k.device.dl(), v = inputs.v.device.dl();
     for (std::size_t i = 0; i < options_.mods.size(); ++i) {
       const std::string& mod = options_.mods[i];
       progress.begin(fmt::format("{} {}", mod, shape.text()));
-      const Captures captures =
+      Captures captures =
           make_captures(context_.get(), mod.c_str(), nullptr, specs_, mods_, shape, options_.seed, false);
+      const PlacedCaptures placed(captures, on_gpu_);
 
-      Call compiled(context_.get(), inputs.q, inputs.k, inputs.v, &captures, mod.c_str(), backend_);
-      compiled.bind_outputs(inputs.o, inputs.lse);
+      Call compiled(cold_context_.get(), q, k, v, placed.lent(), mod.c_str(), backend_);
+      compiled.bind_outputs(inputs.o.device.dl(), inputs.lse.device.dl());
       const double milliseconds = compiled.prepare();
       CompileRow& row = report.compiles[i];
       const nlohmann::ordered_json description = compiled.description();
@@ -427,51 +467,81 @@ class Bench {
       times_[i].cached.push_back(compiled.prepare());
 
       // The eager side with the mod is also what the compiled result is compared with.
-      Call math(context_.get(), inputs.q, inputs.k, inputs.v, &captures, mod.c_str(), ATTNJIT_BACKEND_MATH);
-      Call plain(context_.get(), inputs.q, inputs.k, inputs.v, nullptr, nullptr, ATTNJIT_BACKEND_MATH);
+      Call math(context_.get(), q, k, v, placed.lent(), mod.c_str(), ATTNJIT_BACKEND_MATH);
+      Call plain(context_.get(), q, k, v, {}, nullptr, ATTNJIT_BACKEND_MATH);
       Call& eager = options_.baseline == "plain" ? plain : math;
       for (Call* call : {&math, &eager}) {
-        call->bind_outputs(inputs.eager_o, inputs.eager_lse);
+        call->bind_outputs(inputs.eager_o.device.dl(), inputs.eager_lse.device.dl());
         call->prepare();
       }
       compiled.allocate_workspace();
       eager.allocate_workspace();
 
-      const std::function<void()> candidates[] = {[&] { eager.run(); }, [&] { compiled.run(); }};
-      const std::vector<Timing> timings = time_interleaved(candidates, options_.repetitions);
+      Cell cell{.mod = mod,
+                .dtype = std::string(info(type_).name),
+                .backend = description.value("backend", ""),
+                .shape = shape};
+      time_cell(eager, compiled, cell);
 
       // Judged is a run into poisoned outputs: an element that is not written shows.
-      for (Tensor* tensor : {&inputs.o, &inputs.lse, &inputs.eager_o, &inputs.eager_lse}) fill_nan(*tensor);
+      for (const Placed* output : {&inputs.o, &inputs.lse, &inputs.eager_o, &inputs.eager_lse}) {
+        output->device.fill_nan();
+      }
       compiled.run();
       if (&eager != &math) {
+        if (on_gpu_) Gpu::get().synchronize();
         eager.free_workspace();  // there need not be room for both
         math.allocate_workspace();
       }
       math.run();
-      report.cells.push_back(
-          {.mod = mod,
-           .dtype = std::string(info(type_).name),
-           .backend = description.value("backend", ""),
-           .shape = shape,
-           .eager = timings[0],
-           .compiled = timings[1],
-           .verdict = judge_cell(context_.get(), compiled.attention(), inputs.o, inputs.eager_o, inputs.lse,
-                                 inputs.eager_lse, sample_rows(shape, options_.rows, options_.seed))});
+      for (const Placed* output : {&inputs.o, &inputs.lse, &inputs.eager_o, &inputs.eager_lse}) {
+        output->device.download();
+      }
+      const Call oracle(context_.get(), inputs.q.host.dl(), inputs.k.host.dl(), inputs.v.host.dl(), captures.lent,
+                        mod.c_str(), ATTNJIT_BACKEND_AUTO);
+      cell.verdict = judge_cell(context_.get(), oracle.attention(), inputs.o.host, inputs.eager_o.host, inputs.lse.host,
+                                inputs.eager_lse.host, sample_rows(shape, options_.rows, options_.seed));
+      report.cells.push_back(std::move(cell));
     }
+  }
+
+  void time_cell(Call& eager, Call& compiled, Cell& cell) const {
+    std::vector<Timing> timings;
+    if (on_gpu_) {
+      const Enqueue candidates[] = {[&](const GpuStream& stream) { eager.run(stream.handle()); },
+                                    [&](const GpuStream& stream) { compiled.run(stream.handle()); }};
+      timings = time_graphs(candidates, options_.repetitions);
+      cell.host_us = 1e3 * host_milliseconds(candidates[1]);
+    } else {
+      const std::function<void()> candidates[] = {[&] { eager.run(); }, [&] { compiled.run(); }};
+      timings = time_interleaved(candidates, options_.repetitions);
+    }
+    cell.eager = timings[0];
+    cell.compiled = timings[1];
   }
 
   void fill_header(Report& report) const {
     const auto add = [&](const char* name, std::string value) { report.header.emplace_back(name, std::move(value)); };
     add("attnjit", attnjit_version());
     add("date", fmt::format("{:%Y-%m-%d %H:%M} UTC", fmt::gmtime(std::time(nullptr))));
-    add("machine",
-        fmt::format("{}, {} processors, {}, {} threads", cpu_model(), available_processors(),
-                    host_.value("isa", "unknown instruction set"), host_.value("threads", options_.threads)));
-    add("device", "cpu");
-    add("sweep",
-        std::ranges::equal(options_.batches, kCpuBatches) && std::ranges::equal(options_.seqlens, kCpuSeqlens)
-            ? "smaller than PyTorch's, for a CPU; PyTorch's own: -b 2 8 16 -nh 16,16 -s 512 1024 4096 -d 64 128"
-            : "as asked for");
+    if (on_gpu_) {
+      const Gpu& gpu = Gpu::get();
+      add("machine",
+          fmt::format("{}, compute capability {}.{}, {} multiprocessors, driver for CUDA {}.{}; {}, {} processors",
+                      gpu.name(), gpu.arch() / 10, gpu.arch() % 10, gpu.num_sms(), gpu.driver_version() / 1000,
+                      gpu.driver_version() % 1000 / 10, cpu_model(), available_processors()));
+      add("device", "cuda");
+      add("sweep", options_.default_sweep ? "that of PyTorch's benchmarks/transformer/score_mod.py" : "as asked for");
+    } else {
+      add("machine",
+          fmt::format("{}, {} processors, {}, {} threads", cpu_model(), available_processors(),
+                      host_.value("isa", "unknown instruction set"), host_.value("threads", options_.threads)));
+      add("device", "cpu");
+      add("sweep", options_.default_sweep
+                       ? "smaller than PyTorch's, for a CPU; PyTorch's own: -b 2 8 16 -nh 16,16 -s 512 1024 "
+                         "4096 -d 64 128"
+                       : "as asked for");
+    }
     add("inputs",
         fmt::format("standard normal, seed {}, memory order (batch, sequence, heads, head_dim)", options_.seed));
     add("eager",
@@ -488,8 +558,10 @@ class Bench {
     if (!forced.empty()) {
       add("caution", fmt::format("{}in the environment may make eager slower than OpenBLAS is by itself", forced));
     }
-    add("times",
-        fmt::format("median [min..max] of {} interleaved repetitions, one untimed before", options_.repetitions));
+    add("times", fmt::format("{}median [min..max] of {} interleaved repetitions, one untimed before",
+                             on_gpu_ ? "of the GPU alone, by replayed CUDA graphs; " : "", options_.repetitions));
+    if (on_gpu_)
+      add("host", "microseconds of the calling thread for one call of the compiled side, which it does not wait for");
     add("TFLOP/s", "of the compiled call, 4 B Hq M N D operations: what a mask skips is counted");
     add("check",
         fmt::format(
@@ -504,9 +576,10 @@ class Bench {
   const BenchOptions& options_;
   ElementType type_;
   attnjit_backend backend_;
+  bool on_gpu_;
   std::vector<CaptureSpec> specs_;
   std::vector<Shape> shapes_;
-  ContextPtr context_;
+  ContextPtr context_, cold_context_;
   std::vector<RegisteredMod> mods_;
   std::vector<PrepareTimes> times_;
   std::string math_products_;
@@ -555,8 +628,22 @@ void check_dynamic(const Report& report) {
   }
 }
 
-int bench_score_mod(const BenchOptions& options) {
-  check_device(options.device);
+// With the defaults of the device that it runs on.
+BenchOptions resolved(BenchOptions options) {
+  options.on_gpu = uses_gpu(options.device, parse_backend(options.backend));
+  options.default_sweep = options.batches.empty() && options.seqlens.empty();
+  const auto set = [&](std::vector<std::int64_t>& values, std::span<const std::int64_t> gpu,
+                       std::span<const std::int64_t> cpu) {
+    const std::span<const std::int64_t> defaults = options.on_gpu ? gpu : cpu;
+    if (values.empty()) values.assign(defaults.begin(), defaults.end());
+  };
+  set(options.batches, kGpuBatches, kCpuBatches);
+  set(options.seqlens, kGpuSeqlens, kCpuSeqlens);
+  return options;
+}
+
+int bench_score_mod(const BenchOptions& given) {
+  const BenchOptions options = resolved(given);
   if (options.baseline != "math" && options.baseline != "plain") {
     throw user_error(fmt::format("--baseline {}: allowed are math (eager with the mod) and plain (without it)",
                                  in_quotes(options.baseline)));
@@ -577,9 +664,7 @@ int bench_score_mod(const BenchOptions& options) {
 
 void add_bench_command(CLI::App& app, Action& action) {
   auto options = std::make_shared<BenchOptions>();
-  options->batches.assign(std::begin(kCpuBatches), std::end(kCpuBatches));
   options->heads.assign(std::begin(kHeads), std::end(kHeads));
-  options->seqlens.assign(std::begin(kCpuSeqlens), std::end(kCpuSeqlens));
   options->head_dims.assign(std::begin(kHeadDims), std::end(kHeadDims));
   options->mods.assign(std::begin(kMods), std::end(kMods));
 
@@ -587,9 +672,11 @@ void add_bench_command(CLI::App& app, Action& action) {
   CLI::App* command = bench->add_subcommand(
       "score-mod", "Speed of compiled score_mods against eager attention, each result checked against the oracle");
   const auto positive = CLI::Range(std::int64_t{1}, std::int64_t{1} << 40);
-  command->add_option("-b", options->batches, "batch sizes (default: 1)")->check(positive);
+  command->add_option("-b", options->batches, "batch sizes (default: 2 8 16 on a GPU, 1 on a CPU)")->check(positive);
   command->add_option("--nh", options->heads, "-nh: query heads,key/value heads, or one number (default: 16,16)");
-  command->add_option("-s", options->seqlens, "sequence lengths (default: 512 1024 2048)")->check(positive);
+  command
+      ->add_option("-s", options->seqlens, "sequence lengths (default: 512 1024 4096 on a GPU, 512 1024 2048 on a CPU)")
+      ->check(positive);
   command->add_option("-d", options->head_dims, "head dimensions (default: 64 128)")->check(positive);
   command->add_option("--mods", options->mods,
                       "-mods: registered names or expressions (default: noop causal rel head_bias)");
@@ -603,7 +690,7 @@ void add_bench_command(CLI::App& app, Action& action) {
   command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
   command->add_option("--baseline", options->baseline,
                       "math: eager with the mod; plain: unfused attention without it (default: math)");
-  command->add_option("--backend", options->backend, "of the compiled side: auto, math or cpu (default: auto)");
+  command->add_option("--backend", options->backend, "of the compiled side: auto, sm80, math or cpu (default: auto)");
   command->add_option("--reps", options->repetitions, "timed repetitions of each cell (default: 5)")
       ->check(CLI::Range(1, 1'000'000));
   command->add_option("--threads", options->threads, "CPU threads (default: one per processor)")

@@ -6,6 +6,9 @@
 #include <cmath>
 
 #include "bench/api.h"
+#include "bench/cuda.h"
+#include "bench/device_tensor.h"
+#include "bench/problem.h"
 #include "bench/tensor.h"
 
 namespace attnjit::tool {
@@ -71,6 +74,50 @@ void prepare_cold(benchmark::State& state, const char* form) {
 BENCHMARK_CAPTURE(prepare_cold, affine, "score + {} * (q_idx - kv_idx)")->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(prepare_cold, causal, "where(q_idx + {} >= kv_idx, score, -inf)")->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(prepare_cold, softcap, "{0} * tanh(score / {0})")->Unit(benchmark::kMillisecond);
+
+// What a call on the GPU costs the thread that makes it. The GPU has next to nothing to do, and is waited for, untimed,
+// before its queue is full.
+void cuda_prepared_call(benchmark::State& state, attnjit_backend backend, bool captures) {
+  if (!Gpu::unavailable().empty()) return state.SkipWithError(Gpu::unavailable().c_str());
+  constexpr int kQueued = 256;
+  const ContextPtr context = make_context(1);
+  const std::vector<std::int64_t> shape{1, 1, 64, 64};
+  Placed q(Tensor(ElementType::kBFloat16, shape), true), k(Tensor(ElementType::kBFloat16, shape), true),
+      v(Tensor(ElementType::kBFloat16, shape), true), o(Tensor(ElementType::kBFloat16, shape), true),
+      slopes(Tensor(ElementType::kFloat32, {1}), true);
+  for (Placed* input : {&q, &k, &v, &slopes}) {
+    fill_normal(input->host, 1);
+    input->device.upload();
+  }
+  const DLTensor q_dl = q.device.dl(), k_dl = k.device.dl(), v_dl = v.device.dl(), slopes_dl = slopes.device.dl();
+  DLTensor o_dl = o.device.dl();
+  const attnjit_capture capture{"slopes", &slopes_dl};
+  attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+  attention.score_mod = captures ? "score + slopes[h] * (kv_idx - q_idx)" : "noop";
+  attention.q = &q_dl;
+  attention.k = &k_dl;
+  attention.v = &v_dl;
+  attention.o = &o_dl;
+  attention.captures = captures ? &capture : nullptr;
+  attention.num_captures = captures ? 1 : 0;
+  attention.backend = backend;
+  const PlanPtr plan = prepare(context.get(), attention);
+  const std::size_t size = attnjit_plan_workspace_size(plan.get());
+  const Workspace workspace(size, true);
+  const GpuStream stream;
+  int queued = 0;
+  for (auto _ : state) {
+    check(attnjit_run(plan.get(), &attention, workspace.data(), size, stream.handle()));
+    if (++queued % kQueued != 0) continue;
+    state.PauseTiming();
+    stream.synchronize();
+    state.ResumeTiming();
+  }
+  stream.synchronize();
+}
+BENCHMARK_CAPTURE(cuda_prepared_call, sm80, ATTNJIT_BACKEND_SM80, false)->UseRealTime();
+BENCHMARK_CAPTURE(cuda_prepared_call, sm80_captures, ATTNJIT_BACKEND_SM80, true)->UseRealTime();
+BENCHMARK_CAPTURE(cuda_prepared_call, math, ATTNJIT_BACKEND_MATH, false)->UseRealTime();
 
 }  // namespace
 }  // namespace attnjit::tool

@@ -2,6 +2,8 @@
 // work and returns the exit code or throws a Failure.
 #pragma once
 
+#include <attnjit/attnjit.h>
+
 #include <functional>
 #include <string>
 
@@ -18,7 +20,8 @@ void add_explain_command(CLI::App& app, Action& action);
 void add_bench_command(CLI::App& app, Action& action);
 void add_cache_command(CLI::App& app, Action& action);
 
-// "auto" and "cpu" pass; anything else is an error that says what this build has.
-void check_device(const std::string& device);
+// Whether `--device` and `--backend` mean the GPU. "auto" does where there is one, unless the backend is the CPU's.
+// "cuda" without one, or with that backend, is an error that says why.
+bool uses_gpu(const std::string& device, attnjit_backend backend);
 
 }  // namespace attnjit::tool

@@ -9,18 +9,26 @@
 #include <new>
 
 #include "bench/commands.h"
+#include "bench/cuda.h"
 #include "bench/failure.h"
 #include "bench/problem.h"
 #include "bench/safetensors.h"
 
 namespace attnjit::tool {
 
-void check_device(const std::string& device) {
-  if (device == "auto" || device == "cpu") return;
-  if (device == "cuda") {
-    throw environment_error("--device cuda: this build of attnjit has no CUDA backend; allowed are auto and cpu");
+bool uses_gpu(const std::string& device, attnjit_backend backend) {
+  if (device != "auto" && device != "cpu" && device != "cuda") {
+    throw user_error(fmt::format("--device {}: allowed are auto, cpu and cuda", in_quotes(device)));
   }
-  throw user_error(fmt::format("--device {}: allowed are auto, cpu and cuda", in_quotes(device)));
+  const bool cpu_only = backend == ATTNJIT_BACKEND_CPU, gpu_only = backend == ATTNJIT_BACKEND_SM80;
+  if ((device == "cuda" && cpu_only) || (device == "cpu" && gpu_only)) {
+    throw user_error(fmt::format("--device {} --backend {}: the backend is one of the {}", device,
+                                 attnjit_backend_name(backend), cpu_only ? "CPU" : "GPU"));
+  }
+  const std::string& unavailable = device == "cpu" || cpu_only ? "not asked for" : Gpu::unavailable();
+  if (unavailable.empty()) return true;
+  if (device == "cuda" || gpu_only) throw environment_error(fmt::format("there is no GPU to use: {}", unavailable));
+  return false;
 }
 
 namespace {
@@ -51,7 +59,8 @@ int run_tool(int argc, const char* const* argv) {
                 fmt::format("{}\nattnjit --help and attnjit COMMAND --help show what is allowed.", error.what()));
   }
   // Not left to CLI11, which would not name an unknown command.
-  if (!action) return fail(Fault::kUser, "a command is required: run, explain, bench score-mod or cache list, verify or clear");
+  if (!action)
+    return fail(Fault::kUser, "a command is required: run, explain, bench score-mod or cache list, verify or clear");
   return action();
 }
 

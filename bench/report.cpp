@@ -41,7 +41,15 @@ std::size_t num_wrong(const Report& report) {
   return static_cast<std::size_t>(std::ranges::count_if(report.cells, [](const Cell& c) { return !c.verdict.ok; }));
 }
 
-std::string timing(const Timing& t) { return fmt::format("{:.3f} [{:.3f}..{:.3f}]", t.median, t.min, t.max); }
+// A GPU's calls may take some microseconds.
+std::string timing(const Timing& t) {
+  const int digits = t.median < 1.0 ? 4 : 3;
+  return fmt::format("{:.{}f} [{:.{}f}..{:.{}f}]", t.median, digits, t.min, digits, t.max, digits);
+}
+
+bool has_host_times(const Report& report) {
+  return std::ranges::any_of(report.cells, [](const Cell& cell) { return cell.host_us > 0.0; });
+}
 
 // A bar would end the cell.
 std::string escape_bars(const std::string& text) {
@@ -88,6 +96,23 @@ std::string github_report(const Report& report) {
   for (const auto& [name, value] : report.header) text += fmt::format("- {}: {}\n", name, value);
   text += "\n";
 
+  std::vector<std::string> columns = {"score_mod",
+                                      std::string(kShapeName),
+                                      "dtype",
+                                      "fwd_eager_time (ms)",
+                                      "fwd_compiled_time (ms)",
+                                      "fwd_speedup",
+                                      "TFLOP/s",
+                                      "max error",
+                                      "of bound",
+                                      "check"};
+  std::vector<bool> right = {false, false, false, true, true, true, true, true, true, false};
+  constexpr std::ptrdiff_t kHostColumn = 7;
+  const bool host = has_host_times(report);
+  if (host) {
+    columns.insert(columns.begin() + kHostColumn, "host (us)");
+    right.insert(right.begin() + kHostColumn, true);
+  }
   std::vector<std::vector<std::string>> rows;
   rows.reserve(report.cells.size());
   for (const Cell& cell : report.cells) {
@@ -96,10 +121,9 @@ std::string github_report(const Report& report) {
                     fmt::format("{:.2e}", cell.verdict.max_error),
                     fmt::format("{:.3f}", std::max(cell.verdict.o_of_bound, cell.verdict.lse_of_bound)),
                     verdict_text(cell.verdict)});
+    if (host) rows.back().insert(rows.back().begin() + kHostColumn, fmt::format("{:.2f}", cell.host_us));
   }
-  text += github_table({"score_mod", std::string(kShapeName), "dtype", "fwd_eager_time (ms)", "fwd_compiled_time (ms)",
-                        "fwd_speedup", "TFLOP/s", "max error", "of bound", "check"},
-                       {false, false, false, true, true, true, true, true, true, false}, rows);
+  text += github_table(columns, right, rows);
 
   if (const std::optional<Summary> summary = summary_of(report)) {
     rows = {{"Average (geometric)", fmt::format("{:.3f}", summary->geometric), "", "", ""},
@@ -138,30 +162,12 @@ std::string github_report(const Report& report) {
 std::string csv_report(const Report& report) {
   std::string text;
   for (const auto& [name, value] : report.header) text += fmt::format("# {}: {}\n", name, value);
-  text += csv_line({"score_mod",
-                    "batch",
-                    "heads_q",
-                    "seqlen_q",
-                    "heads_kv",
-                    "seqlen_kv",
-                    "head_dim",
-                    "dtype",
-                    "backend",
-                    "eager_ms",
-                    "eager_min_ms",
-                    "eager_max_ms",
-                    "compiled_ms",
-                    "compiled_min_ms",
-                    "compiled_max_ms",
-                    "speedup",
-                    "tflops",
-                    "max_error",
-                    "o_of_bound",
-                    "lse_of_bound",
-                    "rows",
-                    "rows_left_out",
-                    "rows_without_bound",
-                    "pass"});
+  text +=
+      csv_line({"score_mod",   "batch",           "heads_q",         "seqlen_q", "heads_kv",      "seqlen_kv",
+                "head_dim",    "dtype",           "backend",         "eager_ms", "eager_min_ms",  "eager_max_ms",
+                "compiled_ms", "compiled_min_ms", "compiled_max_ms", "host_us",  "speedup",       "tflops",
+                "max_error",   "o_of_bound",      "lse_of_bound",    "rows",     "rows_left_out", "rows_without_bound",
+                "pass"});
   const auto number = [](double value) { return fmt::format("{:.6g}", value); };
   for (const Cell& cell : report.cells) {
     const Shape& s = cell.shape;
@@ -180,6 +186,7 @@ std::string csv_report(const Report& report) {
                       number(cell.compiled.median),
                       number(cell.compiled.min),
                       number(cell.compiled.max),
+                      cell.host_us > 0.0 ? number(cell.host_us) : "",
                       number(cell.speedup()),
                       number(cell.tflops()),
                       number(cell.verdict.max_error),
@@ -215,6 +222,7 @@ std::string json_report(const Report& report) {
     row["backend"] = cell.backend;
     row["eager_ms"] = json_timing(cell.eager);
     row["compiled_ms"] = json_timing(cell.compiled);
+    if (cell.host_us > 0.0) row["host_us"] = cell.host_us;
     row["speedup"] = cell.speedup();
     row["tflops"] = cell.tflops();
     row["max_error"] = number(cell.verdict.max_error);

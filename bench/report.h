@@ -25,6 +25,7 @@ struct Cell {
   std::string mod, dtype, backend;
   Shape shape;
   Timing eager, compiled;  // milliseconds of a call
+  double host_us = 0.0;    // of the calling thread for one compiled call, where that is another time; else 0
   Verdict verdict;
   double speedup() const { return eager.median / compiled.median; }
   double tflops() const { return shape.flops() / compiled.median / 1e9; }

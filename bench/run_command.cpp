@@ -12,6 +12,7 @@
 
 #include "bench/api.h"
 #include "bench/commands.h"
+#include "bench/device_tensor.h"
 #include "bench/problem.h"
 #include "bench/safetensors.h"
 #include "bench/tensor.h"
@@ -68,9 +69,9 @@ void require_four_dimensions(const Tensor& tensor, const char* name, const char*
 }
 
 int run(const RunOptions& options) {
-  check_device(options.device);
   attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
   attention.backend = parse_backend(options.backend);
+  const bool on_gpu = uses_gpu(options.device, attention.backend);
   const std::string score_mod =
       options.score_mod_file.empty() ? options.score_mod : read_text_file(options.score_mod_file);
   if (!score_mod.empty()) attention.score_mod = score_mod.c_str();
@@ -85,23 +86,31 @@ int run(const RunOptions& options) {
   const std::vector<CapturedName> names = captured_names(context.get(), attention.score_mod, attention.mask_mod);
 
   const SafetensorsReader file(options.input);
-  const Tensor q = read_named(file, "q", "queries (B, Hq, Sq, D)");
-  const Tensor k = read_named(file, "k", "keys (B, Hkv, Skv, D)");
-  const Tensor v = read_named(file, "v", "values (B, Hkv, Skv, Dv)");
+  Tensor q = read_named(file, "q", "queries (B, Hq, Sq, D)");
+  Tensor k = read_named(file, "k", "keys (B, Hkv, Skv, D)");
+  Tensor v = read_named(file, "v", "values (B, Hkv, Skv, Dv)");
   require_four_dimensions(q, "q", "(B, Hq, Sq, D)");
   require_four_dimensions(k, "k", "(B, Hkv, Skv, D)");
   require_four_dimensions(v, "v", "(B, Hkv, Skv, Dv)");
   std::vector<Tensor> captured;
   captured.reserve(names.size());
   for (const CapturedName& name : names) captured.push_back(read_named(file, name.name, "captured by the expression"));
+
+  // A scalar stays on the host, and is passed by value.
+  std::vector<DeviceTensor> memory;
   std::vector<DLTensor> captured_dl;
   captured_dl.reserve(names.size());
-  for (const Tensor& tensor : captured) captured_dl.push_back(tensor.dl());
+  const auto place = [&](Tensor& tensor) {
+    memory.emplace_back(tensor, on_gpu && !tensor.shape().empty());
+    memory.back().upload();
+    return memory.back().dl();
+  };
+  for (Tensor& tensor : captured) captured_dl.push_back(place(tensor));
   std::vector<attnjit_capture> captures;
   captures.reserve(names.size());
   for (std::size_t i = 0; i < names.size(); ++i) captures.push_back({names[i].name.c_str(), &captured_dl[i]});
 
-  const DLTensor q_dl = q.dl(), k_dl = k.dl(), v_dl = v.dl();
+  const DLTensor q_dl = place(q), k_dl = place(k), v_dl = place(v);
   attention.q = &q_dl;
   attention.k = &k_dl;
   attention.v = &v_dl;
@@ -123,12 +132,14 @@ int run(const RunOptions& options) {
   attention.lse = &lse_dl;
   const PlanPtr plan = prepare(context.get(), attention);
 
-  const Tensor o(q.type(), o_shape), lse(ElementType::kFloat32, row_shape);
-  o_dl = o.dl();
-  lse_dl = lse.dl();
+  const Placed o(Tensor(q.type(), o_shape), on_gpu), lse(Tensor(ElementType::kFloat32, row_shape), on_gpu);
+  o_dl = o.device.dl();
+  lse_dl = lse.device.dl();
   const std::size_t workspace_size = attnjit_plan_workspace_size(plan.get());
-  const Tensor workspace(ElementType::kUInt8, {static_cast<std::int64_t>(workspace_size)});
-  check(attnjit_run(plan.get(), &attention, workspace.dl().data, workspace_size, nullptr));
+  const Workspace workspace(workspace_size, on_gpu);
+  check(attnjit_run(plan.get(), &attention, workspace.data(), workspace_size, nullptr));
+  o.device.download();
+  lse.device.download();
 
   std::map<std::string, std::string> metadata{
       {"format", "attnjit"},
@@ -139,7 +150,7 @@ int run(const RunOptions& options) {
       {"score_mod", attention.score_mod != nullptr ? score_mod : "noop"},
   };
   if (attention.mask_mod != nullptr) metadata["mask_mod"] = options.mask_mod;
-  write_safetensors(options.output, {{"o", &o}, {"lse", &lse}}, metadata);
+  write_safetensors(options.output, {{"o", &o.host}, {"lse", &lse.host}}, metadata);
   return 0;
 }
 
@@ -160,7 +171,7 @@ void add_run_command(CLI::App& app, Action& action) {
   command->add_option("--output", options->output, "safetensors file to write: o, lse")->required();
   command->add_option("--scale", options->scale, "multiplies q . k before the score_mod (default: 1 / sqrt(D))");
   command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
-  command->add_option("--backend", options->backend, "auto, math or cpu (default: auto)");
+  command->add_option("--backend", options->backend, "auto, sm80, math or cpu (default: auto)");
   command->add_option("--threads", options->threads, "CPU threads (default: one per processor)")
       ->check(CLI::NonNegativeNumber);
   command->callback([options, &action] { action = [options] { return run(*options); }; });

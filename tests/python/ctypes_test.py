@@ -105,6 +105,10 @@ class CtypesTest(unittest.TestCase):
         self.context.register_mod("tilted", ["slope"], "score + slope * kv_idx")
         explained = self.call(score_mod="tilted(0.5)", prepare=False).explain()
         self.assertIn("kv_idx", str(explained["score_mod"]))
+        self.assertNotIn("mlir", explained)
+        self.assertIn("func.func", self.call(score_mod="noop", prepare=False).explain(dump=True)["mlir"])
+        with self.assertRaisesRegex(attnjit.AttnjitError, "options.arch is 'sm_x'"):
+            self.call(prepare=False).explain(arch="sm_x")
 
     def test_failures_carry_status_and_message(self):
         with self.assertRaises(attnjit.AttnjitError) as raised:

@@ -4,7 +4,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <set>
+#include <vector>
 
 #include "bench/failure.h"
 
@@ -39,7 +42,7 @@ TEST(Problem, HeadsShapeDtype) {
   EXPECT_THAT(message_of([] { parse_shape("1,2,3"); }), HasSubstr("six numbers"));
   EXPECT_EQ(parse_dtype("bf16"), ElementType::kBFloat16);
   EXPECT_THAT(message_of([] { parse_dtype("int8"); }), HasSubstr("float32, float16 and bfloat16"));
-  EXPECT_THAT(message_of([] { parse_backend("gpu"); }), HasSubstr("auto, math and cpu"));
+  EXPECT_THAT(message_of([] { parse_backend("gpu"); }), HasSubstr("auto, sm80, math and cpu"));
 }
 
 TEST(Problem, CaptureSpecs) {
@@ -83,17 +86,30 @@ TEST(Problem, InfersExtentsFromTheIndices) {
 }
 
 TEST(Problem, NormalValuesRepeatAndAreNormal) {
-  Tensor a(ElementType::kFloat32, {10'000}), b(ElementType::kFloat32, {10'000});
+  constexpr int kSize = 200'000;
+  Tensor a(ElementType::kFloat32, {kSize}), b(ElementType::kFloat32, {kSize});
   fill_normal(a, 1);
   fill_normal(b, 1);
-  double sum = 0.0, squares = 0.0;
-  for (int i = 0; i < 10'000; ++i) {
-    EXPECT_EQ(a.get(i), b.get(i));
-    sum += a.get(i);
-    squares += a.get(i) * a.get(i);
+  std::vector<double> values;
+  double neighbours = 0.0;
+  for (int i = 0; i < kSize; ++i) {
+    ASSERT_EQ(a.get(i), b.get(i));
+    if (i > 0) neighbours += a.get(i) * values.back();
+    values.push_back(a.get(i));
   }
-  EXPECT_NEAR(sum / 10'000, 0.0, 0.05);
-  EXPECT_NEAR(squares / 10'000, 1.0, 0.05);
+  EXPECT_NEAR(neighbours / kSize, 0.0, 0.01);  // two values come from one random number
+  EXPECT_GT(std::set<double>(values.begin(), values.end()).size(), kSize * 97 / 100);
+  std::ranges::sort(values);
+  double distance = 0.0;  // Kolmogorov and Smirnov's: beyond 0.0044 once in a thousand seeds
+  for (int i = 0; i < kSize; ++i) {
+    const double p = 0.5 * std::erfc(-values[static_cast<std::size_t>(i)] / std::sqrt(2.0));
+    distance = std::max(distance, std::fabs(p - (i + 0.5) / kSize));
+  }
+  EXPECT_LT(distance, 0.0044);
+  EXPECT_GT(values.back(), 4.0);
+  EXPECT_LT(values.front(), -4.0);
+  fill_normal(b, 2);
+  EXPECT_NE(a.get(0), b.get(0));
 }
 
 TEST(Problem, SampledRowsAreDistinctAndInside) {

@@ -121,12 +121,25 @@ TEST(Report, NoRightCellMeansNoSpeedup) {
 
 TEST(Report, CsvQuotesAndJsonParses) {
   const std::string csv = format_report(sample(), ReportFormat::kCsv);
-  EXPECT_THAT(csv, HasSubstr("\"a | b, \"\"c\"\"\",1,16,512,16,512,64,bfloat16,cpu,8,4,16,1,0.5,2,8,"));
+  EXPECT_THAT(csv, HasSubstr("\"a | b, \"\"c\"\"\",1,16,512,16,512,64,bfloat16,cpu,8,4,16,1,0.5,2,,8,"));
   Report report = sample();
   report.cells[0].mod = "\xff";
   const auto json = nlohmann::json::parse(format_report(report, ReportFormat::kJson));
   EXPECT_EQ(json["summary"]["max"]["speedup"], 8.0);
   EXPECT_EQ(json["cells"][0]["shape"]["seqlen_kv"], 512);
+}
+
+TEST(Report, HostTimesOfTheGpuStandApart) {
+  Report report = sample();
+  EXPECT_THAT(format_report(report, ReportFormat::kGithub), Not(HasSubstr("host (us)")));
+  report.cells[0].host_us = 3.21;
+  report.cells[0].compiled = {0.0123, 0.0121, 0.0131};
+  const std::string text = format_report(report, ReportFormat::kGithub);
+  EXPECT_THAT(text, HasSubstr(" TFLOP/s | host (us) | max error |"));
+  EXPECT_THAT(text, HasSubstr(" |      3.21 |  1.00e-03 |"));
+  EXPECT_THAT(text, HasSubstr("0.0123 [0.0121..0.0131]"));
+  EXPECT_THAT(format_report(report, ReportFormat::kCsv), HasSubstr(",0.0123,0.0121,0.0131,3.21,"));
+  EXPECT_EQ(nlohmann::json::parse(format_report(report, ReportFormat::kJson))["cells"][0]["host_us"], 3.21);
 }
 
 TEST(Report, CountsBothProducts) {
