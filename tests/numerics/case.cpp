@@ -151,6 +151,7 @@ std::string to_line(const Case& c) {
     }
     field("capture", text + ':' + name_of(layouts(), capture.layout) + ':' + name_of(fills(), capture.fill));
   }
+  field("device", c.device);
   field("backend", c.backend);
   field("threads", std::to_string(c.threads));
   field("rows", std::to_string(c.rows));
@@ -220,6 +221,9 @@ bool parse_case(std::string_view line, Case* problem, std::string* error) {
     } else if (name == "backend") {
       problem->backend = value;
       good = backend_of(value).has_value();
+    } else if (name == "device") {
+      problem->device = value;
+      good = value == "cpu" || value == "cuda";
     } else if (name == "threads") {
       good = number(value, &problem->threads);
     } else if (name == "rows") {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dsl/expr.h"
+#include "tests/numerics/target.h"
 
 namespace attnjit::numerics {
 
@@ -61,7 +62,8 @@ struct Case {
   std::string score_mod = "score";
   std::string mask_mod = {};  // empty: none
   std::vector<CaptureSpec> captures = {};
-  std::string backend = "cpu";  // any that the library names
+  std::string device = target().device;    // "cpu" or "cuda"
+  std::string backend = target().fused();  // any that the library names
   int threads = 2;
   std::int64_t rows = 96;  // most query rows that are judged
   std::uint64_t seed = 1;

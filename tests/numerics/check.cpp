@@ -6,6 +6,8 @@
 #include <cmath>
 #include <exception>
 
+#include "tests/numerics/target.h"
+
 namespace attnjit::numerics {
 namespace {
 
@@ -50,6 +52,11 @@ Check check_problem(Problem& problem, attnjit_context* context, bool reference) 
     return check;
   };
   try {
+    if (!target().compile_only.empty()) {
+      run(problem, context);
+      check.accepted = true;
+      return check;
+    }
     const Gold gold = compute_gold(problem, sample_rows(problem.spec));
     const RunResult result = run(problem, context);
     if (!result.error.empty()) return fail(result.error);

@@ -20,7 +20,7 @@ void expect_accepted(const std::string& line) {
 }
 
 TEST(NumericsEdge, NoKeysGiveZeroAndMinusInfinity) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const dtype : {"float32", "bfloat16"}) {
       Problem problem = make(std::string("b=2 hq=2 sq=33 skv=0 d=16 dv=9 dtype=") + dtype + " backend=" + backend);
       const Case& spec = problem.spec;
@@ -38,7 +38,7 @@ TEST(NumericsEdge, NoKeysGiveZeroAndMinusInfinity) {
 
 // Nothing is written where there is nothing: run() compares the guards.
 TEST(NumericsEdge, EmptyOutputsAreNoOps) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const sizes :
          {"b=0 hq=2 sq=8 skv=8", "b=2 hq=0 hkv=0 sq=8 skv=8", "b=2 hq=2 sq=0 skv=8", "b=0 hq=0 hkv=0 sq=0 skv=0"}) {
       Problem problem = make(std::string(sizes) + " d=16 score_mod=\"causal\" backend=" + backend);
@@ -50,7 +50,7 @@ TEST(NumericsEdge, EmptyOutputsAreNoOps) {
 }
 
 TEST(NumericsEdge, OneOfEverything) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const dtype : {"float32", "bfloat16", "float16"}) {
       for (const char* const sizes :
            {"b=1 hq=1 sq=1 skv=1 d=1", "b=1 hq=1 sq=1 skv=1 d=256", "b=1 hq=1 sq=1 skv=257 d=1",
@@ -74,7 +74,7 @@ TEST(NumericsEdge, EveryHeadDim) {
 }
 
 TEST(NumericsEdge, MoreHeadsThanSixteenBits) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     expect_accepted(std::string("b=3 hq=22000 hkv=11000 sq=1 skv=2 d=2 dtype=bfloat16 score_mod=\"score + 0.001 * h\" "
                                 "backend=") +
                     backend);
@@ -96,7 +96,7 @@ TEST(NumericsEdge, LongSequences) {
 
 // Batches more than 2^31 elements apart, in memory that is there only where it is touched.
 TEST(NumericsEdge, OffsetsBeyond32Bits) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const layout : {"q", "k", "v", "o"}) {
       expect_accepted(std::string("b=2 hq=2 hkv=1 sq=33 skv=40 d=16 dtype=bfloat16 score_mod=\"causal\" backend=") +
                       backend + " " + layout + "=huge");
@@ -119,7 +119,7 @@ TEST(NumericsEdgeSlow, MoreElementsThan31Bits) {
 
 // What lies behind a mask never reaches the result: keys and captured values of NaN and infinity.
 TEST(NumericsEdge, PoisonBehindMasks) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const mod :
          {"where(kv_idx < 40, score, -inf)", "score + where(kv_idx < 40, 0, -inf)", "causal", "sliding_window(5)",
           "softcap(2) + where(kv_idx % 2 == 0, 0, -inf)", "min(score, where(kv_idx >= 64, 1, -inf))"}) {
@@ -142,7 +142,7 @@ TEST(NumericsEdge, PoisonBehindMasks) {
 
 // A NaN key that is kept reaches every row that keeps it, and no other.
 TEST(NumericsEdge, KeptNanReachesItsRows) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const mod : {"causal", "softcap(3)", "noop", "score + relu(score) + clamp(score, -1, 1)",
                                   "max(score, 0)", "where(q_idx >= kv_idx, abs(score) ** 2, -inf)"}) {
       Problem problem = make(std::string("b=1 hq=2 sq=40 skv=70 d=16 score_mod=\"") + mod + "\" backend=" + backend);

@@ -5,21 +5,36 @@
 
 #include <cstdlib>
 #include <map>
+#include <mutex>
 #include <utility>
+
+#include "bench/cuda.h"
+#include "tests/numerics/device.h"
+#include "tests/numerics/target.h"
 
 namespace attnjit::numerics {
 namespace {
 
-// The C structs of one call; holds what they point to.
+Lender::Place place_of(const Case& spec) {
+  if (spec.device == "cpu") return Lender::Place::kHost;
+  return target().compile_only.empty() ? Lender::Place::kGpu : Lender::Place::kNowhere;
+}
+
+// The C structs of one call, and the memory that they point to.
 class Call {
  public:
-  explicit Call(Problem& problem) : scale_(problem.spec.scale.value_or(0.0f)) {
+  Call(Problem& problem, Lender::Place place) : lender_(place), scale_(problem.spec.scale.value_or(0.0f)) {
     call_.score_mod = problem.spec.score_mod.c_str();
     call_.mask_mod = problem.spec.mask_mod.empty() ? nullptr : problem.spec.mask_mod.c_str();
-    call_.q = problem.q.dl();
-    call_.k = problem.k.dl();
-    call_.v = problem.v.dl();
-    for (NamedTensor& capture : problem.captures) captures_.push_back({capture.name.c_str(), capture.tensor.dl()});
+    call_.q = lender_.lend(problem.q);
+    call_.k = lender_.lend(problem.k);
+    call_.v = lender_.lend(problem.v);
+    for (NamedTensor& capture : problem.captures) {
+      // A scalar may be on either side: half of the cases have theirs on the host.
+      const bool by_value = capture.tensor.shape().empty() && problem.spec.seed % 2 == 0;
+      captures_.push_back(
+          {capture.name.c_str(), by_value ? lender_.lend_host(capture.tensor) : lender_.lend(capture.tensor)});
+    }
     call_.captures = captures_.data();
     call_.num_captures = captures_.size();
     call_.scale = problem.spec.scale ? &scale_ : nullptr;
@@ -29,8 +44,10 @@ class Call {
   Call& operator=(const Call&) = delete;
 
   attnjit_attention* get() { return &call_; }
+  Lender& lender() { return lender_; }
 
  private:
+  Lender lender_;
   float scale_;
   std::vector<attnjit_capture> captures_;
   attnjit_attention call_ = ATTNJIT_ATTENTION_INIT;
@@ -95,26 +112,35 @@ struct OutputTensors {
     o.poison();
   }
 
-  void give_to(attnjit_attention* call, Outputs outputs) {
-    call->o = o.dl();
+  void give_to(Call* call, Outputs outputs) {
+    call->get()->o = call->lender().lend(o);
     if (outputs == Outputs::kOnlyO) return;
-    call->lse = lse.dl();
-    call->row_max = row_max.dl();
+    call->get()->lse = call->lender().lend(lse);
+    call->get()->row_max = call->lender().lend(row_max);
   }
 
   Tensor o, lse, row_max;
 };
 
+// Half of the cases use the legacy default stream.
+void* stream_of(const Case& spec) {
+  if (spec.device == "cpu" || spec.seed % 4 < 2) return nullptr;
+  thread_local const tool::GpuStream stream;
+  return stream.handle();
+}
+
 RunResult run_plan(attnjit_plan* plan, Problem& problem, Outputs outputs) {
-  Call call(problem);
-  OutputTensors out(problem.spec);
-  out.give_to(call.get(), outputs);
   std::vector<std::pair<Tensor*, std::vector<std::byte>>> inputs;
   for (Tensor* tensor : {&problem.q, &problem.k, &problem.v}) inputs.emplace_back(tensor, tensor->snapshot());
   for (NamedTensor& capture : problem.captures) inputs.emplace_back(&capture.tensor, capture.tensor.snapshot());
+  Call call(problem, place_of(problem.spec));
+  OutputTensors out(problem.spec);
+  out.give_to(&call, outputs);
   Buffer workspace(attnjit_plan_workspace_size(plan));
-  const attnjit_status status = attnjit_run(plan, call.get(), workspace.data(), workspace.size(), nullptr);
+  void* const scratch = call.lender().lend(workspace);
+  const attnjit_status status = attnjit_run(plan, call.get(), scratch, workspace.size(), stream_of(problem.spec));
   if (status != ATTNJIT_OK) return failed("attnjit_run", status);
+  call.lender().fetch();
 
   RunResult result;
   if (!workspace.guards_intact()) result.error = "rule 3: wrote outside the workspace";
@@ -135,31 +161,76 @@ RunResult run_plan(attnjit_plan* plan, Problem& problem, Outputs outputs) {
 
 }  // namespace
 
+namespace {
+
+// --compile-only: the binaries of `problem` end up in the disk cache. The outcome is zeros.
+RunResult compile_only(Problem& problem, attnjit_context* context, Outputs outputs) {
+  CompileCounts& counts = compile_counts();
+  RunResult result;
+  const Case& spec = problem.spec;
+  const auto rows = static_cast<std::size_t>(spec.batch * spec.num_heads * spec.seqlen_q);
+  result.outcome.o.resize(rows * static_cast<std::size_t>(spec.head_dim_v));
+  if (outputs == Outputs::kAll) result.outcome.lse.resize(rows), result.outcome.row_max.resize(rows);
+  if (result.outcome.o.empty()) return result;  // no kernel
+
+  Call call(problem, Lender::Place::kNowhere);
+  OutputTensors out(spec);
+  out.give_to(&call, outputs);
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  options.arch = target().compile_only.c_str();
+  char* text = nullptr;
+  static std::mutex mutex;
+  const attnjit_status status = attnjit_explain(context, call.get(), &options, &text);
+  const std::string json = text != nullptr ? text : "";
+  attnjit_free(text);
+  const std::lock_guard lock(mutex);
+  ++counts.problems;
+  if (status != ATTNJIT_OK) {
+    ++counts.failed;
+    if (counts.failures.size() < 20) {
+      counts.failures.push_back(std::string(attnjit_last_error()) + "\n  --case '" + to_line(spec) + "'");
+    }
+  } else {
+    ++(json.find("\"origin\": \"compiled\"") != std::string::npos ? counts.compiled : counts.found);
+  }
+  return result;
+}
+
+// Prepares `problem` on buffers of its own, whose alignment is that of any later ones.
+attnjit_status prepare(attnjit_context* context, Problem& problem, Outputs outputs, PlanPtr* plan) {
+  Call call(problem, place_of(problem.spec));
+  OutputTensors out(problem.spec);
+  out.give_to(&call, outputs);
+  attnjit_plan* made = nullptr;
+  const attnjit_status status = attnjit_prepare(context, call.get(), &made);
+  plan->reset(made);
+  return status;
+}
+
+}  // namespace
+
 RunResult run(Problem& problem, attnjit_context* context, Outputs outputs) {
   if (context == nullptr) context = shared_context(problem.spec.threads);
   if (context == nullptr) return failed("attnjit_context_create", ATTNJIT_INTERNAL);
-  Call call(problem);
-  OutputTensors out(problem.spec);
-  out.give_to(call.get(), outputs);
-  attnjit_plan* made = nullptr;
-  const attnjit_status status = attnjit_prepare(context, call.get(), &made);
+  if (!target().compile_only.empty()) return compile_only(problem, context, outputs);
+  PlanPtr plan;
+  const attnjit_status status = prepare(context, problem, outputs, &plan);
   if (status != ATTNJIT_OK) return failed("attnjit_prepare", status);
-  const PlanPtr plan(made);
   return run_plan(plan.get(), problem, outputs);
 }
 
 std::vector<RunResult> run_with_one_plan(std::vector<Problem*> problems) {
   attnjit_context* const context = shared_context(problems.front()->spec.threads);
   if (context == nullptr) return {failed("attnjit_context_create", ATTNJIT_INTERNAL)};
-  Call call(*problems.front());
-  OutputTensors out(problems.front()->spec);
-  out.give_to(call.get(), Outputs::kAll);
-  attnjit_plan* made = nullptr;
-  const attnjit_status status = attnjit_prepare(context, call.get(), &made);
-  if (status != ATTNJIT_OK) return {failed("attnjit_prepare", status)};
-  const PlanPtr plan(made);
   std::vector<RunResult> results;
   results.reserve(problems.size());
+  if (!target().compile_only.empty()) {
+    for (Problem* const problem : problems) results.push_back(compile_only(*problem, context, Outputs::kAll));
+    return results;
+  }
+  PlanPtr plan;
+  const attnjit_status status = prepare(context, *problems.front(), Outputs::kAll, &plan);
+  if (status != ATTNJIT_OK) return {failed("attnjit_prepare", status)};
   for (Problem* const problem : problems) results.push_back(run_plan(plan.get(), *problem, Outputs::kAll));
   return results;
 }
@@ -174,7 +245,7 @@ RunResult run_reference(Problem& problem, const std::vector<RowIndex>& rows) {
   result.outcome.o.resize(rows.size() * static_cast<std::size_t>(problem.spec.head_dim_v));
   result.outcome.lse.resize(rows.size());
   result.outcome.row_max.resize(rows.size());
-  Call call(problem);
+  Call call(problem, Lender::Place::kHost);
   const attnjit_status status =
       attnjit_reference(context, call.get(), c_rows.data(), c_rows.size(), result.outcome.o.data(),
                         result.outcome.lse.data(), result.outcome.row_max.data());

@@ -185,7 +185,8 @@ TEST(NumericsJudgeCase, LineReadsBack) {
   const char* const line =
       "b=2 hq=4 hkv=2 sq=33 skv=129 d=64 dv=40 dtype=bfloat16 q=bshd k=padded v=broadcast_h o=packed inputs=large "
       "scale=0.125 score_mod=\"score + bias[h, q_idx]\" mask_mod=\"q_idx >= kv_idx\" "
-      "capture=bias:int8:4x33:padded:index capture=s:float32::packed:normal backend=math threads=1 rows=7 seed=99";
+      "capture=bias:int8:4x33:padded:index capture=s:float32::packed:normal device=cuda backend=math threads=1 rows=7 "
+      "seed=99";
   Case spec;
   std::string error;
   ASSERT_TRUE(parse_case(line, &spec, &error)) << error;
@@ -197,6 +198,7 @@ TEST(NumericsJudgeCase, LineReadsBack) {
     EXPECT_EQ(backend_of(spec.backend), backend);
   }
   EXPECT_FALSE(parse_case("backend=tpu", &spec, &error));
+  EXPECT_FALSE(parse_case("device=tpu", &spec, &error));
   EXPECT_FALSE(parse_case("score_mod=\"score", &spec, &error));
   EXPECT_FALSE(parse_case("capture=a:float64:2:packed:normal", &spec, &error));
 }

@@ -6,7 +6,9 @@
 #include <exception>
 #include <string>
 
+#include "bench/cuda.h"
 #include "tests/numerics/check.h"
+#include "tests/numerics/target.h"
 
 namespace {
 
@@ -24,9 +26,33 @@ int run_case(const std::string& line) {
   return check.accepted ? 0 : 1;
 }
 
+// After --compile-only: what was done, and a failure's cases.
+int report_compiles() {
+  const attnjit::numerics::CompileCounts& counts = attnjit::numerics::compile_counts();
+  for (const std::string& failure : counts.failures) std::fprintf(stderr, "%s\n", failure.c_str());
+  std::printf("%lld problems: %lld compiled, %lld found, %lld failed\n", static_cast<long long>(counts.problems),
+              static_cast<long long>(counts.compiled), static_cast<long long>(counts.found),
+              static_cast<long long>(counts.failed));
+  return counts.failed == 0 && counts.problems > 0 ? 0 : 1;
+}
+
 }  // namespace
 
+// Beside GoogleTest's options: --device, --backend and --compile-only (target.h), and --case. Exit status 77: the tests
+// want a GPU, and there is none.
 int main(int argc, char** argv) {
+  using attnjit::numerics::target;
+  if (const std::string wrong = attnjit::numerics::take_target(&argc, argv); !wrong.empty()) {
+    std::fprintf(stderr, "%s\n", wrong.c_str());
+    return 2;
+  }
+  const bool compile_only = !target().compile_only.empty();
+  if (target().on_gpu() && !compile_only) {
+    if (const std::string& why = attnjit::tool::Gpu::unavailable(); !why.empty()) {
+      std::printf("skipped: %s\n", why.c_str());
+      return 77;
+    }
+  }
   for (int i = 1; i + 1 < argc; ++i) {
     if (std::strcmp(argv[i], "--case") == 0) {
       try {
@@ -37,6 +63,16 @@ int main(int argc, char** argv) {
       }
     }
   }
+  // What the device has no part in is tested without it.
+  if (target().on_gpu()) {
+    GTEST_FLAG_SET(
+        filter, "*NumericsExpression*:*NumericsRandom*:*NumericsGenerated*:*NumericsRelation*:*NumericsEdge*-*Slow*");
+  }
   testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
+  if (!compile_only) return RUN_ALL_TESTS();
+  // Nothing is run, so nothing that a test expects holds.
+  auto& listeners = testing::UnitTest::GetInstance()->listeners();
+  delete listeners.Release(listeners.default_result_printer());
+  static_cast<void>(RUN_ALL_TESTS());
+  return report_compiles();
 }

@@ -70,12 +70,12 @@ Case shape_of(std::size_t number) {
 struct Row {
   const Expression* expression;
   std::size_t number;
-  const char* backend;
+  std::string backend;
 };
 
 std::vector<Row> every_expression() {
   std::vector<Row> rows;
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     std::size_t number = 0;
     for (const auto table : {registry_expressions(), other_expressions()}) {
       for (const Expression& expression : table) rows.push_back({&expression, number++, backend});
@@ -111,7 +111,7 @@ TEST_P(NumericsRandom, ShapesMeetTheRules) {
     Random random(seed ^ 0x65787072);
     const Expression& expression = random.between(0, 1) == 0 ? random.pick(registry) : random.pick(others);
     spec = with_expression(spec, expression.fields);
-    spec.backend = random.between(0, 3) == 0 ? "math" : "cpu";
+    spec.backend = target().pick(random.between(0, 3) == 0);
     const Check check = check_case(spec);
     EXPECT_TRUE(check.accepted) << check.message;
   }
@@ -131,7 +131,7 @@ TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
     spec.rows = 32;
     const int style = static_cast<int>(seed % 3);
     spec = with_generated_expression(spec, seed, style);
-    spec.backend = seed % 4 == 0 ? "math" : "cpu";
+    spec.backend = target().pick(seed % 4 == 0);
     const Check check = check_case(spec);
     EXPECT_TRUE(check.accepted) << check.message;
     // Moderate values without jumps: nothing may be left out.
@@ -146,6 +146,7 @@ INSTANTIATE_TEST_SUITE_P(Slow, NumericsGenerated, testing::Range(100, 300));
 
 // Every instruction set the machine has gives a result within the rules, on the shapes that fill and do not fill tiles.
 TEST(NumericsIsa, EveryInstructionSetMeetsTheRules) {
+  if (target().on_gpu()) GTEST_SKIP() << "of the CPU";
   for (const std::string& isa : host_isas()) {
     attnjit_context* const context = shared_context(2, isa);
     ASSERT_NE(context, nullptr) << isa << ": " << attnjit_last_error();

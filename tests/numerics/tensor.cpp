@@ -13,7 +13,6 @@
 namespace attnjit::numerics {
 namespace {
 
-constexpr std::size_t kGuardBytes = 256;
 constexpr std::size_t kAlignment = 64;
 constexpr std::byte kGuard{0xa5};
 constexpr std::byte kPoison{0xff};

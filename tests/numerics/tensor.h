@@ -21,6 +21,7 @@ double round_to(dsl::DType dtype, double x);
 // Bytes between two guards, all 0xff at first: a NaN in every float type, so that whatever is read unwritten shows.
 class Buffer {
  public:
+  static constexpr std::size_t kGuardBytes = 256;  // in front of the bytes and behind them, at least
   // `sparse`: address space without guards, whose pages exist once touched; zero at first.
   explicit Buffer(std::size_t bytes, bool sparse = false);
   ~Buffer();
@@ -69,6 +70,7 @@ class Tensor {
   bool guards_intact() const { return buffer_->guards_intact(); }
   // False where a guard, or a gap between elements, was written to.
   bool surroundings_intact() const;
+  Buffer& buffer() const { return *buffer_; }
   // A copy of all bytes, gaps included, to see whether an input was changed.
   std::vector<std::byte> snapshot() const;
 

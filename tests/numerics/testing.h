@@ -9,8 +9,6 @@
 
 namespace attnjit::numerics {
 
-inline constexpr const char* kBackends[] = {"cpu", "math"};
-
 inline Case parse(const std::string& line) {
   Case spec;
   std::string error;

@@ -53,7 +53,7 @@ constexpr Swap kSwaps[] = {
 class NumericsWrong : public testing::TestWithParam<Swap> {};
 
 TEST_P(NumericsWrong, IsRejected) {
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const dtype : {"float32", "bfloat16", "float16"}) {
       // Half-precision inputs hide what is smaller than their own rounding.
       const bool fine = std::string(GetParam().name) == "GeluOfTanhForm";
@@ -99,7 +99,7 @@ TEST(NumericsWrongOutput, IsRejected) {
       {"rows exchanged",
        [](Outcome* out) { std::swap_ranges(out->o.begin(), out->o.begin() + 64, out->o.begin() + 64); }},
   };
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const char* const dtype : {"float32", "bfloat16", "float16"}) {
       Problem problem = make(std::string("b=2 hq=2 sq=70 skv=90 d=64 rows=400 score_mod=\"causal\" dtype=") + dtype +
                              " backend=" + backend);
