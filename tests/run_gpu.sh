@@ -1,0 +1,196 @@
+#!/usr/bin/env bash
+# Runs the bundle of the target gpu_bundle on a machine with a GPU: run_gpu.sh BUNDLE_DIR OUT_DIR [PART...]
+# The parts, in this order, all without any named:
+#   info      the machine, the driver, where NVRTC and cuBLAS were found
+#   warm      compiles the binaries of the numerics suite into a cache (BUNDLE_DIR/cache, where it is there, is its start)
+#   tests     the tests of the public interface, and its Python face
+#   sm80      the numerics suite on the fused kernels
+#   math      the numerics suite on the eager kernels
+#   sanitize  compute-sanitizer, memcheck and racecheck, on a small set of both
+#   repeat    the same problems in several processes: the same bytes
+#   cache     16 processes on one cold cache; damaged cache entries
+#   times     compile times cold, from disk, warm; the host's time of a prepared call
+#   sweep     attnjit bench score-mod with all its defaults
+#   peers     attnjit beside PyTorch's attention
+# Each part has a time limit of its own, and all together end within RUN_GPU_MINUTES (9): a part that does not fit is cut
+# short or skipped, and says so. OUT_DIR gets summary.md, the reports, and logs.tar.gz with one log per part. Ends with a
+# table; its exit status is 0 where every part that ran passed.
+set -uo pipefail
+
+if [ $# -lt 2 ]; then
+  sed -n '2,/^set -uo/p' "$0" | sed '$d; s/^# \{0,1\}//'
+  exit 2
+fi
+bundle=$(cd "$1" && pwd) || exit 2
+mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
+shift 2
+all=(info warm tests sm80 math sanitize repeat cache times sweep peers)
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
+for part in "${parts[@]}"; do
+  case " ${all[*]} " in *" $part "*) ;; *) echo "run_gpu.sh: no part $part; there are ${all[*]}" >&2; exit 2 ;; esac
+done
+
+minutes=${RUN_GPU_MINUTES:-9}
+deadline=$((SECONDS + minutes * 60 - 10))  # to write the table and pack the logs
+logs=$out/logs
+mkdir -p "$logs"
+work=$(mktemp -d)
+finish() {
+  tar czf "$out/logs.tar.gz" -C "$out" logs && rm -rf "$logs"
+  rm -rf "$work"
+}
+trap finish EXIT
+
+cores=$(nproc)
+shards=$((cores < 12 ? cores : 12))  # each has a CUDA context of its own
+python=$(command -v python3 || true)
+
+# NVRTC and cuBLAS are the toolkit's or those of Python's packages; which come first for those that PyTorch loads.
+library_path=
+for folder in $([ -n "$python" ] && "$python" -c 'import glob, sysconfig
+for key in ("purelib", "platlib"):
+    print(*glob.glob(sysconfig.get_path(key) + "/nvidia/*/lib"), sep="\n")' | sort -u) \
+    /usr/local/cuda/lib64 /usr/local/cuda/targets/x86_64-linux/lib; do
+  if compgen -G "$folder/libnvrtc.so.*" >/dev/null || compgen -G "$folder/libcublas.so.*" >/dev/null; then
+    library_path+=${library_path:+:}$folder
+  fi
+done
+export LD_LIBRARY_PATH=$library_path${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export ATTNJIT_LIBRARY=$bundle/lib/libattnjit.so
+export PYTHONUNBUFFERED=1
+# The cache of the tests: their binaries were built beforehand. What measures compiling uses caches of its own.
+export ATTNJIT_CACHE_DIR=$work/cache
+mkdir -m 700 "$ATTNJIT_CACHE_DIR"
+[ -d "$bundle/cache" ] && cp -r "$bundle/cache/." "$ATTNJIT_CACHE_DIR"
+chmod -R go-rwx "$ATTNJIT_CACHE_DIR"
+PATH=$PATH:/usr/local/cuda/bin
+arch=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d '. ')
+[ "$arch" = sm_ ] && arch=sm_90
+
+# The numerics suite in several processes: numerics SECONDS NAME ARGUMENT...
+numerics() {
+  local limit=$1 name=$2 pids=() status=0 i code
+  shift 2
+  for ((i = 0; i < shards; i++)); do
+    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$i timeout --foreground "$limit" "$bundle/bin/attnjit_numerics" "$@" \
+      >"$logs/$name.$i.log" 2>&1 &
+    pids+=($!)
+  done
+  for i in "${!pids[@]}"; do
+    wait "${pids[$i]}"
+    code=$?
+    [ $code = 0 ] || { status=$code; echo "shard $i of $shards: exit status $code"; }
+  done
+  cat "$logs/$name".*.log | grep -E '^\[  (FAILED|SKIPPED) ' | sort -u | head -60
+  cat "$logs/$name".*.log | awk '/^\[==========\] .* ran\./ {ran += $2} /^\[  PASSED  \]/ {passed += $4}
+    END {printf "%d tests ran, %d passed\n", ran, passed}'
+  return $status
+}
+
+part_info() {
+  nvidia-smi
+  uname -a
+  ldd --version | head -1
+  echo "libraries: $LD_LIBRARY_PATH"
+  "$bundle/bin/attnjit" --version
+  "$bundle/bin/attnjit" explain causal --arch "$arch" --dtype bfloat16 --shape 2,16,1024,16,1024,128
+}
+
+part_warm() {
+  numerics "$1" warm --device cuda --compile-only "$arch"
+  du -sh "$ATTNJIT_CACHE_DIR"
+}
+
+part_tests() {
+  local status=0
+  "$bundle/bin/attnjit_api_test" --gtest_color=no || status=$?
+  "$python" "$bundle/python/ctypes_test.py" "$bundle/python" "$ATTNJIT_LIBRARY" || status=$?
+  return $status
+}
+
+part_sm80() { numerics "$1" sm80 --device cuda --backend sm80; }
+part_math() { numerics "$1" math --device cuda --backend math; }
+
+# Each instruction is instrumented: few and small problems. Not every machine lets it at the GPU.
+sanitizer_set='*NumericsEdge.OneOfEverything*:*NumericsEdge.NoKeys*:*NumericsEdge.EveryHeadDim*:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*'
+part_sanitize() {
+  local tool status=0 log
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 77; }
+  for tool in memcheck racecheck; do
+    log=$logs/sanitize.$tool.log
+    timeout --foreground $(($1 / 2)) compute-sanitizer --tool "$tool" --error-exitcode 99 \
+      "$bundle/bin/attnjit_numerics" --device cuda --gtest_filter="$sanitizer_set" >"$log" 2>&1
+    local code=$?
+    if grep -q "Device not supported" "$log"; then echo "$tool: this machine's GPU is out of its reach"; return 77; fi
+    [ $code = 0 ] || status=$code
+    echo "$tool: exit status $code"
+    grep -E "ERROR SUMMARY|RACECHECK SUMMARY|^\[  (PASSED|FAILED) " "$log" | head -20
+    grep -E -A12 "=========     (Invalid|Error)|========= (Invalid|Error)" "$log" | head -40
+  done
+  return $status
+}
+
+part_repeat() { "$python" "$bundle/python/repeat_runs.py" "$bundle/bin/attnjit"; }
+
+part_cache() {
+  ATTNJIT_CACHE_DIR=$work/cold "$python" "$bundle/python/binary_cache.py" "$ATTNJIT_LIBRARY" race damage
+}
+
+part_times() {
+  local status=0
+  ATTNJIT_CACHE_DIR=$work/times "$python" "$bundle/python/binary_cache.py" "$ATTNJIT_LIBRARY" times ||
+    status=$?
+  "$bundle/bin/attnjit_call_overhead" --benchmark_filter=cuda --benchmark_repetitions=3 \
+    --benchmark_report_aggregates_only=true || status=$?
+  return $status
+}
+
+part_sweep() {
+  ATTNJIT_CACHE_DIR=$work/sweep "$bundle/bin/attnjit" bench score-mod --device cuda \
+    --output "$out/sweep.md"
+  local status=$?
+  cat "$out/sweep.md"
+  return $status
+}
+
+part_peers() {
+  ATTNJIT_CACHE_DIR=$work/sweep "$python" "$bundle/python/peers.py" --output "$out/peers.jsonl" \
+    --time-limit $(($1 - 25)) --mods noop causal rel head_bias alibi
+}
+
+declare -A limit=([info]=30 [warm]=150 [tests]=60 [sm80]=120 [math]=120 [sanitize]=120 [repeat]=60 [cache]=90
+  [times]=60 [sweep]=180 [peers]=420)
+table=()
+failed=0
+for part in "${parts[@]}"; do
+  left=$((deadline - SECONDS))
+  allowed=$((left < limit[$part] ? left : limit[$part]))
+  if [ $allowed -lt 15 ]; then
+    table+=("| $part | not run: no time left | | |")
+    failed=1
+    continue
+  fi
+  echo "== $part (at most $allowed s)"
+  begin=$SECONDS
+  # In a process group of its own, which ends as a whole; a part that keeps the limit by itself can still say what it did.
+  export -f numerics "part_$part"
+  export bundle out logs work shards python arch sanitizer_set
+  timeout -k 5 $((allowed + 5)) bash -uo pipefail -c "part_$part $allowed" >"$logs/$part.log" 2>&1
+  code=$?
+  case $code in
+    0) verdict=passed ;;
+    77) verdict=skipped ;;
+    124 | 137) verdict="cut short" failed=1 ;;
+    *) verdict="FAILED ($code)" failed=1 ;;
+  esac
+  tail -n 25 "$logs/$part.log"
+  table+=("| $part | $verdict | $((SECONDS - begin)) s | $(grep -v '^ *$' "$logs/$part.log" | tail -1 | cut -c 1-100 | tr '|' '/') |")
+done
+
+{
+  echo "| part | result | time | last line |"
+  echo "|---|---|---|---|"
+  printf '%s\n' "${table[@]}"
+} | tee "$out/summary.md"
+exit $failed
