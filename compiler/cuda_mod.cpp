@@ -7,6 +7,7 @@
 #include <limits>
 #include <map>
 #include <numbers>
+#include <optional>
 #include <set>
 #include <tuple>
 #include <vector>
@@ -38,13 +39,21 @@ const char* type_name(CType type) {
 
 // Where a value is known, and so which hook computes it. What is known anywhere (literals, the parameters' strides and
 // extents) is written out at each use.
-enum class Level : std::uint8_t { kAnywhere, kBlock, kRow, kColumn, kElement };
-enum Dependence : unsigned { kOnBlock = 1, kOnQuery = 2, kOnKey = 4, kOnScore = 8 };
+enum class Level : std::uint8_t { kAnywhere, kBlock, kRow, kColumn, kDiagonal, kElement };
+enum Dependence : unsigned { kOnBlock = 1, kOnQuery = 2, kOnKey = 4, kOnDifference = 8, kOnScore = 16 };
 Level level_of(unsigned depends) {
-  if (depends & kOnScore || (depends & kOnQuery && depends & kOnKey)) return Level::kElement;
-  if (depends & kOnQuery) return Level::kRow;
-  if (depends & kOnKey) return Level::kColumn;
-  return depends & kOnBlock ? Level::kBlock : Level::kAnywhere;
+  switch (depends & ~kOnBlock) {
+    case 0:
+      return depends & kOnBlock ? Level::kBlock : Level::kAnywhere;
+    case kOnQuery:
+      return Level::kRow;
+    case kOnKey:
+      return Level::kColumn;
+    case kOnDifference:
+      return Level::kDiagonal;
+    default:
+      return Level::kElement;
+  }
 }
 
 // C++'s precedences, as far as they matter here; operands of & | ^ and shifts get parentheses in any case.
@@ -256,13 +265,60 @@ class Lowering {
 
   // ---- Integers
 
+  // query * q_idx + key * kv_idx + rest, exactly; `rest` -1 for nothing.
+  struct Linear {
+    int query = 0, key = 0;
+    NodeId rest = -1;
+  };
+
+  // As far as it helps to find differences of the two positions: coefficients of -1, 0 and 1.
+  std::optional<Linear> linear(NodeId id) {
+    if (id == q_idx_) return Linear{.query = 1};
+    if (id == kv_idx_) return Linear{.key = 1};
+    if (const auto found = linear_.find(id); found != linear_.end()) return found->second;
+    if ((g_[id].depends & (kOnQuery | kOnKey)) == 0 && g_[id].type == CType::kInt) return Linear{.rest = id};
+    return std::nullopt;
+  }
+  // a + sign * b, where at most one of them has a rest that would have to be added or negated.
+  std::optional<Linear> combined(NodeId a, int sign, NodeId b) {
+    const std::optional<Linear> x = linear(a), y = linear(b);
+    if (!x || !y || (x->rest >= 0 && y->rest >= 0)) return std::nullopt;
+    NodeId rest = x->rest;
+    if (y->rest >= 0) rest = sign > 0 ? y->rest : negated(y->rest);
+    if (y->rest >= 0 && rest < 0) return std::nullopt;
+    const Linear sum{.query = x->query + sign * y->query, .key = x->key + sign * y->key, .rest = rest};
+    if (std::abs(sum.query) > 1 || std::abs(sum.key) > 1) return std::nullopt;
+    return sum;
+  }
+  // A literal with the other sign, or -1.
+  NodeId negated(NodeId id) {
+    std::int64_t value = 0;
+    const llvm::StringRef text = g_[id].text;
+    if (g_[id].form != Form::kLeaf || text.getAsInteger(10, value)) return -1;
+    return integer(-value);
+  }
+  NodeId q_minus_kv() { return g_.leaf("q_minus_kv", CType::kInt, kOnDifference); }
+
+  static bool is_difference(const Linear& x) { return x.query != 0 && x.query + x.key == 0; }
+  // The difference of two positions fits 32 bits, and what is added to it gives a proven result.
+  NodeId by_difference(const Linear& x) {
+    if (x.rest < 0) return x.query > 0 ? q_minus_kv() : g_.unary("-", q_minus_kv(), CType::kInt);
+    return x.query > 0 ? g_.binary("+", q_minus_kv(), x.rest, CType::kInt, kSum)
+                       : g_.binary("-", x.rest, q_minus_kv(), CType::kInt, kSum);
+  }
+
   NodeId arithmetic(mlir::Operation& op, const char* symbol, const char* wrapping, Precedence precedence) {
     const NodeId a = arg(op, 0), b = arg(op, 1);
     // 32-bit operations are those proven not to overflow.
     if (!op.getResult(0).getType().isInteger(32)) return g_.call(wrapping, {a, b}, CType::kLong);
     if (llvm::isa<arith::SubIOp>(op) && mlir::matchPattern(op.getOperand(0), mlir::m_Zero()))
       return g_.unary("-", to(b, CType::kInt), CType::kInt);
-    return g_.binary(symbol, to(a, CType::kInt), to(b, CType::kInt), CType::kInt, precedence);
+    std::optional<Linear> sum;
+    if (precedence == kSum) sum = combined(a, llvm::isa<arith::SubIOp>(op) ? -1 : 1, b);
+    if (sum && is_difference(*sum)) return by_difference(*sum);
+    const NodeId result = g_.binary(symbol, to(a, CType::kInt), to(b, CType::kInt), CType::kInt, precedence);
+    if (sum) linear_.insert_or_assign(result, *sum);
+    return result;
   }
 
   NodeId extreme(mlir::Operation& op, const char* function) {
@@ -308,6 +364,22 @@ class Lowering {
     NodeId a = node(op.getLhs()), b = node(op.getRhs());
     const bool is_unsigned = p == P::ult || p == P::ule || p == P::ugt || p == P::uge;
     const bool is_bool = op.getLhs().getType().isInteger(1);
+    if (!is_bool && !is_unsigned) {
+      // a < b where a - b is a difference of positions and a rest: the rest goes to the other side.
+      const std::optional<Linear> x = linear(a), y = linear(b);
+      if (x && y && x->query + x->key == 1 && y->query + y->key == 1 && x->query * x->key == 0 &&
+          y->query * y->key == 0 && x->query != y->query && (x->rest < 0 || y->rest < 0)) {
+        const bool query_first = x->query == 1;
+        // query + r < key is q_minus_kv < -r; query < key + r is q_minus_kv < r.
+        const NodeId with_query = query_first ? x->rest : y->rest;
+        const NodeId with_key = query_first ? y->rest : x->rest;
+        const NodeId bound = with_key >= 0 ? with_key : with_query >= 0 ? negated(with_query) : integer(0);
+        if (bound >= 0) {
+          a = query_first ? q_minus_kv() : bound;
+          b = query_first ? bound : q_minus_kv();
+        }
+      }
+    }
     if (is_bool && !is_unsigned && p != P::eq && p != P::ne) return -1;
     if (!is_bool && is_unsigned) {
       const bool is_long = g_[a].type == CType::kLong || g_[b].type == CType::kLong;
@@ -505,9 +577,9 @@ class Lowering {
       case Role::H:
         return g_.leaf("h", CType::kInt, kOnBlock);
       case Role::Q:
-        return g_.leaf("q_idx", CType::kInt, kOnQuery);
+        return q_idx_ = g_.leaf("q_idx", CType::kInt, kOnQuery);
       case Role::Kv:
-        return g_.leaf("kv_idx", CType::kInt, kOnKey);
+        return kv_idx_ = g_.leaf("kv_idx", CType::kInt, kOnKey);
     }
     return -1;
   }
@@ -585,6 +657,8 @@ class Lowering {
   CudaAccuracy accuracy_;
   llvm::DenseMap<Value, NodeId> nodes_;
   llvm::DenseMap<Value, Reach> reach_;
+  NodeId q_idx_ = -1, kv_idx_ = -1;
+  std::map<NodeId, Linear> linear_;
 };
 
 // ---- From nodes to text
@@ -623,6 +697,9 @@ constexpr Hook kHooks[] = {
     {Level::kBlock, "Block", "block", "block(const CapturedView* captured, int b, int h)"},
     {Level::kRow, "Row", "row", "row(const CapturedView* captured, const Block& block, int q_idx)"},
     {Level::kColumn, "Column", "column", "column(const CapturedView* captured, const Block& block, int kv_idx)"},
+    {Level::kDiagonal, "Diagonal", "diagonal",
+     "diagonal(const CapturedView* captured, const Block& block,\n"
+     "                                                      int q_minus_kv)"},
 };
 
 class Printer {
@@ -738,6 +815,11 @@ class Printer {
           return node.text + expression(node.args[0], kUnary + 1);
         case Form::kBinary: {
           // Operands of operators whose precedence few remember stand in parentheses; a chain of one operator does not.
+          // A product that others add is rounded here: fused into their sums it would be computed in each of them.
+          if (node.text == "*" && node.type == CType::kFloat && p_.members_.contains(id)) {
+            const std::string a = expression(node.args[0], kChoice);
+            return "__fmul_rn(" + a + ", " + expression(node.args[1], kChoice) + ")";
+          }
           const Node& first = p_.g_[node.args[0]];
           const bool is_bits = node.precedence == kBits;
           const bool chain = is_bits && first.form == Form::kBinary && first.text == node.text;

@@ -20,6 +20,7 @@ template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 // As the instruction does it, which gives no 0 for NaN.
 inline long long __float2ll_rz(float x) {

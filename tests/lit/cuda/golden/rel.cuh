@@ -1,0 +1,16 @@
+struct Mod : ModDefaults {
+  static constexpr bool kIdentity = false;
+
+  struct Diagonal {
+    float x1;
+  };
+  static __device__ __forceinline__ Diagonal diagonal(const CapturedView* captured, const Block& block,
+                                                      int q_minus_kv) {
+    return {.x1 = __fmul_rn(static_cast<float>(q_minus_kv), 1.442695f)};
+  }
+
+  static __device__ __forceinline__ float score(const CapturedView* captured, float s, const Block& block,
+                                                const Row& row, const Column& column, const Diagonal& diagonal) {
+    return s + diagonal.x1;
+  }
+};
