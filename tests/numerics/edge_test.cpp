@@ -167,7 +167,7 @@ TEST(NumericsEdge, ScaleAtTheEndsOfFloat) {
       {"scale=-1e-30 score_mod=\"1e15 * tanh(score / 1e15)\" dtype=bfloat16", 1e15},
       {"scale=1e-30 score_mod=\"score + h\" dtype=bfloat16", 1e15},
   };
-  for (const char* const backend : kBackends) {
+  for (const std::string& backend : target().backends) {
     for (const auto& each : problems) {
       Problem problem = make(std::string("b=1 hq=2 hkv=1 sq=40 skv=70 d=16 ") + each.fields + " backend=" + backend);
       for (Tensor* const tensor : {&problem.q, &problem.k}) {
