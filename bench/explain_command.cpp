@@ -26,17 +26,23 @@ struct ExplainOptions {
   std::vector<std::string> captures, dumps;
 };
 
+std::string label(std::string key) {
+  std::ranges::replace(key, '_', ' ');
+  return key;
+}
+
 // A JSON value as a person reads it: strings bare, objects and arrays on one line.
 std::string value_text(const Json& value) {
   if (value.is_string()) return value.get<std::string>();
   if (value.is_boolean()) return value.get<bool>() ? "yes" : "no";
   if (value.is_number_float()) return fmt::format("{:.3f}", value.get<double>());
-  return value.dump();
-}
-
-std::string label(std::string key) {
-  std::ranges::replace(key, '_', ' ');
-  return key;
+  if (value.empty()) return "none";
+  if (!value.is_object()) return value.dump();
+  std::string text;
+  for (const auto& [key, part] : value.items()) {
+    text += fmt::format("{}{} {}", text.empty() ? "" : ", ", label(key), value_text(part));
+  }
+  return text;
 }
 
 void append_object(std::string& text, const Json& object, const std::string& indent) {

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "runtime/cpu_backend.h"
+#include "runtime/cuda_math_backend.h"
 #include "runtime/math_backend.h"
 #include "runtime/sm80_backend.h"
 
@@ -81,9 +82,7 @@ Result<ReadyBackend> prepare_cpu(const Request& request) {
 }
 
 Result<ReadyBackend> prepare_math(const Request& request) {
-  if (request.call.signature.device != kCpu) {
-    return Failure{ATTNJIT_UNSUPPORTED, "it does not run on CUDA devices yet"};
-  }
+  if (request.call.signature.device != kCpu) return prepare_cuda_math(request);
   ReadyBackend ready;
   if (no_keys(request.call.signature)) {
     ready.forward.run = [](const ForwardCall& call, void*, CudaStream) {
@@ -161,14 +160,16 @@ std::string_view score_class_name(compiler::ScoreClass score_class) {
 
 }  // namespace
 
-Result<attnjit_backend> choose_backend(const Context& context, const Signature& signature) {
+Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, const Signature& signature) {
+  std::vector<attnjit_backend> permitted;
   Reasons reasons;
   for (const Backend& backend : kBackends) {
     const std::string reason = why_not(backend, context, signature);
-    if (reason.empty()) return backend.id;
+    if (reason.empty()) permitted.push_back(backend.id);
     reasons.add(backend.id, reason);
   }
-  return reasons.failure(signature);
+  if (permitted.empty()) return reasons.failure(signature);
+  return permitted;
 }
 
 Result<ReadyBackend> prepare_backend(const Request& request) {
@@ -273,6 +274,7 @@ Json binary_json(const FoundBinary& found, std::string_view entry) {
     json["stack_bytes"] = resources.stack_bytes;
   }
   json["warnings"] = found.binary->warnings;
+  json["phases_ms"] = phases_json(found.phases);
   return json;
 }
 

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "compiler/compiler.h"
 #include "runtime/context.h"
@@ -48,8 +49,8 @@ struct ReadyBackend {
 // ATTNJIT_UNSUPPORTED with each backend and its reason where there is none.
 Result<ReadyBackend> prepare_backend(const Request& request);
 
-// Which one AUTO would take where nothing has to be compiled to know; and why not, for those that cannot.
-Result<attnjit_backend> choose_backend(const Context& context, const Signature& signature);
+// Those that prepare_backend would try, best first; ATTNJIT_UNSUPPORTED where there are none.
+Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, const Signature& signature);
 
 // Runs the compiler's CPU end for `request`. `collect` receives every text in between, beside the files.
 using CollectText = std::function<void(std::string_view kind, std::string_view text)>;
@@ -69,7 +70,7 @@ std::string hash_text(const compiler::ModFacts& facts);
 Json facts_json(const compiler::ModFacts& facts);
 Json phases_json(const compiler::PhaseTimes& phases);
 Json host_json(const Context& context);
-// What is known of one kernel of a binary: entry, key, where it was found, registers, spills, warnings.
+// What is known of one kernel of a binary: entry, key, where it was found, registers, spills, warnings, times.
 Json binary_json(const FoundBinary& found, std::string_view entry);
 
 }  // namespace attnjit::runtime

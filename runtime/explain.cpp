@@ -13,6 +13,7 @@
 #include "compiler/compiler.h"
 #include "dsl/printer.h"
 #include "runtime/backends.h"
+#include "runtime/cuda_math_backend.h"
 #include "runtime/plan.h"
 #include "runtime/sm80_backend.h"
 
@@ -48,18 +49,47 @@ Check compile_for_cpu(const Request& request, const CollectText& collect, Findin
   return {};
 }
 
-Check compile_for_cuda(const Request& request, compiler::CudaArch arch, std::size_t shared_memory,
-                       const CollectText& collect, Findings* findings) {
+// The kernels of every backend of `backends`; those that do not serve the call are listed with their reasons.
+Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend>& backends, compiler::CudaArch arch,
+                       std::size_t shared_memory, const CollectText& collect, Findings* findings) {
   findings->kernels = Json::array();
-  Result<Sm80Binary> binary = build_sm80(request, arch, shared_memory, collect);
-  if (!binary) return binary.failure();
-  Json kernel = {{"backend", attnjit_backend_name(ATTNJIT_BACKEND_SM80)}};
-  kernel.update(kernel_json(*binary));
-  kernel["phases_ms"] = phases_json(binary->phases);
-  findings->kernels.push_back(std::move(kernel));
-  findings->facts = std::move(binary->facts);
-  findings->phases = std::move(binary->phases);
-  return {};
+  const auto found = [&](attnjit_backend backend, const Json& kernels, const auto& binary) {
+    // At the top stands what the best backend says; each kernel has its own times.
+    if (findings->kernels.empty()) {
+      findings->facts = binary.facts;
+      findings->phases = binary.phases;
+    }
+    for (const Json& kernel : kernels) {
+      Json row = {{"backend", attnjit_backend_name(backend)}};
+      row.update(kernel);
+      findings->kernels.push_back(std::move(row));
+    }
+  };
+  std::string reasons;
+  for (const attnjit_backend backend : backends) {
+    Check failure;
+    if (backend == ATTNJIT_BACKEND_SM80) {
+      Result<Sm80Binary> binary = build_sm80(request, arch, shared_memory, collect);
+      if (binary) {
+        found(backend, Json::array({kernel_json(*binary)}), *binary);
+      } else {
+        failure = binary.failure();
+      }
+    } else {
+      Result<CudaMathBinaries> binaries = build_cuda_math(request, arch, collect);
+      if (binaries) {
+        found(backend, kernels_json(*binaries, request.call.signature.seqlen_kv), *binaries);
+      } else {
+        failure = binaries.failure();
+      }
+    }
+    if (failure && failure->status != ATTNJIT_UNSUPPORTED) return failure;
+    if (failure) reasons += fmt::format("; {}: {}", attnjit_backend_name(backend), failure->message);
+  }
+  if (!findings->kernels.empty()) return {};
+  return Failure{ATTNJIT_UNSUPPORTED,
+                 fmt::format("no permitted backend serves {} on {}{}", shape_text(request.call.signature),
+                             compiler::cuda_arch_name(arch), reasons)};
 }
 
 Json captures_json(const CheckedCall& call) {
@@ -105,8 +135,8 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
   if (!parsed) return parsed.failure();
   Result<Mods> bound = bind_mods(*parsed, attention->score_mod, attention->mask_mod, *snapshot.registry, call);
   if (!bound) return bound.failure();
-  Result<attnjit_backend> backend = choose_backend(context, call.signature);
-  if (!backend) return backend.failure();
+  Result<std::vector<attnjit_backend>> backends = permitted_backends(context, call.signature);
+  if (!backends) return backends.failure();
 
   const std::string key = make_key(call, *attention, snapshot.generation);
   const DumpFiles files(context, key, dump_header(context, call, *attention));
@@ -115,28 +145,27 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
   CollectText collect;
   if (dump) {
     collect = [&](std::string_view kind, std::string_view text) {
-      if (kind != "cubin") findings.dumps[std::string(kind)] = text;
+      if (kind == "cubin") return;
+      // The expression is the same for every backend; the code is not.
+      Json& dumped = findings.dumps[std::string(kind)];
+      dumped =
+          kind == "mlir" || dumped.is_null() ? std::string(text) : dumped.get<std::string>() + '\n' + std::string(text);
     };
   }
   Check failure;
   if (arch) {
-    failure = compile_for_cuda(request, *arch, max_shared_memory(arch->number), collect, &findings);
+    failure = compile_for_cuda(request, *backends, *arch, max_shared_memory(arch->number), collect, &findings);
   } else if (call.signature.device == kCpu) {
     failure = compile_for_cpu(request, collect, &findings);
   } else {
     Result<std::shared_ptr<CudaDevice>> device = context.cuda_device(call.signature.device);
     if (!device) return device.failure();
     arch = {.number = (*device)->arch(), .specific = false};
-    failure = compile_for_cuda(
-        request, *arch, std::min(max_shared_memory(arch->number), (*device)->max_shared_memory()), collect, &findings);
+    failure =
+        compile_for_cuda(request, *backends, *arch,
+                         std::min(max_shared_memory(arch->number), (*device)->max_shared_memory()), collect, &findings);
   }
-  if (failure) {
-    if (failure->status == ATTNJIT_UNSUPPORTED) {
-      failure->message = fmt::format("{} does not serve {}: {}", attnjit_backend_name(*backend),
-                                     shape_text(call.signature), failure->message);
-    }
-    return *failure;
-  }
+  if (failure) return *failure;
 
   const std::optional<dsl::Expr>& mask = parsed->mask_mod;
   const std::optional<dsl::Expr>& bound_mask = bound->mask_mod;
@@ -144,9 +173,10 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
                {"mask_mod", mask && bound_mask ? expression_json(*mask, *bound_mask) : Json()},
                {"captures", captures_json(call)},
                {"problem", shape_text(call.signature)},
-               {"backend", attnjit_backend_name(*backend)}};
+               {"backend", attnjit_backend_name(backends->front())}};
   if (arch) {
     json["arch"] = compiler::cuda_arch_name(*arch);
+    json["backend"] = findings.kernels[0]["backend"];
     json["kernels"] = std::move(findings.kernels);
   } else {
     json["host"] = host_json(context);

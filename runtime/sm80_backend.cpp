@@ -201,6 +201,7 @@ Json kernel_json(const Sm80Binary& binary) {
   json["stages"] = c.stages;
   json["load_bytes"] = c.load_bytes;
   json["store_bytes"] = c.store_bytes;
+  json["phases_ms"] = phases_json(binary.phases);
   return json;
 }
 

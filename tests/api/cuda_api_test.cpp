@@ -357,6 +357,9 @@ TEST_F(CudaApi, ExplainNeedsNoDevice) {
   ASSERT_FALSE(json.is_null()) << attnjit_last_error();
   EXPECT_EQ(json["arch"], "sm_86");
   EXPECT_EQ(json["backend"], "sm80");
+  // Of the eager path too: whatever may be asked for is there.
+  EXPECT_EQ(json["kernels"].size(), 5u);
+  EXPECT_EQ(json["kernels"][1]["backend"], "math");
   EXPECT_EQ(json["facts"]["has_mask"], true);
   const Json& kernel = json["kernels"][0];
   EXPECT_EQ(kernel["entry"], "attnjit_forward");
@@ -380,6 +383,7 @@ TEST_F(CudaApi, ExplainNeedsNoDevice) {
   EXPECT_THAT(dumped["cuda"].get<std::string>(), HasSubstr("attnjit_forward"));
   EXPECT_THAT(dumped["ptx"].get<std::string>(), HasSubstr(".target sm_86"));
   options.arch = "sm_75";
+  p.attention.backend = ATTNJIT_BACKEND_SM80;
   EXPECT_EQ(attnjit_explain(context_.get(), &p.attention, &options, &text), ATTNJIT_UNSUPPORTED);
   EXPECT_THAT(attnjit_last_error(), HasSubstr("it needs compute capability 8.0 or later, and not sm_75"));
 }
