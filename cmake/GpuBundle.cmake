@@ -1,7 +1,8 @@
 # The target gpu_bundle: library, tool, tests and benchmarks as one folder and one archive below the build folder, to be
 # carried to a machine with a GPU. It runs on any x86-64 Linux with glibc from 2.36, a CUDA driver, libnvrtc and
 # libcublas; tests/run_gpu.sh is the way in.
-set(ATTNJIT_BUNDLE_PROGRAMS attnjit_tool attnjit_numerics attnjit_api_test attnjit_call_overhead)
+set(ATTNJIT_BUNDLE_PROGRAMS attnjit_tool attnjit_numerics attnjit_gpu_test attnjit_api_test
+  attnjit_call_overhead)
 set(bundle COMPONENT gpu_bundle EXCLUDE_FROM_ALL)
 
 install(TARGETS attnjit LIBRARY DESTINATION lib ${bundle})
@@ -23,10 +24,19 @@ install(FILES bench/attnjit_ctypes.py tests/gpu/binary_cache.py tests/gpu/repeat
   DESTINATION python ${bundle})
 
 set(folder ${PROJECT_BINARY_DIR}/gpu_bundle/attnjit-gpu)
+set(cache ${PROJECT_BINARY_DIR}/gpu_cache)
+set(ATTNJIT_GPU_CACHE_ARCH "sm_90" CACHE STRING "Architecture whose binaries the target gpu_cache builds")
+# What the numerics suite runs on that architecture, compiled beforehand; a bundle made afterwards takes it along.
+add_custom_target(gpu_cache
+  COMMAND ${PROJECT_SOURCE_DIR}/tests/warm_cache.sh $<TARGET_FILE:attnjit_numerics> ${ATTNJIT_GPU_CACHE_ARCH} ${cache}
+  DEPENDS attnjit_numerics
+  USES_TERMINAL
+  VERBATIM)
 add_custom_target(gpu_bundle
   COMMAND ${CMAKE_COMMAND} -E rm -rf ${folder}
   COMMAND ${CMAKE_COMMAND} --install ${PROJECT_BINARY_DIR} --component gpu_bundle --strip --prefix ${folder}
-  COMMAND ${CMAKE_COMMAND} -E chdir ${folder}/.. ${CMAKE_COMMAND} -E tar cJf attnjit-gpu.tar.xz attnjit-gpu
+  COMMAND sh -c "test ! -d '${cache}' || cp -r '${cache}' '${folder}/cache'"
+  COMMAND ${CMAKE_COMMAND} -E chdir ${folder}/.. ${CMAKE_COMMAND} -E env XZ_OPT=-T0 tar cJf attnjit-gpu.tar.xz attnjit-gpu
   DEPENDS attnjit ${ATTNJIT_BUNDLE_PROGRAMS}
   COMMENT "Collecting the GPU bundle"
   VERBATIM)

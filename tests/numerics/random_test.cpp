@@ -117,7 +117,8 @@ TEST_P(NumericsRandom, ShapesMeetTheRules) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Seeds, NumericsRandom, testing::Range(0, 24));
+// Each problem of a GPU costs half a second of compiling, where no cache has its binary.
+INSTANTIATE_TEST_SUITE_P(Seeds, NumericsRandom, testing::Range(0, target().on_gpu() ? 12 : 24));
 INSTANTIATE_TEST_SUITE_P(Slow, NumericsRandom, testing::Range(100, 200));
 
 class NumericsGenerated : public testing::TestWithParam<int> {};
@@ -141,7 +142,7 @@ TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Seeds, NumericsGenerated, testing::Range(0, 30));
+INSTANTIATE_TEST_SUITE_P(Seeds, NumericsGenerated, testing::Range(0, target().on_gpu() ? 12 : 30));
 INSTANTIATE_TEST_SUITE_P(Slow, NumericsGenerated, testing::Range(100, 300));
 
 // Every instruction set the machine has gives a result within the rules, on the shapes that fill and do not fill tiles.
