@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -47,7 +46,7 @@ class Reader {
   template <typename Number>
   void number(Number& value) {
     if (!has(sizeof(value))) return;
-    std::memcpy(&value, rest_.data(), sizeof(value));
+    rest_.copy(reinterpret_cast<char*>(&value), sizeof(value));
     rest_.remove_prefix(sizeof(value));
   }
   void text(std::string& text) {

@@ -24,7 +24,7 @@ namespace {
 namespace fs = std::filesystem;
 using compiler::CudaBinary;
 
-const std::string kKey = "00112233445566778899aabbccddeeff";
+constexpr const char* kKey = "00112233445566778899aabbccddeeff";
 constexpr std::uint64_t kPlenty = std::uint64_t{1} << 30;
 
 CudaBinary sample(const std::string& text = "bytes") {
@@ -54,7 +54,7 @@ class BinaryCacheTest : public testing::Test {
 
   fs::path directory() const { return root_ / "cache"; }
   DiskCache disk() const { return {directory(), kPlenty}; }
-  fs::path entry() const { return directory() / (kKey + ".attnjit"); }
+  fs::path entry() const { return directory() / (std::string(kKey) + ".attnjit"); }
 
   // One compile, counted across processes by the file's length.
   BinaryCache::Compile counting(const std::string& text = "bytes", int milliseconds = 0) const {
@@ -103,10 +103,9 @@ std::vector<std::string> names(const compiler::PhaseTimes& phases) {
 
 TEST(BinaryCacheBytes, ThereAndBack) {
   for (const CudaBinary& binary : {sample(), CudaBinary{}, sample(std::string(100000, '\xff'))}) {
-    std::optional<StoredBinary> stored = binary_from_bytes(bytes_of(binary));
-    ASSERT_TRUE(stored);
-    EXPECT_EQ(stored->about, "about");
-    const CudaBinary* back = &stored->binary;
+    const StoredBinary stored = binary_from_bytes(bytes_of(binary)).value_or(StoredBinary{});
+    EXPECT_EQ(stored.about, "about");
+    const CudaBinary* back = &stored.binary;
     EXPECT_EQ(back->cubin, binary.cubin);
     EXPECT_EQ(back->warnings, binary.warnings);
     ASSERT_EQ(back->resources.size(), binary.resources.size());
@@ -239,6 +238,7 @@ TEST_F(BinaryCacheTest, OneCompileForManyThreads) {
   std::atomic<int> compiled = 0, wrong = 0;
   std::latch start(kThreads);
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&] {
       start.arrive_and_wait();
@@ -257,6 +257,7 @@ TEST_F(BinaryCacheTest, OneCompileForManyThreads) {
 TEST_F(BinaryCacheTest, OneCompileForManyCachesOfOneProcess) {
   std::atomic<int> wrong = 0;
   std::vector<std::thread> threads;
+  threads.reserve(8);
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([&] {
       const auto found = BinaryCache(disk(), logger_).find(kKey, "about", counting("bytes", 30));
@@ -270,7 +271,7 @@ TEST_F(BinaryCacheTest, OneCompileForManyCachesOfOneProcess) {
 
 TEST_F(BinaryCacheTest, OneCompilePerKeyForManyProcesses) {
   constexpr int kProcesses = 16, kKeys = 5;
-  const auto key = [](int which) { return kKey + std::to_string(which); };
+  const auto key = [](int which) { return std::string(kKey) + std::to_string(which); };
   EXPECT_EQ(in_processes(kProcesses,
                          [&](int process) {
                            BinaryCache cache(disk(), logger_);

@@ -29,7 +29,7 @@ namespace fs = std::filesystem;
 using State = DiskCache::KeyLock::State;
 
 constexpr std::uint64_t kPlenty = std::uint64_t{1} << 30;
-const std::string kKey = "0123456789abcdef0123456789abcdef";
+constexpr const char* kKey = "0123456789abcdef0123456789abcdef";
 
 class DiskCacheTest : public testing::Test {
  protected:
@@ -107,7 +107,7 @@ TEST_F(DiskCacheTest, PutAndGet) {
   EXPECT_EQ(a.get("00"), std::nullopt);
   EXPECT_EQ(fs::status(directory()).permissions(), fs::perms::owner_all);
   EXPECT_EQ(fs::status(entry()).permissions(), fs::perms::owner_read | fs::perms::owner_write);
-  EXPECT_EQ(names(), (std::set<std::string>{kKey + ".attnjit"})) << "something was left behind";
+  EXPECT_EQ(names(), (std::set<std::string>{std::string(kKey) + ".attnjit"})) << "something was left behind";
 }
 
 TEST_F(DiskCacheTest, MakesMissingParentsForTheUserAlone) {
@@ -163,7 +163,7 @@ TEST_F(DiskCacheTest, EveryFlippedByteAndEveryCutIsAMiss) {
   const DiskCache a = cache();
   ASSERT_TRUE(a.put(kKey, sample(300)));
   const std::string good = read(entry());
-  ASSERT_EQ(good.size(), 40 + kKey.size() + 300);
+  ASSERT_EQ(good.size(), 40 + std::string(kKey).size() + 300);
   for (std::size_t i = 0; i < good.size(); ++i) {
     for (const int bits : {0x01, 0x80, 0xff}) {
       overwrite(i, good[i] ^ bits);
@@ -252,7 +252,7 @@ TEST_F(DiskCacheTest, WhatIsNoFileIsAMiss) {
   EXPECT_FALSE(a.put(kKey, "payload"));
   EXPECT_TRUE(a.list(true).empty());
   EXPECT_EQ(a.clear(), 0u);
-  EXPECT_EQ(names(), (std::set<std::string>{kKey + ".attnjit"}));
+  EXPECT_EQ(names(), (std::set<std::string>{std::string(kKey) + ".attnjit"}));
 }
 
 TEST_F(DiskCacheTest, AnEntryThatOthersMayWriteIsAMiss) {
@@ -306,7 +306,7 @@ TEST_F(DiskCacheTest, ALinkToADirectoryIsJudgedByWhereItLeads) {
   fs::create_directory_symlink(target, directory());
   ASSERT_EQ(::chmod(target.c_str(), 0700), 0);
   EXPECT_TRUE(cache().put(kKey, "payload"));
-  EXPECT_TRUE(fs::exists(target / (kKey + ".attnjit")));
+  EXPECT_TRUE(fs::exists(target / (std::string(kKey) + ".attnjit")));
   ASSERT_EQ(::chmod(target.c_str(), 0777), 0);
   EXPECT_FALSE(cache().enabled());
   EXPECT_NE(cache().reason().find("others may write"), std::string::npos) << cache().reason();
@@ -343,7 +343,7 @@ TEST_F(DiskCacheTest, SomebodyElsesDirectoryIsRefused) {
   // An entry of somebody else in our directory.
   const DiskCache mine(root_ / "mine", kPlenty);
   ASSERT_TRUE(mine.put(kKey, "payload"));
-  ASSERT_EQ(::chown((root_ / "mine" / (kKey + ".attnjit")).c_str(), kStranger, kStranger), 0);
+  ASSERT_EQ(::chown((root_ / "mine" / (std::string(kKey) + ".attnjit")).c_str(), kStranger, kStranger), 0);
   EXPECT_EQ(mine.get(kKey), std::nullopt);
 }
 
@@ -494,7 +494,7 @@ TEST_F(DiskCacheTest, FilesOfDeadWritersAreSwept) {
   set_age(directory() / "tmp-old", std::chrono::hours(1));
   set_age(directory() / "notes.txt", std::chrono::hours(1000));
   ASSERT_TRUE(a.put("aa", "payload"));
-  EXPECT_EQ(names(), (std::set<std::string>{kKey + ".attnjit", "aa.attnjit", "notes.txt", "tmp-new"}));
+  EXPECT_EQ(names(), (std::set<std::string>{std::string(kKey) + ".attnjit", "aa.attnjit", "notes.txt", "tmp-new"}));
   EXPECT_EQ(a.clear(), 2u);
   EXPECT_EQ(names(), (std::set<std::string>{"notes.txt"}));
   EXPECT_EQ(a.get(kKey), std::nullopt);
@@ -573,12 +573,13 @@ TEST_F(DiskCacheTest, ManyProcessesOneKey) {
     ::waitpid(child, &status, 0);
     EXPECT_EQ(status, 0);
   }
-  EXPECT_EQ(names(), (std::set<std::string>{kKey + ".attnjit"}));
+  EXPECT_EQ(names(), (std::set<std::string>{std::string(kKey) + ".attnjit"}));
 }
 
 TEST_F(DiskCacheTest, EntriesThatVanishAreMisses) {
   // Writers beyond the limit, readers, listers and clearers at once.
   std::vector<std::thread> threads;
+  threads.reserve(8);
   std::vector<int> wrong(8, 0);
   for (unsigned i = 0; i < 8; ++i) {
     threads.emplace_back([&, i] {
