@@ -2,7 +2,7 @@
 # Builds everything and runs every test: tests/run.sh [PRESET] [CTEST ARGUMENT...]
 # Without a preset: the format of all sources, ThreadSanitizer on the runtime's concurrent parts, the fuzzer for a
 # minute, then all tests of the dev build. With one (dev, release, gcc, asan): the tests of that build. Labels: unit,
-# lit, numerics, gpu (skipped without one), fuzz, slow.
+# lit, compile, numerics, gpu (skipped without one), fuzz, slow.
 # tests/run.sh tidy [FILE...]: clang-tidy on these sources, or on all. Apart, because all take a core 8 s a file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
