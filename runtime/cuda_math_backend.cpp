@@ -107,25 +107,23 @@ bool is_packed(const TensorView& tensor) {
 
 // A product per (batch, kv head, query head of its group), in as few calls as the strides allow.
 struct Products {
-  Cublas::Product first;  // of all that one call computes, at the start of what is walked below
-  int rank = 0;           // of what calls are made for
-  std::int64_t extent[3] = {};
-  std::int64_t step[3][3] = {};  // of a, b and c along each dimension
+  Cublas::Product first;               // of all that one call computes
+  std::int64_t extent[3] = {1, 1, 1};  // what calls are made for
+  std::int64_t step[3][3] = {};        // of a, b and c along each
 
-  std::int64_t calls() const {
-    std::int64_t count = 1;
-    for (int d = 0; d < rank; ++d) count *= extent[d];
-    return count;
-  }
+  std::int64_t calls() const { return extent[0] * extent[1] * extent[2]; }
 
   Check run(Cublas::Queue& queue) const {
     for (std::int64_t call = 0, count = calls(); call < count; ++call) {
       Cublas::Product product = first;
       Cublas::Matrix* const matrices[] = {&product.a, &product.b, &product.c};
-      for (std::int64_t d = rank - 1, rest = call; d >= 0; rest /= extent[d], --d) {
+      std::int64_t rest = call;
+      for (int d = 2; d >= 0; --d) {
+        const std::int64_t index = rest % extent[d];
+        rest /= extent[d];
         for (int i = 0; i < 3; ++i) {
-          matrices[i]->data = static_cast<char*>(matrices[i]->data) +
-                              rest % extent[d] * step[i][d] * dsl::dtype_size(matrices[i]->dtype);
+          matrices[i]->data =
+              static_cast<char*>(matrices[i]->data) + index * step[i][d] * dsl::dtype_size(matrices[i]->dtype);
         }
       }
       if (Check failure = queue.add(product)) return failure;
@@ -150,41 +148,35 @@ Products arrange(bool transpose_b, float alpha, std::int64_t m, std::int64_t n, 
   }
 
   const Operand* const operands[] = {&a, &b, &c};
-  Products products;
   const std::int64_t extents[] = {batch, heads_kv, group};
+  Products products;
+  int last = 0;  // the dimension that the next one may go on with
   for (int d = 0; d < 3; ++d) {
     if (extents[d] == 1) continue;
     // The dimension before goes on where this one ends: for all three, they are one.
-    bool merges = products.rank > 0;
-    for (int i = 0; merges && i < 3; ++i) {
-      merges = products.step[i][products.rank - 1] == operands[i]->step[d] * extents[d];
-    }
-    if (!merges) products.extent[products.rank++] = 1;
-    products.extent[products.rank - 1] *= extents[d];
-    for (int i = 0; i < 3; ++i) products.step[i][products.rank - 1] = operands[i]->step[d];
+    bool merges = true;
+    for (int i = 0; i < 3; ++i) merges = merges && products.step[i][last] == operands[i]->step[d] * extents[d];
+    if (products.extent[last] == 1 || !merges) last = d;
+    products.extent[last] *= extents[d];
+    for (int i = 0; i < 3; ++i) products.step[i][last] = operands[i]->step[d];
   }
 
-  // One call goes over the longest dimension.
-  const auto matrix = [](const Operand& x) {
-    return Cublas::Matrix{.data = x.data, .dtype = x.dtype, .stride = x.stride};
+  // One call goes over the longest of what is left.
+  const auto longest = std::max_element(products.extent, products.extent + 3) - products.extent;
+  const auto matrix = [&](int i) {
+    const Operand& x = *operands[i];
+    return Cublas::Matrix{
+        .data = x.data, .dtype = x.dtype, .stride = x.stride, .batch_stride = products.step[i][longest]};
   };
   products.first = {.transpose_b = transpose_b,
                     .m = m,
                     .n = n,
                     .k = k,
+                    .batch = std::exchange(products.extent[longest], 1),
                     .alpha = alpha,
-                    .a = matrix(a),
-                    .b = matrix(b),
-                    .c = matrix(c)};
-  if (products.rank == 0) return products;
-  const int last = --products.rank;
-  const int longest = static_cast<int>(std::max_element(products.extent, products.extent + last + 1) - products.extent);
-  std::swap(products.extent[longest], products.extent[last]);
-  for (auto& step : products.step) std::swap(step[longest], step[last]);
-  products.first.batch = products.extent[last];
-  products.first.a.batch_stride = products.step[0][last];
-  products.first.b.batch_stride = products.step[1][last];
-  products.first.c.batch_stride = products.step[2][last];
+                    .a = matrix(0),
+                    .b = matrix(1),
+                    .c = matrix(2)};
   return products;
 }
 

@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <vector>
 
+// CUDA's own names.
+// NOLINTBEGIN(readability-identifier-naming,bugprone-reserved-identifier)
 namespace attnjit::emulation {
 
 struct Dim {
@@ -160,3 +162,4 @@ inline float max_number(float a, float b) { return std::fmax(a, b); }
 #define __grid_constant__
 #define __shared__ static
 #define ATTNJIT_EMULATED
+// NOLINTEND(readability-identifier-naming,bugprone-reserved-identifier)

@@ -41,6 +41,7 @@ bool known_type(int type) { return type == kReal32F || type == kReal16F || type 
 
 }  // namespace
 
+// NOLINTBEGIN(readability-identifier-naming): the names of the original
 #define FAKE extern "C" __attribute__((visibility("default")))
 
 FAKE FakeCublas* attnjit_fake_cublas() { return &state; }
@@ -126,3 +127,4 @@ FAKE int cublasGemmStridedBatchedEx(void* handle, int transpose_a, int transpose
   }
   return 0;
 }
+// NOLINTEND(readability-identifier-naming)
