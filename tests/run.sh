@@ -44,4 +44,7 @@ if [ "$preset" = all ]; then
   preset=dev
 fi
 build "$preset"
+# Where no toolkit is installed: the one that configuring unpacked.
+nvrtc=$PWD/build/$preset/nvrtc/nvidia/cu13/lib/libnvrtc.so.13
+if [ -z "${ATTNJIT_NVRTC:-}" ] && [ -e "$nvrtc" ]; then export ATTNJIT_NVRTC=$nvrtc; fi
 exec ctest --preset "$preset" -j "$jobs" -LE slow "$@"
