@@ -55,7 +55,7 @@ std::string check_text(const Json& entry) {
 }
 
 std::string list_text(const Json& json, bool verify) {
-  std::vector<std::string> columns = {"key", "size", "last used", "made for"};
+  std::vector<std::string> columns = {"key", "size", "last used", "first made for"};
   std::vector<bool> right = {false, true, false, false};
   if (verify) {
     columns.emplace_back("check");

@@ -15,15 +15,15 @@
 namespace attnjit::runtime {
 namespace {
 
-// The architecture, the kernels and what heads the text as a comment: the expression, the problem, the config.
+// The architecture, the kernels and the header, which is a comment: expression, problem, config.
 std::string about_text(const compiler::CudaSource& source, compiler::CudaArch arch) {
-  constexpr std::string_view kComment = "// ";
   std::string about = fmt::format("{}: {}", compiler::cuda_arch_name(arch), fmt::join(source.entries, ", "));
-  for (std::string_view rest = source.text; rest.starts_with(kComment);) {
-    const std::string_view line = rest.substr(0, rest.find('\n'));
-    about += '\n';
-    about += line.substr(kComment.size());
+  for (std::string_view rest = source.header; !rest.empty();) {
+    std::string_view line = rest.substr(0, rest.find('\n'));
     rest.remove_prefix(std::min(line.size() + 1, rest.size()));
+    if (line.starts_with("// ")) line.remove_prefix(3);
+    about += '\n';
+    about += line;
   }
   return about;
 }

@@ -25,9 +25,9 @@ using testing::HasSubstr;
 
 compiler::CudaSource small_kernel(int constant = 1) {
   compiler::CudaSource source;
-  source.text = "// score_mod: score + " + std::to_string(constant) +
-                "\n// a small kernel\nextern \"C\" __global__ void attnjit_small(float* x) { x[threadIdx.x] += " +
-                std::to_string(constant) + "; }\n";
+  source.header = "// score_mod: score + " + std::to_string(constant) + "\n// a small kernel\n";
+  source.text =
+      "extern \"C\" __global__ void attnjit_small(float* x) { x[threadIdx.x] += " + std::to_string(constant) + "; }\n";
   source.entries = {"attnjit_small"};
   return source;
 }

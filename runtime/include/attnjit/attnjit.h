@@ -196,7 +196,7 @@ ATTNJIT_API attnjit_status attnjit_captures(attnjit_context* context, const char
 
 /* GPU binaries that are kept on disk for this user's processes, as JSON: {directory, max_bytes, bytes, entries: [{key,
  * bytes, last_used, about}]}, the least recently used first, times in seconds since the epoch; `about` says what a binary
- * was made for, where it can be read. A non-zero `verify` adds `valid`; an entry that is damaged is removed, and `removed`
+ * was first made for, where it can be read. A non-zero `verify` adds `valid`; an entry that is damaged is removed, and `removed`
  * says whether that worked.
  * ATTNJIT_ENVIRONMENT where the cache is off or its directory refused. Free it with attnjit_free. */
 ATTNJIT_API attnjit_status attnjit_cache_list(attnjit_context* context, int verify, char** json);
