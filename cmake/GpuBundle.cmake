@@ -3,6 +3,9 @@
 # libcublas; tests/run_gpu.sh is the way in.
 set(ATTNJIT_BUNDLE_PROGRAMS attnjit_tool attnjit_numerics attnjit_gpu_test attnjit_api_test
   attnjit_call_overhead)
+if(TARGET attnjit_example_cuda_graph)
+  list(APPEND ATTNJIT_BUNDLE_PROGRAMS attnjit_example_cuda_graph)
+endif()
 set(bundle COMPONENT gpu_bundle EXCLUDE_FROM_ALL)
 
 install(TARGETS attnjit LIBRARY DESTINATION lib ${bundle})
@@ -36,7 +39,7 @@ add_custom_target(gpu_bundle
   COMMAND ${CMAKE_COMMAND} -E rm -rf ${folder}
   COMMAND ${CMAKE_COMMAND} --install ${PROJECT_BINARY_DIR} --component gpu_bundle --strip --prefix ${folder}
   COMMAND sh -c "test ! -d '${cache}' || cp -r '${cache}' '${folder}/cache'"
-  COMMAND ${CMAKE_COMMAND} -E chdir ${folder}/.. ${CMAKE_COMMAND} -E env XZ_OPT=-T0 tar cJf attnjit-gpu.tar.xz attnjit-gpu
+  COMMAND ${CMAKE_COMMAND} -E chdir ${folder}/.. ${CMAKE_COMMAND} -E tar czf attnjit-gpu.tar.gz attnjit-gpu
   DEPENDS attnjit ${ATTNJIT_BUNDLE_PROGRAMS}
   COMMENT "Collecting the GPU bundle"
   VERBATIM)

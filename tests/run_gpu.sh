@@ -108,6 +108,7 @@ part_warm() {
 part_tests() {
   local status=0
   "$bundle/bin/attnjit_gpu_test" || status=$?
+  [ ! -x "$bundle/bin/attnjit_example_cuda_graph" ] || "$bundle/bin/attnjit_example_cuda_graph" || status=$?
   # Its tests on CUDA devices want a driver that is not there: they are for machines without a GPU.
   "$bundle/bin/attnjit_api_test" --gtest_filter=-CudaApi* || status=$?
   "$python" "$bundle/python/ctypes_test.py" "$bundle/python" "$ATTNJIT_LIBRARY" || status=$?
