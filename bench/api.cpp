@@ -3,6 +3,8 @@
 
 #include <fmt/format.h>
 
+#include <utility>
+
 namespace attnjit::tool {
 
 namespace {
@@ -53,10 +55,14 @@ nlohmann::ordered_json description_of(const PlanPtr& plan) {
 
 std::string eager_products(const nlohmann::ordered_json& description) {
   const std::string passes = description.value("passes", "");
-  const std::string_view label = "products by ";
-  const std::size_t at = passes.rfind(label);
-  if (at == std::string::npos) return "unknown code";
-  return passes.substr(at + label.size(), passes.find('\n', at) - at - label.size());
+  // On the CPU, and on a GPU, where what follows is the types.
+  for (const auto& [label, end] : {std::pair("products by ", "\n"), std::pair("q k^T by ", ":\n")}) {
+    const std::size_t at = passes.rfind(label);
+    if (at == std::string::npos) continue;
+    const std::size_t begin = at + std::string_view(label).size();
+    return passes.substr(begin, passes.find_first_of(end, begin) - begin);
+  }
+  return "unknown code";
 }
 
 nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, const std::string& arch,

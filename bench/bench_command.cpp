@@ -546,8 +546,9 @@ class Bench {
         fmt::format("standard normal, seed {}, memory order (batch, sequence, heads, head_dim)", options_.seed));
     add("eager",
         fmt::format("{}; products by {}",
-                    options_.baseline == "plain"
-                        ? "plain: unfused attention without the mod, scores in memory"
+                    options_.baseline == "plain" ? "plain: unfused attention without the mod, scores in memory"
+                    : on_gpu_
+                        ? "math: unfused attention, scores in memory, the mod compiled to one pass over them"
                         : "math: unfused attention, scores in memory, each operation of the mod one pass over them",
                     math_products_));
     // They may hold the baseline to slower kernels than OpenBLAS would take by itself.

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <cstdlib>
 #include <exception>
 #include <type_traits>
 #include <utility>
@@ -79,7 +80,8 @@ struct GpuAccess {
 
   // Empty, or why there is no device.
   std::string open() {
-    void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    const char* const name = std::getenv("ATTNJIT_CUDA_DRIVER");  // that of the library
+    void* const library = dlopen(name != nullptr && *name != '\0' ? name : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) return std::string("no CUDA driver: ") + dlerror();
     std::string missing;
     const auto find = [&](auto& function, const char* name) {
@@ -120,19 +122,19 @@ struct GpuAccess {
     if (!missing.empty()) return "the CUDA driver is too old: it has no " + missing;
 
     int count = 0, device = 0, major = 0, minor = 0;
-    std::array<char, 256> name{};
+    std::array<char, 256> device_text{};
     if (const Result result = init(kDefaultFlags); result != 0) return "cuInit: " + text_of(result);
     if (const Result result = device_count(&count); result != 0) return "cuDeviceGetCount: " + text_of(result);
     if (count == 0) return "the CUDA driver has no device";
     Result result = device_get(&device, 0);
-    if (result == 0) result = device_name(name.data(), static_cast<int>(name.size()), device);
+    if (result == 0) result = device_name(device_text.data(), static_cast<int>(device_text.size()), device);
     if (result == 0) result = device_attribute(&major, kMajor, device);
     if (result == 0) result = device_attribute(&minor, kMinor, device);
     if (result == 0) result = device_attribute(&gpu.num_sms_, kMultiprocessors, device);
     if (result == 0) result = driver_version(&gpu.driver_version_);
     if (result == 0) result = primary_context_retain(&context, device);
     if (result != 0) return "CUDA device 0 cannot be used: " + text_of(result);
-    gpu.name_ = name.data();
+    gpu.name_ = device_text.data();
     gpu.arch_ = 10 * major + minor;
     return "";
   }

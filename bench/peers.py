@@ -101,8 +101,9 @@ def ours(torch, library, backend, mod, q, k, v):
     run()
     torch.cuda.synchronize()
     description = call.description()
-    info = {key: description[key] for key in ("phases_ms", "config", "binary") if key in description}
-    return Contestant(run, lambda: o, time.perf_counter() - begin, dict(info, prepare_s=round(prepared, 4)))
+    facts = ("entry", "origin", "tile", "warps", "stages", "registers", "spill_store_bytes")
+    kernels = [{key: kernel[key] for key in facts if key in kernel} for kernel in description.get("kernels", [])]
+    return Contestant(run, lambda: o, time.perf_counter() - begin, dict(prepare_s=round(prepared, 4), kernels=kernels))
 
 
 def peer(torch, name, mod_name, mod, q, k, v, options):

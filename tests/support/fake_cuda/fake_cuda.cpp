@@ -2,6 +2,7 @@
 #include "support/fake_cuda/fake_cuda.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string_view>
@@ -271,4 +272,126 @@ FAKE int cuGetErrorName(int error, const char** name) {
 FAKE int cuGetErrorString(int error, const char** text) {
   *text = error == kInvalidHandle ? "invalid resource handle" : nullptr;
   return *text ? 0 : kInvalidValue;
+}
+
+// ---- What the tool and the tests need besides. Captures record nothing; every event is a millisecond after the last.
+
+FAKE int cuDriverGetVersion(int* version) {
+  MAY_FAIL("cuDriverGetVersion");
+  *version = 13000;
+  return 0;
+}
+FAKE int cuCtxSetCurrent(void* context) {
+  MAY_FAIL("cuCtxSetCurrent");
+  if (!contexts.empty()) contexts.pop_back();
+  contexts.push_back(reinterpret_cast<std::intptr_t>(context));
+  return 0;
+}
+FAKE int cuCtxSynchronize() {
+  MAY_FAIL("cuCtxSynchronize");
+  return current() == 0 ? kInvalidContext : forbidden_in_capture();
+}
+FAKE int cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
+  MAY_FAIL("cuMemGetInfo");
+  *free = *total = std::size_t{1} << 30;
+  return 0;
+}
+FAKE int cuMemAlloc_v2(unsigned long long* address, std::size_t size) {
+  MAY_FAIL("cuMemAlloc");
+  if (current() == 0) return kInvalidContext;
+  if (size == 0) return kInvalidValue;
+  *address = reinterpret_cast<unsigned long long>(std::aligned_alloc(256, (size + 255) / 256 * 256));
+  return *address == 0 ? 2 : 0;
+}
+FAKE int cuMemFree_v2(unsigned long long address) {
+  MAY_FAIL("cuMemFree");
+  std::free(reinterpret_cast<void*>(address));
+  return 0;
+}
+FAKE int cuMemcpyHtoD_v2(unsigned long long to, const void* from, std::size_t size) {
+  MAY_FAIL("cuMemcpyHtoD");
+  if (current() == 0) return kInvalidContext;
+  std::memcpy(reinterpret_cast<void*>(to), from, size);
+  return 0;
+}
+FAKE int cuMemcpyDtoH_v2(void* to, unsigned long long from, std::size_t size) {
+  MAY_FAIL("cuMemcpyDtoH");
+  if (current() == 0) return kInvalidContext;
+  std::memcpy(to, reinterpret_cast<const void*>(from), size);
+  return 0;
+}
+FAKE int cuMemsetD8_v2(unsigned long long address, unsigned char value, std::size_t size) {
+  MAY_FAIL("cuMemsetD8");
+  std::memset(reinterpret_cast<void*>(address), value, size);
+  return 0;
+}
+FAKE int cuStreamCreate(void** stream, unsigned) {
+  MAY_FAIL("cuStreamCreate");
+  *stream = new char;
+  return 0;
+}
+FAKE int cuStreamDestroy_v2(void* stream) {
+  delete static_cast<char*>(stream);
+  return 0;
+}
+FAKE int cuStreamSynchronize(void*) {
+  MAY_FAIL("cuStreamSynchronize");
+  return forbidden_in_capture();
+}
+FAKE int cuStreamBeginCapture_v2(void* stream, int) {
+  MAY_FAIL("cuStreamBeginCapture");
+  if (state.capturing) return kInvalidValue;
+  state.capturing = true;
+  state.captured_stream = stream;
+  state.capture_broken = false;
+  return 0;
+}
+FAKE int cuStreamEndCapture(void* stream, void** graph) {
+  MAY_FAIL("cuStreamEndCapture");
+  if (!state.capturing || stream != state.captured_stream) return kInvalidValue;
+  state.capturing = false;
+  if (state.capture_broken) return kCaptureUnsupported;
+  *graph = new char;
+  return 0;
+}
+FAKE int cuGraphDestroy(void* graph) {
+  delete static_cast<char*>(graph);
+  return 0;
+}
+FAKE int cuGraphInstantiateWithFlags(void** executable, void*, unsigned long long) {
+  MAY_FAIL("cuGraphInstantiate");
+  *executable = new char;
+  return 0;
+}
+FAKE int cuGraphLaunch(void* executable, void*) {
+  MAY_FAIL("cuGraphLaunch");
+  return executable == nullptr ? kInvalidHandle : 0;
+}
+FAKE int cuGraphExecDestroy(void* executable) {
+  delete static_cast<char*>(executable);
+  return 0;
+}
+FAKE int cuEventCreate(void** event, unsigned) {
+  MAY_FAIL("cuEventCreate");
+  *event = new float(0.0f);
+  return 0;
+}
+FAKE int cuEventDestroy_v2(void* event) {
+  delete static_cast<float*>(event);
+  return 0;
+}
+FAKE int cuEventRecord(void* event, void*) {
+  MAY_FAIL("cuEventRecord");
+  static float clock = 0.0f;
+  *static_cast<float*>(event) = clock += 1.0f;
+  return 0;
+}
+FAKE int cuEventSynchronize(void*) {
+  MAY_FAIL("cuEventSynchronize");
+  return forbidden_in_capture();
+}
+FAKE int cuEventElapsedTime(float* milliseconds, void* begin, void* end) {
+  MAY_FAIL("cuEventElapsedTime");
+  *milliseconds = *static_cast<float*>(end) - *static_cast<float*>(begin);
+  return 0;
 }
