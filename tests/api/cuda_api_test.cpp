@@ -14,6 +14,7 @@
 
 #include "allocation_count.h"
 #include "kernels_templates/cuda/params.h"
+#include "support/fake_cublas/fake_cublas.h"
 #include "support/fake_cuda/fake_cuda.h"
 #include "test_problem.h"
 
@@ -43,12 +44,15 @@ class CudaApi : public testing::Test {
     for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o, &p_.lse, &p_.row_max}) tensor->dl.device = {kDLCUDA, 0};
   }
 
-  ContextPtr create(const char* driver = kDriver, const attnjit_context_options* options = nullptr) {
+  ContextPtr create(const char* driver = kDriver, const attnjit_context_options* options = nullptr,
+                    const char* cublas = ATTNJIT_FAKE_CUBLAS) {
     setenv("ATTNJIT_CUDA_DRIVER", driver, 1);
+    setenv("ATTNJIT_CUBLAS", cublas, 1);
     setenv("ATTNJIT_CACHE_DIR", cache_.c_str(), 1);
     attnjit_context* context = nullptr;
     EXPECT_EQ(attnjit_context_create(options, &context), ATTNJIT_OK) << attnjit_last_error();
     unsetenv("ATTNJIT_CUDA_DRIVER");
+    unsetenv("ATTNJIT_CUBLAS");
     unsetenv("ATTNJIT_CACHE_DIR");
     return ContextPtr(context);
   }
@@ -311,6 +315,61 @@ TEST_F(CudaApi, EmptyProblems) {
   ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
   ASSERT_EQ(fake_->launched, 1);
   EXPECT_EQ(last_params().seqlen_kv, 0);
+}
+
+// The eager path: what it queues, on which stream, in a capture, without an allocation.
+TEST_F(CudaApi, Eager) {
+  FakeCublas* const cublas = fake_cublas(ATTNJIT_FAKE_CUBLAS);
+  ASSERT_NE(cublas, nullptr);
+  cublas->products = 0;
+  fake_->parameter_bytes = 0;
+  int stream = 0;
+  fake_->capturing = true;
+  fake_->captured_stream = &stream;
+  p_.attention.backend = ATTNJIT_BACKEND_MATH;
+  p_.attention.score_mod = "where(q_idx >= kv_idx, score, -inf)";
+  {
+    PREPARE_OR_SKIP(plan);
+    EXPECT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_MATH);
+    EXPECT_EQ(cublas->handles, 1);
+    EXPECT_THAT(attnjit_plan_description(plan.get()),
+                AllOf(HasSubstr("attnjit_math_softmax_warp2"), HasSubstr("cuBLAS 13.1.0")));
+    const std::size_t size = attnjit_plan_workspace_size(plan.get());
+    std::vector<char> memory(size + 256);
+    char* const workspace = memory.data() + (256 - reinterpret_cast<std::uintptr_t>(memory.data()) % 256);
+    const auto run_eager = [&](char* at) { return attnjit_run(plan.get(), &p_.attention, at, size, &stream); };
+    ASSERT_EQ(run_eager(workspace), ATTNJIT_OK) << attnjit_last_error();
+    std::vector<std::string> entries;
+    for (const FakeCuda::Launch& launch : fake_->launches) {
+      entries.push_back(launch.entry);
+      EXPECT_EQ(launch.stream, &stream);
+      EXPECT_TRUE(launch.captured);
+    }
+    EXPECT_THAT(entries,
+                testing::ElementsAre("attnjit_math_mod", "attnjit_math_softmax_warp2", "attnjit_math_zero_rows"));
+    EXPECT_EQ(cublas->products, 2);
+    EXPECT_EQ(cublas->last.stream, &stream);
+    EXPECT_FALSE(fake_->capture_broken);
+    EXPECT_EQ(run_eager(workspace + 64), ATTNJIT_INVALID_ARGUMENT) << "cuBLAS asks for 256 bytes";
+
+    fake_->record = false;
+    ASSERT_EQ(run_eager(workspace), ATTNJIT_OK);
+    const long before = allocation_count();
+    for (int i = 0; i < 3; ++i) ASSERT_EQ(run_eager(workspace), ATTNJIT_OK);
+    EXPECT_EQ(allocation_count(), before);
+    EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+  }
+  context_.reset();
+  EXPECT_EQ(cublas->handles, 0);
+}
+
+TEST_F(CudaApi, EagerWithoutCublas) {
+  context_ = create(kDriver, nullptr, "libno_such_cublas.so.1");
+  p_.attention.backend = ATTNJIT_BACKEND_MATH;
+  attnjit_plan* plan = nullptr;
+  ASSERT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_ENVIRONMENT);
+  if (std::string(attnjit_last_error()).find("NVRTC") != std::string::npos) GTEST_SKIP() << attnjit_last_error();
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("libno_such_cublas.so.1"));
 }
 
 // 70,000 pairs of batch and head are beyond a grid's second dimension; more blocks than its first has are refused.
