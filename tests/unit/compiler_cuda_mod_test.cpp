@@ -284,6 +284,59 @@ TEST(CompilerCudaMod, RandomExpressionsAreRight) {
   expect_right(random, random_count(), [&](int i) { return random_case(random, i, false); });
 }
 
+// What random texts hold seldom: each comparison's negation under NaN, sums of both positions, the ends of integers.
+TEST(CompilerCudaMod, WrittenExpressionsAreRight) {
+  const std::vector<std::string> texts{
+      "float(not (score <= 0.5)) + float(not (score <= h))",
+      "float(not (score < 0.5)) + float(not (score < h))",
+      "float(not (score > 0.5)) + float(not (score > h))",
+      "float(not (score >= 0.5)) + float(not (score >= h))",
+      "float(not (score == 0.5)) + float(not (score == h))",
+      "where(not (0.5 < score < 1.5), 1, 2)",
+      "where(isnan(score), 1, where(isinf(score), 2, 3))",
+      "min(score, h - 1.5) + max(score, 0.25 * b)",
+      "relu(score) + clamp(score, -1, h)",
+      "score + (2 * q_idx - 3 * kv_idx)",
+      "score + (q_idx + kv_idx) * 0.5 - max(q_idx, kv_idx) * min(q_idx, 2 * kv_idx)",
+      "score + where(h > 2, q_idx - 2 * kv_idx, q_idx * kv_idx)",
+      "score + abs(q_idx - kv_idx) / 49 + (kv_idx - q_idx + 3) // 7 + (h + q_idx - kv_idx) % 5",
+      "where(q_idx + 3 >= kv_idx and kv_idx > q_idx - 5, score, -inf)",
+      "where((q_idx - kv_idx) // 4 == h, score / 49, score // 49)",
+      "score + (q_idx - kv_idx) % 8 + (q_idx - kv_idx) // 16 + kv_idx % 1 + q_idx // -8",
+      "score + (9223372036854775807 + h) % 10 + (-9223372036854775807 - 1) // (h - 3) % 7",
+      "score + ((-9223372036854775807 - b) % (h - 2)) + (q_idx // (h - 2)) + q_idx % (b - 1)",
+      "score + (q_idx * 4294967296) // 4294967295 % 100 + (kv_idx - 7) ** 300 % 100",
+      "score + float(int(h * 1e18) % 7) + float(int(1.0 / (h - 2)) % 5) + float(int(nan) + h)",
+      "round(score) + floor(-score) + ceil(score * 0.5) + sign(score)",
+      "gelu(score) + silu(score) + sigmoid(score) + erf(score) + tanh(score)",
+      "log1p(abs(score)) + rsqrt(abs(score) + 1) + sqrt(score) + log(score) + sin(score) * cos(score)",
+      "score % 0.7 + score % -2.5 + score // 3",
+      "abs(score) ** 0.25 + score ** 3 + (b + 2) ** score"};
+  std::mt19937_64 random(23);
+  std::vector<Case> cases;
+  std::vector<std::string> mods;
+  for (const std::string& text : texts) {
+    Case made{.text = text, .mask = {}, .captures = {}};
+    made.problem.batch = 3;
+    made.problem.num_heads = 5;
+    made.problem.seqlen_q = made.problem.seqlen_kv = 20;
+    made.bind(false, true);
+    mods.push_back(made.emit());
+    cases.push_back(std::move(made));
+  }
+  const HostMods host(mods);
+  std::vector<Point> points;
+  for (int i = 0; i < 300; ++i) {
+    points.push_back(test::random_point(random));
+    if (i % 30 == 0) points.back().score = std::nan("");
+    points.back().score = static_cast<float>(points.back().score);
+  }
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    ASSERT_TRUE(host.function(i));
+    EXPECT_GT(cases[i].judge(host.function(i), points), 50) << cases[i].text;
+  }
+}
+
 // Their every point is decided, and nothing overflows.
 TEST(CompilerCudaMod, ModerateExpressionsAreRight) {
   std::mt19937_64 random(21);
