@@ -554,7 +554,8 @@ class Bench {
     // They may hold the baseline to slower kernels than OpenBLAS would take by itself.
     std::string forced;
     for (const char* name : {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}) {
-      if (const std::string_view value = variable(name); !value.empty()) forced += fmt::format("{}={} ", name, value);
+      const std::string_view value = on_gpu_ ? "" : variable(name);
+      if (!value.empty()) forced += fmt::format("{}={} ", name, value);
     }
     if (!forced.empty()) {
       add("caution", fmt::format("{}in the environment may make eager slower than OpenBLAS is by itself", forced));
