@@ -81,6 +81,13 @@ nlohmann::ordered_json list_mods(attnjit_context* context) {
   return take_json(text);
 }
 
+nlohmann::ordered_json clamped_reads(attnjit_context* context, const attnjit_attention& attention,
+                                     std::span<const attnjit_row> rows) {
+  char* text = nullptr;
+  check(attnjit_clamped_reads(context, &attention, rows.data(), rows.size(), &text));
+  return take_json(text);
+}
+
 nlohmann::ordered_json cache_list(attnjit_context* context, bool verify) {
   char* text = nullptr;
   check(attnjit_cache_list(context, verify ? 1 : 0, &text));

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 
 #include "bench/failure.h"
@@ -36,6 +37,8 @@ std::string eager_products(const nlohmann::ordered_json& description);
 nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, const std::string& arch,
                                bool dump);
 nlohmann::ordered_json list_mods(attnjit_context* context);
+nlohmann::ordered_json clamped_reads(attnjit_context* context, const attnjit_attention& attention,
+                                     std::span<const attnjit_row> rows);
 nlohmann::ordered_json cache_list(attnjit_context* context, bool verify);
 
 // A name that an expression captures.

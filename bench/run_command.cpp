@@ -5,10 +5,14 @@
 
 #include <CLI/CLI.hpp>
 #include <cmath>
+#include <cstdint>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <memory>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "bench/api.h"
 #include "bench/commands.h"
@@ -25,6 +29,7 @@ struct RunOptions {
   std::string score_mod, score_mod_file, mask_mod, input, output, device = "auto", backend = "auto";
   std::optional<float> scale;
   int threads = 0;
+  bool check_reads = false;
 };
 
 constexpr std::size_t kMaxModFileBytes = 1 << 20;  // the language's own limit is 64 KiB; it words the error
@@ -66,6 +71,27 @@ void require_four_dimensions(const Tensor& tensor, const char* name, const char*
   if (tensor.shape().size() == 4) return;
   throw user_error(
       fmt::format("{} has shape ({}); 4 dimensions {} are allowed", name, fmt::join(tensor.shape(), ", "), dimensions));
+}
+
+// To standard error, a line for each dimension of a captured tensor with indices that were clamped.
+void report_clamped_reads(attnjit_context* context, const attnjit_attention& attention) {
+  const std::int64_t* const shape = attention.q->shape;
+  std::vector<attnjit_row> rows;
+  for (std::int64_t b = 0; b < shape[0]; ++b) {
+    for (std::int64_t h = 0; h < shape[1]; ++h) {
+      for (std::int64_t q_idx = 0; q_idx < shape[2]; ++q_idx) rows.push_back({b, h, q_idx});
+    }
+  }
+  for (const auto& reads : clamped_reads(context, attention, rows)) {
+    const auto& first = reads.at("first");
+    const auto number = [](const nlohmann::ordered_json& value) { return value.get<std::int64_t>(); };
+    fmt::print(stderr,
+               "attnjit: warning: {}: {} indices of dimension {} are outside [0, {}) and were clamped, the first, {}, "
+               "at b={} h={} q_idx={} kv_idx={}\n",
+               in_quotes(reads.at("name").get<std::string>()), number(reads.at("count")), number(reads.at("dimension")),
+               number(reads.at("extent")), number(first.at("index")), number(first.at("b")), number(first.at("h")),
+               number(first.at("q_idx")), number(first.at("kv_idx")));
+  }
 }
 
 int run(const RunOptions& options) {
@@ -151,6 +177,15 @@ int run(const RunOptions& options) {
   };
   if (attention.mask_mod != nullptr) metadata["mask_mod"] = options.mask_mod;
   write_safetensors(options.output, {{"o", &o.host}, {"lse", &lse.host}}, metadata);
+  if (options.check_reads) {
+    // The interpreter reads the program's memory.
+    for (std::size_t i = 0; i < captured.size(); ++i) captured_dl[i] = captured[i].dl();
+    const DLTensor q_host = q.dl(), k_host = k.dl(), v_host = v.dl();
+    attention.q = &q_host;
+    attention.k = &k_host;
+    attention.v = &v_host;
+    report_clamped_reads(context.get(), attention);
+  }
   return 0;
 }
 
@@ -174,6 +209,8 @@ void add_run_command(CLI::App& app, Action& action) {
   command->add_option("--backend", options->backend, "auto, sm80, math or cpu (default: auto)");
   command->add_option("--threads", options->threads, "CPU threads (default: one per processor)")
       ->check(CLI::NonNegativeNumber);
+  command->add_flag("--check-reads", options->check_reads,
+                    "warn of captured reads whose indices were clamped; interprets every element: slow");
   command->callback([options, &action] { action = [options] { return run(*options); }; });
 }
 

@@ -137,7 +137,8 @@ Interpreter::Interpreter(const Expr& bound, std::span<const CaptureView> capture
     : expr_(bound),
       captures_(captures.begin(), captures.end()),
       values_(bound.nodes.size()),
-      keep_(bound.nodes.size()) {}
+      keep_(bound.nodes.size()),
+      used_(bound.nodes.size()) {}
 
 Element Interpreter::score_mod(const Point& point) {
   evaluate(point);
@@ -149,6 +150,30 @@ Element Interpreter::score_mod(const Point& point) {
 bool Interpreter::mask_mod(const Point& point) {
   evaluate(point);
   return values_[static_cast<std::size_t>(expr_.root)].i != 0;
+}
+
+std::span<const ClampedIndex> Interpreter::clamped_indices() {
+  clamped_.clear();
+  std::fill(used_.begin(), used_.end(), false);
+  used_[static_cast<std::size_t>(expr_.root)] = true;
+  // Users before what they use.
+  for (std::size_t n = expr_.nodes.size(); n-- > 0;) {
+    if (!used_[n]) continue;
+    const Node& node = expr_.nodes[n];
+    for (std::size_t i = 0; i < node.args.size(); ++i) {
+      const auto arg = static_cast<std::size_t>(node.args[i]);
+      const bool decides = node.op != Op::kSelect ? keep_[n] || !keep_[arg]
+                           : i == 0 ? true
+                                    : (values_[static_cast<std::size_t>(node.args[0])].i != 0) == (i == 1);
+      used_[arg] = used_[arg] || decides;
+      if (node.op != Op::kRead) continue;
+      const auto capture = static_cast<std::size_t>(node.capture);
+      const std::int64_t index = values_[arg].i;
+      if (index < 0 || index >= captures_[capture].extent[i])
+        clamped_.push_back({.capture = node.capture, .dimension = static_cast<int>(i), .index = index});
+    }
+  }
+  return clamped_;
 }
 
 void Interpreter::evaluate(const Point& point) {

@@ -32,6 +32,13 @@ struct Element {
   bool keep = true;
 };
 
+// An index of a captured read that was clamped, as it lies outside its dimension.
+struct ClampedIndex {
+  std::int32_t capture = 0;  // its number
+  int dimension = 0;
+  std::int64_t index = 0;
+};
+
 // Reusable evaluation of one bound expression, which must outlive it; not safe for concurrent use of one object.
 // Floats are doubles throughout: literals as they are written, captured values widened exactly, ints converted.
 class Interpreter {
@@ -39,6 +46,9 @@ class Interpreter {
   Interpreter(const Expr& bound, std::span<const CaptureView> captures);
   Element score_mod(const Point& point);
   bool mask_mod(const Point& point);
+  // Of the last evaluation: the clamped indices of reads that its result depends on. What a choice did not choose has
+  // no part in it, nor, where the element is dropped, what did not drop it. Valid until the next call.
+  std::span<const ClampedIndex> clamped_indices();
 
  private:
   void evaluate(const Point& point);
@@ -49,6 +59,8 @@ class Interpreter {
   std::vector<CaptureView> captures_;
   std::vector<Scalar> values_;
   std::vector<char> keep_;
+  std::vector<char> used_;
+  std::vector<ClampedIndex> clamped_;
 };
 
 // One captured element, widened. bf16 and f16 exactly; bools as 0 or 1.

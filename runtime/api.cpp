@@ -250,6 +250,32 @@ attnjit_status attnjit_reference_bounds(attnjit_context* context, const attnjit_
   });
 }
 
+attnjit_status attnjit_clamped_reads(attnjit_context* context, const attnjit_attention* attention,
+                                     const attnjit_row* rows, size_t num_rows, char** json) {
+  return guarded([&]() -> Check {
+    if (!json) return null_argument("json");
+    *json = nullptr;
+    auto list = nlohmann::ordered_json::array();
+    Check failure = with_reference_call(context, attention, rows, num_rows, [&](const auto& call, const auto& mods) {
+      for (const attnjit::runtime::ClampedReads& reads :
+           attnjit::runtime::clamped_reads(call, mods, std::span(rows, num_rows), context->state->pool())) {
+        list.push_back({{"name", mods.captures()[reads.capture].name},
+                        {"dimension", reads.dimension},
+                        {"extent", call.captures[reads.capture].extent[reads.dimension]},
+                        {"count", reads.count},
+                        {"first",
+                         {{"b", reads.first.b},
+                          {"h", reads.first.h},
+                          {"q_idx", reads.first.q_idx},
+                          {"kv_idx", reads.first.kv_idx},
+                          {"index", reads.index}}}});
+      }
+    });
+    if (failure) return failure;
+    return give_json(list, json);
+  });
+}
+
 attnjit_status attnjit_explain(attnjit_context* context, const attnjit_attention* attention,
                                const attnjit_explain_options* options, char** json) {
   return guarded([&]() -> Check {

@@ -2,6 +2,7 @@
 #include "runtime/reference.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -50,20 +51,11 @@ class Worker {
   }
 
   void row(const attnjit_row& row, double* o, double* lse, double* row_max) {
-    const std::int64_t heads_kv = call_.k.shape[1];
-    const std::int64_t h_kv = heads_kv > 0 ? row.h / (call_.q.shape[1] / heads_kv) : 0;
+    const std::int64_t h_kv = head_kv(row);
     widen(call_.q, row.b, row.h, row.q_idx, &q_);
     double maximum = -kInfinity;
     for (std::size_t j = 0; j < element_.size(); ++j) {
-      const auto kv_idx = static_cast<std::int64_t>(j);
-      widen(call_.k, row.b, h_kv, kv_idx, &k_);
-      double product = 0.0;
-      for (std::size_t d = 0; d < q_.size(); ++d) product += q_[d] * k_[d];
-      const dsl::Point point{.score = product * static_cast<double>(call_.scale),
-                             .b = row.b,
-                             .h = row.h,
-                             .q_idx = row.q_idx,
-                             .kv_idx = kv_idx};
+      const dsl::Point point = point_at(row, h_kv, j);
       dsl::Element element = score_mod_.score_mod(point);
       if (mask_mod_ && element.keep && !mask_mod_->mask_mod(point)) element = {.value = -kInfinity, .keep = false};
       element_[j] = element;
@@ -94,20 +86,14 @@ class Worker {
   }
 
   void bounds(const attnjit_row& at, double* o_bound, double* lse_bound, unsigned char* decided) {
-    const std::int64_t heads_kv = call_.k.shape[1];
-    const std::int64_t h_kv = heads_kv > 0 ? at.h / (call_.q.shape[1] / heads_kv) : 0;
+    const std::int64_t h_kv = head_kv(at);
     row(at, o_.data(), nullptr, nullptr);
     widen(call_.q, at.b, at.h, at.q_idx, &q_);
     const auto scale = static_cast<double>(call_.scale);
     for (std::size_t j = 0; j < scores_.size(); ++j) {
-      const auto kv_idx = static_cast<std::int64_t>(j);
-      widen(call_.k, at.b, h_kv, kv_idx, &k_);
-      double product = 0.0, magnitude = 0.0;
-      for (std::size_t d = 0; d < q_.size(); ++d) {
-        product += q_[d] * k_[d];
-        magnitude += std::fabs(q_[d] * k_[d]);
-      }
-      const dsl::Point point{.score = product * scale, .b = at.b, .h = at.h, .q_idx = at.q_idx, .kv_idx = kv_idx};
+      const dsl::Point point = point_at(at, h_kv, j);
+      double magnitude = 0.0;
+      for (std::size_t d = 0; d < q_.size(); ++d) magnitude += std::fabs(q_[d] * k_[d]);
       scores_[j] = modified_scores_.at(point, std::fabs(scale) * magnitude);
     }
     const dsl::Float32Row reach(scores_);
@@ -129,7 +115,66 @@ class Worker {
     }
   }
 
+  // `number`: the row's place among the rows.
+  void clamped(const attnjit_row& at, std::size_t number) {
+    const std::int64_t h_kv = head_kv(at);
+    widen(call_.q, at.b, at.h, at.q_idx, &q_);
+    for (std::size_t j = 0; j < element_.size(); ++j) {
+      const dsl::Point point = point_at(at, h_kv, j);
+      if (mask_mod_) {
+        const bool keep = mask_mod_->mask_mod(point);
+        count_clamped(mask_mod_->clamped_indices(), point, number);
+        if (!keep) continue;
+      }
+      score_mod_.score_mod(point);
+      count_clamped(score_mod_.clamped_indices(), point, number);
+    }
+  }
+
+  // What clamped() counted, and in which row it met the first.
+  struct Count {
+    ClampedReads reads;
+    std::size_t row = 0;
+  };
+  using Counts = std::array<std::array<Count, dsl::kMaxRank>, dsl::kMaxCaptures>;
+  const Counts& clamped_counts() const { return clamped_counts_; }
+
  private:
+  std::int64_t head_kv(const attnjit_row& row) const {
+    const std::int64_t heads_kv = call_.k.shape[1];
+    return heads_kv > 0 ? row.h / (call_.q.shape[1] / heads_kv) : 0;
+  }
+
+  // The element of `row`, whose query is in q_, at a key, which it leaves in k_.
+  dsl::Point point_at(const attnjit_row& row, std::int64_t h_kv, std::size_t key) {
+    const auto kv_idx = static_cast<std::int64_t>(key);
+    widen(call_.k, row.b, h_kv, kv_idx, &k_);
+    double product = 0.0;
+    for (std::size_t d = 0; d < q_.size(); ++d) product += q_[d] * k_[d];
+    return {.score = product * static_cast<double>(call_.scale),
+            .b = row.b,
+            .h = row.h,
+            .q_idx = row.q_idx,
+            .kv_idx = kv_idx};
+  }
+
+  void count_clamped(std::span<const dsl::ClampedIndex> indices, const dsl::Point& point, std::size_t row) {
+    for (const dsl::ClampedIndex& each : indices) {
+      const auto capture = static_cast<std::size_t>(each.capture);
+      Count& count = clamped_counts_[capture][static_cast<std::size_t>(each.dimension)];
+      // A worker's rows need not come in their order.
+      if (count.reads.count == 0 || row < count.row) {
+        count.row = row;
+        count.reads = {.capture = capture,
+                       .dimension = each.dimension,
+                       .count = count.reads.count,
+                       .first = point,
+                       .index = each.index};
+      }
+      ++count.reads.count;
+    }
+  }
+
   const ForwardCall& call_;
   dsl::Interpreter score_mod_;
   std::optional<dsl::Interpreter> mask_mod_;
@@ -138,11 +183,13 @@ class Worker {
   std::vector<dsl::Element> element_;
   std::vector<dsl::ModifiedScore> scores_;
   std::vector<dsl::FeatureSums> sums_;
+  Counts clamped_counts_;
 };
 
-// Hands each row's number to `work` with a worker of the thread that it runs on.
+// Hands each row's number to `work` with a worker of the thread that it runs on. Returns the workers.
 template <typename Work>
-void for_each_row(const ForwardCall& call, const Mods& mods, std::size_t num_rows, ThreadPool& pool, Work&& work) {
+std::vector<std::unique_ptr<Worker>> for_each_row(const ForwardCall& call, const Mods& mods, std::size_t num_rows,
+                                                  ThreadPool& pool, Work&& work) {
   // Made before the threads start: a task may not throw.
   std::vector<std::unique_ptr<Worker>> workers;
   const std::size_t count = std::min(static_cast<std::size_t>(pool.size()), num_rows);
@@ -151,6 +198,7 @@ void for_each_row(const ForwardCall& call, const Mods& mods, std::size_t num_row
   pool.parallel_for(static_cast<std::int64_t>(num_rows), [&](std::int64_t task, int thread) {
     work(*workers[static_cast<std::size_t>(thread)], static_cast<std::size_t>(task));
   });
+  return workers;
 }
 
 // Row `i` of an array of rows, or null where there is no array.
@@ -175,6 +223,29 @@ void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const
   for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
     worker.bounds(rows[i], at(o_bound, i, dim), at(lse_bound, i, 1), at(decided, i, 1));
   });
+}
+
+std::vector<ClampedReads> clamped_reads(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows,
+                                        ThreadPool& pool) {
+  const auto workers =
+      for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) { worker.clamped(rows[i], i); });
+  std::vector<ClampedReads> all;
+  for (std::size_t capture = 0; capture < call.num_captures; ++capture) {
+    for (std::size_t dimension = 0; dimension < dsl::kMaxRank; ++dimension) {
+      const Worker::Count* first = nullptr;
+      std::int64_t count = 0;
+      for (const auto& worker : workers) {
+        const Worker::Count& part = worker->clamped_counts()[capture][dimension];
+        if (part.reads.count == 0) continue;
+        if (!first || part.row < first->row) first = &part;
+        count += part.reads.count;
+      }
+      if (!first) continue;
+      all.push_back(first->reads);
+      all.back().count = count;
+    }
+  }
+  return all;
 }
 
 }  // namespace attnjit::runtime

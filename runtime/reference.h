@@ -4,8 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "attnjit/attnjit.h"
+#include "dsl/interpreter.h"
 #include "runtime/forward.h"
 #include "runtime/mods.h"
 #include "runtime/thread_pool.h"
@@ -19,5 +21,18 @@ void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const a
 // Likewise attnjit_reference_bounds: `o_bound` (rows, Dv), `lse_bound` and `decided` (rows); any of them null.
 void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
                       double* o_bound, double* lse_bound, unsigned char* decided);
+
+// The indices of one dimension of a captured tensor that were clamped.
+struct ClampedReads {
+  std::size_t capture = 0;  // its number
+  int dimension = 0;
+  std::int64_t count = 0;
+  dsl::Point first;        // where it happened first, in the order of the rows and of the keys
+  std::int64_t index = 0;  // what the index was there
+};
+
+// Likewise attnjit_clamped_reads, by capture and dimension; only those with a count.
+std::vector<ClampedReads> clamped_reads(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows,
+                                        ThreadPool& pool);
 
 }  // namespace attnjit::runtime

@@ -251,6 +251,33 @@ TEST(CApi, EmptyProblems) {
   }
 }
 
+TEST(CApi, ReportsClampedReads) {
+  for (const int threads : {1, 2}) {
+    const ContextPtr context = make_context(threads);
+    Problem p;
+    float table[9] = {}, other[2 * 50] = {};
+    p.capture("table", table, {9});
+    p.capture("mask", other, {2, 50});
+    p.attention.score_mod = "where(q_idx >= kv_idx, score, -inf) + table[q_idx - kv_idx]";
+    p.attention.mask_mod = "mask[h, kv_idx] == 0";
+    const attnjit_row rows[] = {{0, 1, 7}, {1, 2, 12}, {1, 3, 9}};
+    char* text = nullptr;
+    ASSERT_EQ(attnjit_clamped_reads(context.get(), &p.attention, rows, 3, &text), ATTNJIT_OK) << attnjit_last_error();
+    const Json json = Json::parse(text);
+    attnjit_free(text);
+    // table: where the distance is 9 and more; mask: every key of heads 2 and 3.
+    EXPECT_EQ(json, Json::parse(R"([
+      {"name": "mask", "dimension": 0, "extent": 2, "count": 100,
+       "first": {"b": 1, "h": 2, "q_idx": 12, "kv_idx": 0, "index": 2}},
+      {"name": "table", "dimension": 0, "extent": 9, "count": 5,
+       "first": {"b": 1, "h": 2, "q_idx": 12, "kv_idx": 0, "index": 12}}])"))
+        << json;
+    ASSERT_EQ(attnjit_clamped_reads(context.get(), &p.attention, rows, 1, &text), ATTNJIT_OK) << attnjit_last_error();
+    EXPECT_STREQ(text, "[]");
+    attnjit_free(text);
+  }
+}
+
 TEST(CApi, ScaleAndOptionalOutputs) {
   const ContextPtr context = make_context();
   for (const float scale : {0.0f, -1.5f, 1e-3f}) {

@@ -407,6 +407,12 @@ TEST_F(Errors, ReferenceRows) {
   double lse[2];
   EXPECT_EQ(attnjit_reference(context_.get(), &p_.attention, rows, 2, nullptr, lse, nullptr), ATTNJIT_INVALID_ARGUMENT);
   EXPECT_STREQ(attnjit_last_error(), "rows[1] is (1, 4, 0); allowed (b, h, q_idx): below (2, 4, 40)");
+  char* json = nullptr;
+  EXPECT_EQ(attnjit_clamped_reads(context_.get(), &p_.attention, rows, 2, &json), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "rows[1] is (1, 4, 0); allowed (b, h, q_idx): below (2, 4, 40)");
+  EXPECT_EQ(json, nullptr);
+  EXPECT_EQ(attnjit_clamped_reads(context_.get(), &p_.attention, rows, 1, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "json is NULL");
   p_.k.dl.data = nullptr;
   EXPECT_EQ(attnjit_reference(context_.get(), &p_.attention, rows, 1, nullptr, lse, nullptr), ATTNJIT_INVALID_ARGUMENT);
   EXPECT_STREQ(attnjit_last_error(), "k has a NULL data pointer");

@@ -203,6 +203,17 @@ class Run(Tool):
                     self.assertIn(part, message)
                 self.assertFalse((self.path / "out").exists())
 
+    def test_clamped_reads_are_reported(self):
+        tensors = {**self.problem(), "t": ("F32", [3], [1, 2, 3])}
+        write_safetensors(self.path / "in", tensors)
+        done = subprocess.run([TOOL, "run", "--input", self.path / "in", "--output", self.path / "out", "--check-reads",
+                               "--score-mod", "score + t[q_idx]"], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout), (0, ""), done.stderr)
+        # Rows 3 and 4 of each head, and every key.
+        self.assertEqual(done.stderr, f"attnjit: warning: 't': {2 * 4 * 2 * 7} indices of dimension 0 are outside [0, 3) "
+                         "and were clamped, the first, 3, at b=0 h=0 q_idx=3 kv_idx=0\n")
+        self.assertTrue((self.path / "out").exists())
+
     def test_no_cuda_in_this_build(self):
         self.assertIn("there is no GPU to use", self.run_file(self.problem(), "--device", "cuda", code=2))
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "dsl/interpreter.h"
 #include "tests/support/expression_text.h"
@@ -242,6 +243,40 @@ TEST(DslInterpreter, WidensEveryDtype) {
   EXPECT_EQ(value("bf16[0]", {}, captures), 0.333984375);
   EXPECT_EQ(value("bf16[1] * 2", {}, captures), -kInf);
   EXPECT_EQ(value("f32", {}, captures), static_cast<double>(0.1f));
+}
+
+// Each clamped index of the last evaluation as "name.dimension=index".
+std::string clamped(const std::string& text, const Point& point) {
+  const Captures captures = {{"t", captured<float>(DType::kF32, {4}, {1, 2, 3, 4})},
+                             {"u", captured<float>(DType::kF32, {2, 3}, {1, 2, 3, 4, 5, 6})},
+                             {"c", captured<float>(DType::kF32, {}, {7})}};
+  const auto expr = test::bound(text, captures);
+  if (!expr) return format_error(expr.error(), text);
+  Interpreter interpreter(*expr, test::views(*expr, captures));
+  interpreter.score_mod(point);
+  std::string all;
+  for (const ClampedIndex& each : interpreter.clamped_indices()) {
+    all += (all.empty() ? "" : " ") + expr->captures[static_cast<std::size_t>(each.capture)].name + "." +
+           std::to_string(each.dimension) + "=" + std::to_string(each.index);
+  }
+  return all;
+}
+
+TEST(DslInterpreter, ReportsClampedIndicesThatDecide) {
+  const Point point = {.score = 1, .b = 0, .h = 1, .q_idx = 3, .kv_idx = 5};
+  EXPECT_EQ(clamped("score + t[q_idx] + c", point), "");
+  EXPECT_EQ(clamped("score + t[kv_idx]", point), "t.0=5");
+  EXPECT_EQ(clamped("score + t[q_idx - kv_idx]", point), "t.0=-2");
+  EXPECT_EQ(clamped("score + u[q_idx, -1]", point), "u.0=3 u.1=-1");
+  // What a choice does not take, and what does not drop a dropped element.
+  EXPECT_EQ(clamped("where(q_idx >= kv_idx, t[q_idx - kv_idx], score)", point), "");
+  EXPECT_EQ(clamped("where(q_idx < kv_idx, t[q_idx - kv_idx], score)", point), "t.0=-2");
+  EXPECT_EQ(clamped("where(t[kv_idx] > 0, score, -inf)", point), "t.0=5");
+  EXPECT_EQ(clamped("where(t[kv_idx] < 0, score, -inf)", point), "t.0=5");
+  EXPECT_EQ(clamped("causal + t[kv_idx]", point), "t.0=5");
+  EXPECT_EQ(clamped("where(causal, score, -inf) + t[kv_idx]", point), "");
+  EXPECT_EQ(clamped("t[kv_idx] - where(causal, score, -inf)", point), "t.0=5");
+  EXPECT_EQ(clamped("let x = t[kv_idx]; where(causal, x, score * x)", point), "t.0=5");
 }
 
 struct KeepCase {

@@ -172,6 +172,14 @@ ATTNJIT_API attnjit_status attnjit_reference_bounds(attnjit_context* context, co
                                                     const attnjit_row* rows, size_t num_rows, double* o_bound,
                                                     double* lse_bound, unsigned char* decided);
 
+/* The check mode of captured reads, for the rows of attnjit_reference: which indices lay outside their dimension, and
+ * were clamped, in reads that decide the result of an element (not in the branch of a choice that was not taken, nor
+ * where the mask drops the element). A JSON array of {name, dimension, extent, count, first: {b, h, q_idx, kv_idx,
+ * index}}; empty where there are none. By interpreting: slow. attention->o, lse, row_max and backend are ignored. Free
+ * the text with attnjit_free. */
+ATTNJIT_API attnjit_status attnjit_clamped_reads(attnjit_context* context, const attnjit_attention* attention,
+                                                 const attnjit_row* rows, size_t num_rows, char** json);
+
 typedef struct attnjit_explain_options {
   size_t struct_size;
   /* "sm_80", "sm_90a", ...: the CUDA kernels for this architecture, on any machine, wherever the tensors are said to
@@ -195,10 +203,10 @@ ATTNJIT_API attnjit_status attnjit_captures(attnjit_context* context, const char
 /* ---- The disk cache --------------------------------------------------------------------------------------------- */
 
 /* GPU binaries that are kept on disk for this user's processes, as JSON: {directory, max_bytes, bytes, entries: [{key,
- * bytes, last_used, about}]}, the least recently used first, times in seconds since the epoch; `about` says what a binary
- * was first made for, where it can be read. A non-zero `verify` adds `valid`; an entry that is damaged is removed, and `removed`
- * says whether that worked.
- * ATTNJIT_ENVIRONMENT where the cache is off or its directory refused. Free it with attnjit_free. */
+ * bytes, last_used, about}]}, the least recently used first, times in seconds since the epoch; `about` says what a
+ * binary was first made for, where it can be read. A non-zero `verify` adds `valid`; an entry that is damaged is
+ * removed, and `removed` says whether that worked. ATTNJIT_ENVIRONMENT where the cache is off or its directory refused.
+ * Free it with attnjit_free. */
 ATTNJIT_API attnjit_status attnjit_cache_list(attnjit_context* context, int verify, char** json);
 /* Removes every entry; `removed`, which may be NULL, receives their number. ATTNJIT_ENVIRONMENT as above, and where an
  * entry cannot be removed. */

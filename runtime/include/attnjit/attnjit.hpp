@@ -434,6 +434,13 @@ class Context {
     const attnjit_status status = attnjit_explain(context_.get(), c.get(), &options, &json);
     return detail::take(status, json);
   }
+  // JSON: which captured reads of these rows were clamped.
+  Result<std::string> clamped_reads(const Attention& attention, std::span<const Row> rows) const {
+    const detail::CAttention c(attention);
+    char* json = nullptr;
+    const attnjit_status status = attnjit_clamped_reads(context_.get(), c.get(), rows.data(), rows.size(), &json);
+    return detail::take(status, json);
+  }
   // JSON: the registered mods.
   Result<std::string> list_mods() const {
     char* json = nullptr;
