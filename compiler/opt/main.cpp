@@ -63,11 +63,10 @@ bool bind_expression(const std::string& text, dsl::ModKind kind, std::map<std::s
     std::vector<dsl::CaptureBinding> bindings;
     for (const dsl::Capture& capture : expr->captures) {
       const auto rank = static_cast<std::size_t>(capture.rank);
-      compiler::CaptureInfo plain{
-          .dtype = dsl::DType::kF32,
-          .extent = std::vector<std::int64_t>(rank, 64),
-          .stride_class = std::vector<compiler::StrideClass>(rank, compiler::StrideClass::kAny),
-          .offsets_fit_32 = true};
+      compiler::CaptureInfo plain{.dtype = dsl::DType::kF32,
+                                  .extent = std::vector<std::int64_t>(rank, 64),
+                                  .stride_class = std::vector<compiler::StrideClass>(rank, compiler::StrideClass::kAny),
+                                  .offsets_fit_32 = true};
       const compiler::CaptureInfo& info = infos.try_emplace(capture.name, plain).first->second;
       bindings.push_back({info.dtype, static_cast<int>(info.extent.size())});
     }
