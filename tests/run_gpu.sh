@@ -48,9 +48,10 @@ python=$(command -v python3 || true)
 
 # NVRTC and cuBLAS are the toolkit's or those of Python's packages; which come first for those that PyTorch loads.
 library_path=
-for folder in $([ -n "$python" ] && "$python" -c 'import glob, sysconfig
-for key in ("purelib", "platlib"):
-    print(*glob.glob(sysconfig.get_path(key) + "/nvidia/*/lib"), sep="\n")' | sort -u) \
+for folder in $([ -n "$python" ] && "$python" -c 'import glob, importlib.util
+package = importlib.util.find_spec("nvidia")
+for place in package.submodule_search_locations if package else []:
+    print(*sorted(glob.glob(place + "/*/lib")), sep="\n")') \
     /usr/local/cuda/lib64 /usr/local/cuda/targets/x86_64-linux/lib; do
   if compgen -G "$folder/libnvrtc.so.*" >/dev/null || compgen -G "$folder/libcublas.so.*" >/dev/null; then
     library_path+=${library_path:+:}$folder

@@ -40,9 +40,10 @@ def compile_call(context, mod, arch, backend="sm80", head_dim=64, seqlen=512):
     q = attnjit.MetaTensor((2, 8, seqlen, head_dim), "bfloat16")
     begin = time.perf_counter()
     call = attnjit.Call(context, q, q, q, q, score_mod=mod, backend=backend, prepare=arch is None)
-    explained = call.explain(arch) if arch else call.description()
+    explained = call.explain(arch=arch) if arch else call.description()
     milliseconds = (time.perf_counter() - begin) * 1e3
-    return milliseconds, [(kernel["key"], kernel["origin"]) for kernel in explained["kernels"]]
+    # A binary may have several of the kernels.
+    return milliseconds, list(dict.fromkeys((kernel["key"], kernel["origin"]) for kernel in explained["kernels"]))
 
 
 def worker(args):
