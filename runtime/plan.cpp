@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -48,9 +49,10 @@ Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Regis
   plan->backend = ready->backend;
   plan->forward = std::move(ready->forward);
 
+  const std::optional<dsl::Expr>& mask_mod = parsed->mask_mod;
   Json json = {{"backend", attnjit_backend_name(plan->backend)},
                {"score_mod", dsl::print(parsed->score_mod)},
-               {"mask_mod", parsed->mask_mod ? Json(dsl::print(*parsed->mask_mod)) : Json()},
+               {"mask_mod", mask_mod ? Json(dsl::print(*mask_mod)) : Json()},
                {"problem", shape_text(s)},
                {"on", device_text(s.device)},
                {"host", host_json(context)}};

@@ -31,9 +31,9 @@ constexpr const char* kDriver = ATTNJIT_FAKE_CUDA;
 class CudaApi : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    cache_ = std::filesystem::temp_directory_path() / ("attnjit-cuda-api-test-" + std::to_string(getpid()));
+    cache = std::filesystem::temp_directory_path() / ("attnjit-cuda-api-test-" + std::to_string(getpid()));
   }
-  static void TearDownTestSuite() { std::filesystem::remove_all(cache_); }
+  static void TearDownTestSuite() { std::filesystem::remove_all(cache); }
 
   void SetUp() override {
     fake_ = fake_cuda(kDriver);
@@ -48,7 +48,7 @@ class CudaApi : public testing::Test {
                     const char* cublas = ATTNJIT_FAKE_CUBLAS) {
     setenv("ATTNJIT_CUDA_DRIVER", driver, 1);
     setenv("ATTNJIT_CUBLAS", cublas, 1);
-    setenv("ATTNJIT_CACHE_DIR", cache_.c_str(), 1);
+    setenv("ATTNJIT_CACHE_DIR", cache.c_str(), 1);
     attnjit_context* context = nullptr;
     EXPECT_EQ(attnjit_context_create(options, &context), ATTNJIT_OK) << attnjit_last_error();
     unsetenv("ATTNJIT_CUDA_DRIVER");
@@ -82,13 +82,13 @@ class CudaApi : public testing::Test {
     return tensor;
   }
 
-  static std::filesystem::path cache_;
+  static std::filesystem::path cache;
   FakeCuda* fake_ = nullptr;
   bool no_compiler_ = false;
   Problem p_;
   ContextPtr context_;
 };
-std::filesystem::path CudaApi::cache_;
+std::filesystem::path CudaApi::cache;
 
 #define PREPARE_OR_SKIP(plan)                             \
   const PlanPtr plan = prepared();                        \

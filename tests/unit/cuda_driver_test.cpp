@@ -153,10 +153,9 @@ TEST_F(CudaDriver, Launch) {
   EXPECT_EQ(test::fake_cuda_current(kLibrary), 0);
 
   fake_->failing = {{"cuLaunchKernel", 400}};
-  const Check failure = loaded->launch({}, 32, params.data(), &stream);
-  ASSERT_TRUE(failure);
-  EXPECT_EQ(failure->status, ATTNJIT_ENVIRONMENT);
-  EXPECT_EQ(failure->message,
+  const Failure failure = loaded->launch({}, 32, params.data(), &stream).value_or(Failure{});
+  EXPECT_EQ(failure.status, ATTNJIT_ENVIRONMENT);
+  EXPECT_EQ(failure.message,
             "cuLaunchKernel failed: CUDA_ERROR_INVALID_HANDLE: invalid resource handle; is `stream` one of device 0's "
             "primary context?");
 }
@@ -231,9 +230,8 @@ TEST_F(CudaDriver, Fill) {
   EXPECT_EQ(memory, (std::vector<std::uint32_t>{7, 7, 7, 7, 1}));
   fake_->failing = {{"cuMemsetD32Async", 400}};
   EXPECT_FALSE(gpu->fill(memory.data(), 7, 0, nullptr));
-  const Check failure = gpu->fill(memory.data(), 7, 4, nullptr);
-  ASSERT_TRUE(failure);
-  EXPECT_THAT(failure->message, HasSubstr("cuMemsetD32Async failed"));
+  const Failure failure = gpu->fill(memory.data(), 7, 4, nullptr).value_or(Failure{});
+  EXPECT_THAT(failure.message, HasSubstr("cuMemsetD32Async failed"));
 }
 
 }  // namespace
