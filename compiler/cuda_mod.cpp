@@ -505,13 +505,14 @@ class Lowering {
       if (g_[term].text == "0") continue;
       const std::string dimension = "[" + std::to_string(i) + "]";
       if (!in_bounds[i]) {
-        term = g_.call("clamped", {term, g_.leaf(view + ".extent" + dimension, CType::kInt)}, CType::kInt);
+        term = g_.call("clamped", {term, g_.leaf(std::string(view).append(".extent").append(dimension), CType::kInt)},
+                       CType::kInt);
       } else {
         term = to(term, CType::kInt);
       }
       if (op.getStrides()[i] != 1) {
         const NodeId stride = fits_32 ? g_.call("stride32", {view_node, integer(i)}, CType::kInt)
-                                      : g_.leaf(view + ".stride" + dimension, CType::kLong);
+                                      : g_.leaf(std::string(view).append(".stride").append(dimension), CType::kLong);
         term = same("*", term, stride, kProduct);
       }
       const Level level = g_.level(term);

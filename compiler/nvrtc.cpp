@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <regex>
+#include <type_traits>
 
 #include "compiler/frontend.h"
 #include "compiler/nvrtc_log.h"
@@ -63,7 +64,7 @@ std::string find_symbols(void* library, Api& api) {
   const auto find = [&](const char* name, auto& function) {
     void* const symbol = dlsym(library, name);
     if (!symbol && missing.empty()) missing = name;
-    std::memcpy(&function, &symbol, sizeof(symbol));
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(symbol);
   };
   find("nvrtcVersion", api.version);
   find("nvrtcGetErrorString", api.error_string);
@@ -98,7 +99,8 @@ int find_build_id(dl_phdr_info* info, std::size_t, void* data) {
   if (std::none_of(info->dlpi_phdr, end, contains)) return 0;
   for (const ElfW(Phdr)* header = info->dlpi_phdr; header != end; ++header) {
     if (header->p_type != PT_NOTE) continue;
-    const char* note = reinterpret_cast<const char*>(info->dlpi_addr + header->p_vaddr);
+    const char* note =
+        reinterpret_cast<const char*>(info->dlpi_addr + header->p_vaddr);  // NOLINT(performance-no-int-to-ptr)
     const char* const notes_end = note + header->p_memsz;
     while (notes_end - note >= static_cast<std::ptrdiff_t>(sizeof(ElfW(Nhdr)))) {
       ElfW(Nhdr) head;
@@ -225,9 +227,7 @@ std::unique_ptr<Nvrtc> open(const char* name, std::string& error) {
     nvrtc->archs.resize(static_cast<std::size_t>(count));
     if (nvrtc->api.supported_archs(nvrtc->archs.data()) != kSuccess) nvrtc->archs.clear();
   }
-  void* symbol = nullptr;
-  std::memcpy(&symbol, &nvrtc->api.version, sizeof(symbol));
-  nvrtc->identity = "nvrtc " + version + " " + file_identity(symbol);
+  nvrtc->identity = "nvrtc " + version + " " + file_identity(reinterpret_cast<void*>(nvrtc->api.version));
   // 12 has it from some release on.
   nvrtc->has_cache = nvrtc->version >= 1300 || Program(*nvrtc).compile("", {kNoCache}) != kInvalidOption;
   return nvrtc;

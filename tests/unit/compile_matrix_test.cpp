@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
@@ -93,7 +93,7 @@ void expect_clean(std::vector<Compiled> cases) {
         std::vector<std::string> expected = emitted.value.source.entries;
         std::sort(expected.begin(), expected.end());
         if (problems.empty() && entries != expected) problems = "other kernels than the source names";
-        for (const auto& [name, ms] : phases) facts += " " + name + " " + std::to_string(static_cast<int>(ms + 0.5));
+        for (const auto& [name, ms] : phases) facts += " " + name + " " + std::to_string(std::lround(ms));
       }
       const std::lock_guard lock(mutex);
       if (!problems.empty()) ADD_FAILURE() << c.what << facts << "\n" << problems;

@@ -25,7 +25,6 @@ namespace {
 using dsl::DType;
 using dsl::Point;
 using ::testing::HasSubstr;
-using ::testing::Not;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLn2 = 0.69314718055994530942;
@@ -80,7 +79,7 @@ class HostMods {
         " -fsanitize=signed-integer-overflow,integer-divide-by-zero,shift-exponent,float-cast-overflow"
         " -fsanitize-trap=all -I" ATTNJIT_SOURCE_DIR " -o " +
         library + " " + source + " >" + log + " 2>&1";
-    if (std::system(command.c_str()) != 0) {
+    if (std::system(command.c_str()) != 0) {  // NOLINT(bugprone-command-processor)
       std::ifstream file(log);
       std::string line;
       std::string message;
@@ -234,7 +233,7 @@ struct Case {
 // The number of random expressions; more of them on request.
 int random_count() {
   const char* const wanted = std::getenv("ATTNJIT_TEST_RANDOM_MODS");
-  return wanted ? std::atoi(wanted) : 160;
+  return wanted ? static_cast<int>(std::strtol(wanted, nullptr, 10)) : 160;
 }
 
 // Compiles `count` cases and judges each on the same random points.
