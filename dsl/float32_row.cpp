@@ -106,7 +106,15 @@ ModifiedScore ModifiedScores::at(const Point& point, double magnitude) {
   return result;
 }
 
-Float32Row::Float32Row(std::span<const ModifiedScore> scores)
+double function_approximation(const Expr& score_mod, DType dtype) {
+  if (dtype != DType::kBF16 && dtype != DType::kF16) return 0.0;
+  const bool calls_tanh = std::any_of(score_mod.nodes.begin(), score_mod.nodes.end(), [](const Node& node) {
+    return node.op == Op::kCall && node.function == Function::kTanh;
+  });
+  return calls_tanh ? 0x1p-10 : 0.0;
+}
+
+Float32Row::Float32Row(std::span<const ModifiedScore> scores, double relative_approximation)
     : maximum(-kInfinity), maximum_lo(-kInfinity), maximum_hi(-kInfinity) {
   for (const ModifiedScore& score : scores) {
     poisoned = poisoned || score.poison;
@@ -114,7 +122,11 @@ Float32Row::Float32Row(std::span<const ModifiedScore> scores)
     maximum = std::max(maximum, score.value);
     maximum_lo = std::max(maximum_lo, score.lo);
     maximum_hi = std::max(maximum_hi, score.hi);
+    if (std::isfinite(score.value)) approximation = std::max(approximation, std::fabs(score.value));
   }
+  approximation *= relative_approximation;
+  maximum_lo -= approximation;
+  maximum_hi += approximation;
   if (poisoned) return;
   undecided = maximum_hi == kInfinity || maximum == kInfinity;
   if (undecided || empty()) return;
@@ -146,7 +158,7 @@ bool Float32Row::empty() const { return maximum == -kInfinity; }
 
 double Float32Row::lse_bound() const {
   if (empty()) return 0.0;
-  return 1e-4 + 1e-5 * std::fabs(maximum + std::log(sum)) + share / (1.0 - share);
+  return 1e-4 + 1e-5 * std::fabs(maximum + std::log(sum)) + share / (1.0 - share) + approximation;
 }
 
 double Float32Row::scatter(const FeatureSums& sums) const { return sums.spread / sum / (1.0 - share); }

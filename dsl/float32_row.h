@@ -52,10 +52,15 @@ struct FeatureSums {
   void add(double p, double change, double v, double o);
 };
 
+// How far off, relative to it, a score_mod on a GPU may be by approximate functions, which only problems of 16-bit
+// inputs allow: 2^-10 where it calls tanh, else 0 (rule 4).
+double function_approximation(const Expr& score_mod, DType dtype);
+
 // One row's probabilities, and what float32 may do to them. What follows `undecided` holds where neither it nor
 // `poisoned` is true and the row has a kept element.
 struct Float32Row {
-  explicit Float32Row(std::span<const ModifiedScore> scores);
+  // `relative_approximation`: see function_approximation. It widens what is asked of the maximum and of LSE.
+  explicit Float32Row(std::span<const ModifiedScore> scores, double relative_approximation = 0.0);
 
   bool poisoned = false;   // a kept element is NaN or +infinity: the row is NaN
   bool undecided = false;  // float32 may move more than 2^-7 of the row's probability: any result may be right
@@ -64,6 +69,7 @@ struct Float32Row {
   std::vector<double> change;              // how far float32 may move p_j
   double sum = 0.0;                        // of p
   double share = 0.0;                      // sum of change / sum
+  double approximation = 0.0;              // what approximate functions may move the largest score by
   double roundoffs = 0.0;                  // of sums over the row, as a multiple of the sum's unit roundoff
 
   bool empty() const;  // no element is kept: O = 0, LSE = -inf

@@ -40,6 +40,7 @@ class Worker {
         score_mod_(mods.score_mod, {call.captures, call.num_captures}),
         modified_scores_(mods.score_mod, {call.captures, call.num_captures}, mods.mask_mod ? &*mods.mask_mod : nullptr,
                          {call.captures, call.num_captures}),
+        approximation_(dsl::function_approximation(mods.score_mod, call.q.dtype)),
         q_(static_cast<std::size_t>(call.q.shape[3])),
         k_(static_cast<std::size_t>(call.k.shape[3])),
         v_(static_cast<std::size_t>(call.v.shape[3])),
@@ -96,7 +97,7 @@ class Worker {
       for (std::size_t d = 0; d < q_.size(); ++d) magnitude += std::fabs(q_[d] * k_[d]);
       scores_[j] = modified_scores_.at(point, std::fabs(scale) * magnitude);
     }
-    const dsl::Float32Row reach(scores_);
+    const dsl::Float32Row reach(scores_, approximation_);
     if (decided) *decided = reach.undecided ? 0 : 1;
     // A row that is NaN is that exactly; of one that float32 does not decide nothing can be said.
     const bool has_bounds = !reach.undecided && !reach.poisoned;
@@ -179,6 +180,7 @@ class Worker {
   dsl::Interpreter score_mod_;
   std::optional<dsl::Interpreter> mask_mod_;
   dsl::ModifiedScores modified_scores_;
+  double approximation_;
   std::vector<double> q_, k_, v_, v_sum_, o_;
   std::vector<dsl::Element> element_;
   std::vector<dsl::ModifiedScore> scores_;

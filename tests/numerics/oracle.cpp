@@ -41,7 +41,11 @@ class Rows {
     GoldRow row;
     row.at = at;
     score_elements(at);
-    const dsl::Float32Row reach(elements_);
+    // The CPU's functions are not approximate.
+    const double approximation = problem_.spec.device == "cuda"
+                                     ? dsl::function_approximation(problem_.score_mod.expr, problem_.spec.dtype)
+                                     : 0.0;
+    const dsl::Float32Row reach(elements_, approximation);
     row.undecided = reach.undecided;
     row.poisoned = reach.poisoned;
     row.row_max = reach.maximum;
