@@ -922,7 +922,13 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   if (has_mask) traits.emplace_back("kHasMask = true");
   if (function->hasAttr(kMaskReadsScoreAttr)) traits.emplace_back("kMaskReadsScore = true");
   if (reads) traits.emplace_back("kReadsCaptured = true");
+  ModDemand demand = has_mask ? ModDemand::kBusy : ModDemand::kNone;
+  for (NodeId id = 0; id < graph.size(); ++id) {
+    if (!graph[id].text.starts_with("load<") || graph.level(id) == Level::kBlock) continue;
+    demand = std::max(demand, graph.level(id) == Level::kElement ? ModDemand::kDense : ModDemand::kBusy);
+  }
   return {.text = Printer(graph).run(is_score ? -1 : lowering.value, has_mask ? lowering.keep : -1, traits),
+          .demand = demand,
           .error = {}};
 }
 

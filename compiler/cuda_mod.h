@@ -18,7 +18,8 @@ enum class CudaAccuracy : std::uint8_t {
 };
 
 struct CudaMod {
-  std::string text;   // `struct Mod : ModDefaults` of kernels_templates/cuda/mod_defaults.cuh, in its namespace
+  std::string text;  // `struct Mod : ModDefaults` of kernels_templates/cuda/mod_defaults.cuh, in its namespace
+  ModDemand demand = ModDemand::kNone;
   std::string error;  // set where an operation has no spelling; `text` is then empty
 };
 

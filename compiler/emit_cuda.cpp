@@ -132,6 +132,7 @@ bool emit_mod(const ModProblem& problem, CudaAccuracy accuracy, const CompileOpt
     return false;
   }
   emitted.facts = frontend.facts();
+  emitted.demand = made.demand;
   emitted.source.score_factor = frontend.score_factor();
   emitted.source.header = describe(problem, emitted.facts, config);
   mod = std::move(made.text);

@@ -19,38 +19,55 @@ constexpr int kMaxTile = 256;  // of queries or keys
 
 constexpr std::size_t kib(std::size_t n) { return n * 1024; }
 
-// A way to cut the work, for problems whose padded head dims are at most `head_dim`.
+using compiler::ModDemand;
+
+// A way to cut the work, for problems whose padded head dims are at most `head_dim` and mods that demand at most
+// `demand`: of others it would spill registers.
 struct Tiling {
   int head_dim;
+  ModDemand demand;
   int tile_m, tile_n, warps, stages;
   bool q_in_registers = false;
-  bool not_busy = false;  // only for mods that leave the registers alone
 };
 
 // By rising head_dim, and of one head_dim the best first: the first that fits is taken. Measured on an H200, bf16
 // (bench/notes.md, "The sm80 family's forward kernel"): 32 rows to a warp as long as O leaves room for it.
 constexpr Tiling k16Bit[] = {
-    {.head_dim = 64, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 2, .q_in_registers = true},
-    {.head_dim = 64, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1, .q_in_registers = true},
-    {.head_dim = 96, .tile_m = 128, .tile_n = 48, .warps = 4, .stages = 2},
-    {.head_dim = 96, .tile_m = 64, .tile_n = 48, .warps = 4, .stages = 1},
-    // O and the scores are 192 registers of 255: a mask or a captured read would spill.
-    {.head_dim = 128, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 1, .not_busy = true},
-    {.head_dim = 128, .tile_m = 128, .tile_n = 32, .warps = 4, .stages = 2},
-    {.head_dim = 128, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
-    {.head_dim = 192, .tile_m = 64, .tile_n = 48, .warps = 4, .stages = 1},
+    {.head_dim = 64,
+     .demand = ModDemand::kBusy,
+     .tile_m = 128,
+     .tile_n = 64,
+     .warps = 4,
+     .stages = 2,
+     .q_in_registers = true},
+    {.head_dim = 64, .demand = ModDemand::kDense, .tile_m = 128, .tile_n = 32, .warps = 4, .stages = 2},
+    {.head_dim = 64,
+     .demand = ModDemand::kDense,
+     .tile_m = 64,
+     .tile_n = 64,
+     .warps = 4,
+     .stages = 1,
+     .q_in_registers = true},
+    {.head_dim = 96, .demand = ModDemand::kDense, .tile_m = 128, .tile_n = 48, .warps = 4, .stages = 2},
+    {.head_dim = 96, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 48, .warps = 4, .stages = 1},
+    // O and the scores are 192 registers of 255.
+    {.head_dim = 128, .demand = ModDemand::kNone, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 128, .demand = ModDemand::kDense, .tile_m = 128, .tile_n = 32, .warps = 4, .stages = 2},
+    {.head_dim = 128, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 192, .demand = ModDemand::kNone, .tile_m = 64, .tile_n = 48, .warps = 4, .stages = 1},
+    {.head_dim = 192, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 32, .warps = 4, .stages = 1},
     // Fills the 99 KiB of sm_86, sm_89 and sm_120 to the byte.
-    {.head_dim = 256, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
-    {.head_dim = 256, .tile_m = 64, .tile_n = 32, .warps = 4, .stages = 1},
+    {.head_dim = 256, .demand = ModDemand::kNone, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 256, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 48, .warps = 4, .stages = 1},
 };
 // Probabilities pass through shared memory, and rows are twice as wide.
 constexpr Tiling kF32[] = {
-    {.head_dim = 64, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 1},
-    {.head_dim = 64, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
-    {.head_dim = 128, .tile_m = 128, .tile_n = 16, .warps = 4, .stages = 1},
-    {.head_dim = 128, .tile_m = 64, .tile_n = 32, .warps = 4, .stages = 1},
-    {.head_dim = 256, .tile_m = 64, .tile_n = 16, .warps = 4, .stages = 1},
-    {.head_dim = 256, .tile_m = 32, .tile_n = 16, .warps = 2, .stages = 1},
+    {.head_dim = 64, .demand = ModDemand::kDense, .tile_m = 128, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 64, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 64, .warps = 4, .stages = 1},
+    {.head_dim = 128, .demand = ModDemand::kDense, .tile_m = 128, .tile_n = 16, .warps = 4, .stages = 1},
+    {.head_dim = 128, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 32, .warps = 4, .stages = 1},
+    {.head_dim = 256, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 16, .warps = 4, .stages = 1},
+    {.head_dim = 256, .demand = ModDemand::kDense, .tile_m = 32, .tile_n = 16, .warps = 2, .stages = 1},
 };
 
 sm80::Element element_of(dsl::DType dtype) {
@@ -103,7 +120,7 @@ std::optional<sm80::ForwardConfig> choose_config(const Sm80Problem& problem) {
   int bracket = 0;  // the smallest one that holds the head dim
   for (const Tiling& row : table) {
     if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
-    if (row.not_busy && problem.busy) continue;
+    if (row.demand < problem.demand) continue;
     const sm80::ForwardConfig config{.element = problem.element,
                                      .head_dim = problem.head_dim,
                                      .head_dim_v = problem.head_dim_v,
@@ -138,7 +155,7 @@ Result<Sm80Binary> build_sm80(const Request& request, compiler::CudaArch arch, s
                     .max_shared_memory = max_shared_memory,
                     .load_bytes = s.load_bytes,
                     .store_bytes = s.store_bytes,
-                    .busy = request.mods.mask_mod.has_value() || s.num_captures > 0};
+                    .demand = request.mods.mask_mod ? ModDemand::kBusy : ModDemand::kNone};
   std::optional<sm80::ForwardConfig> config = choose_config(by);
   if (!config) {
     return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}", max_shared_memory,
@@ -166,9 +183,9 @@ Result<Sm80Binary> build_sm80(const Request& request, compiler::CudaArch arch, s
                                        *config, options);
   };
   auto emitted = emit();
-  if (!emitted.error && emitted.value.facts.has_mask && !by.busy) {
-    // A mask inside the score_mod, which only the compiler sees.
-    by.busy = true;
+  if (!emitted.error && emitted.value.demand > by.demand) {
+    // Only the compiler sees what the mod demands.
+    by.demand = emitted.value.demand;
     const std::optional<sm80::ForwardConfig> other = choose_config(by);
     if (other && (other->tile_m != config->tile_m || other->tile_n != config->tile_n)) {
       config = other;

@@ -21,7 +21,7 @@ struct Sm80Problem {
   int arch = 80;
   std::size_t max_shared_memory = 0;
   int load_bytes = kWidestAccess, store_bytes = kWidestAccess;
-  bool busy = false;  // the mod has a mask or reads captured tensors, which takes registers
+  compiler::ModDemand demand = compiler::ModDemand::kNone;
 };
 // Nothing where no configuration fits the shared memory.
 std::optional<sm80::ForwardConfig> choose_config(const Sm80Problem& problem);

@@ -39,11 +39,12 @@ TEST(Sm80Backend, ConfigurationsFitEveryArchitecture) {
     EXPECT_EQ(max_shared_memory(arch), static_cast<std::size_t>(kib) * 1024) << arch;
     for (const Element element : {Element::kF32, Element::kF16, Element::kBF16}) {
       for (int head_dim = 1; head_dim <= 256; ++head_dim) {
-        for (const bool busy : {false, true}) {
+        for (const compiler::ModDemand demand :
+             {compiler::ModDemand::kNone, compiler::ModDemand::kBusy, compiler::ModDemand::kDense}) {
           for (const std::int64_t seqlen_q : {1, 4096}) {
             Sm80Problem problem = problem_of(element, head_dim, arch);
             problem.head_dim_v = 257 - head_dim;
-            problem.busy = busy;
+            problem.demand = demand;
             problem.seqlen_q = seqlen_q;
             const sm80::ForwardConfig config = chosen(problem);
             ASSERT_GT(config.tile_m, 0) << arch << ' ' << head_dim;
@@ -72,10 +73,10 @@ TEST(Sm80Backend, WhatAConfigurationIsChosenBy) {
   }
   Sm80Problem problem = problem_of(Element::kBF16, 128, 90);
   EXPECT_EQ(chosen(problem).tile_n, 64);
-  problem.busy = true;
+  problem.demand = compiler::ModDemand::kBusy;
   EXPECT_EQ(chosen(problem).tile_n, 32);
   // The larger of both head dims counts.
-  problem.busy = false;
+  problem.demand = compiler::ModDemand::kNone;
   problem.head_dim = 64;
   EXPECT_EQ(chosen(problem).stages, 1);
   problem.head_dim_v = 64;
@@ -138,9 +139,17 @@ TEST(Sm80Backend, Parameters) {
   call.host_scalars = 0;
   EXPECT_EQ(forward_params(call, 1.0).captured[0].data, &small);
 
-  // A finite scale stays finite.
-  call.scale = -3e38f;
-  EXPECT_EQ(forward_params(call, std::numbers::log2e).score_scale, -std::numeric_limits<float>::max());
+  EXPECT_EQ(params.score_prescale, 1.0f);
+
+  // Beyond the range of floats, below zero and at it, two floats hold the scale, of which the second is positive.
+  for (const float scale : {-3e38f, 3e38f, -0.25f, 1e-38f, 0.0f}) {
+    call.scale = scale;
+    const cuda::ForwardParams scaled = forward_params(call, std::numbers::log2e);
+    EXPECT_TRUE(std::isnormal(scaled.score_scale) && scaled.score_scale > 0) << scale;
+    const double product = static_cast<double>(scaled.score_prescale) * scaled.score_scale;
+    const double expected = static_cast<double>(scale) * std::numbers::log2e;
+    EXPECT_NEAR(product, expected, 1e-7 * std::fabs(expected)) << scale;
+  }
 }
 
 }  // namespace
