@@ -126,22 +126,6 @@ char* at(const TensorView& t, std::int64_t b, std::int64_t h, std::int64_t row) 
 // what it is about to use: packing the block first is cheaper (bench/notes.md, "CPU kernels").
 bool strides_collide(std::int64_t stride_in_floats) { return stride_in_floats * 4 % 2048 == 0; }
 
-// On the scores: the scale times what the tile expects, as a product. `rest` is 1 unless that leaves the range in which
-// floats are finite and have all their digits, which the scores themselves need not do; then a power of two.
-struct Factor {
-  float main, rest;
-};
-
-Factor factor_of(float scale, double score_factor) {
-  using Limits = std::numeric_limits<float>;
-  const double factor = static_cast<double>(scale) * score_factor;
-  int exponent = 0;
-  std::frexp(factor, &exponent);
-  // Below the largest exponent, which rounding could leave.
-  const int rest = exponent - std::clamp(exponent, Limits::min_exponent, Limits::max_exponent - 1);
-  return {static_cast<float>(std::ldexp(factor, -rest)), std::ldexp(1.0f, rest)};
-}
-
 // Everything tasks share.
 struct Pass {
   const ForwardCall& call;
@@ -155,8 +139,8 @@ struct Pass {
   cpu::RowsFn rows;                // where there are staged reads
   std::int64_t keys_per_prefetch;  // keys that a product takes between two prefetches of staged rows
   cpu::Storage storage;
-  Factor factor;
-  bool bf16;  // the products are computed on BF16 itself
+  ScoreScale factor;  // on the scores
+  bool bf16;          // the products are computed on BF16 itself
 };
 
 // Where a panel lies. The last panel of a head that ends within it starts earlier, so that all its lanes are rows; only
@@ -373,7 +357,7 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .keys_per_prefetch =
                       (kKeysPerPrefetch + products.rows_at_once - 1) / products.rows_at_once * products.rows_at_once,
                   .storage = storage,
-                  .factor = factor_of(call.scale, tile.score_factor()),
+                  .factor = score_scale(call.scale, tile.score_factor()),
                   // An odd head dim has no pairs.
                   .bf16 = storage == cpu::Storage::kBF16 && products.qk_bf16 && call.q.shape[3] % 2 == 0};
   pool.parallel_for(s.tasks, [&pass](std::int64_t task, int thread) { run_task(pass, task, thread); });

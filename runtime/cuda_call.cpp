@@ -1,6 +1,7 @@
 // Fills the parameters of CUDA kernels.
 #include "runtime/cuda_call.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace attnjit::runtime {
@@ -46,7 +47,9 @@ cuda::ForwardParams forward_params(const ForwardCall& call, double score_factor)
   params.num_heads_kv = static_cast<int>(call.k.shape[1]);
   params.seqlen_q = static_cast<int>(call.q.shape[2]);
   params.seqlen_kv = static_cast<int>(call.k.shape[2]);
-  params.score_scale = finite_scale(call.scale, score_factor);
+  const ScoreScale scale = score_scale(call.scale, score_factor);
+  params.score_scale = scale.main == 0.0f ? 1.0f : std::fabs(scale.main);
+  params.score_prescale = scale.main == 0.0f ? 0.0f : std::copysign(scale.rest, scale.main);
   fill_captured(call, params.captured);
   return params;
 }

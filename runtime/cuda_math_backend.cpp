@@ -253,12 +253,13 @@ Check CudaMathPlan::run(const ForwardCall& call, void* workspace, CudaStream str
     if (Check failure = run_softmax(call, bytes, stream)) return failure;
     return run_zero_rows(call, bytes, stream);
   }
-  const float scale = finite_scale(call.scale, parts_.score_factor);
+  const ScoreScale scale = score_scale(call.scale, parts_.score_factor);
   // A product times 0 would not see NaN and infinity in q and k.
-  const bool folds = scale != 0.0f;
-  if (Check failure = run_scores(call, folds ? scale : 1.0f, bytes, stream)) return failure;
-  if (!parts_.mod_is_identity || !folds) {
-    if (Check failure = run_mod(call, folds ? 1.0f : 0.0f, bytes, stream)) return failure;
+  const float alpha = scale.main == 0.0f ? 1.0f : scale.main;
+  const float factor = scale.main == 0.0f ? 0.0f : scale.rest;
+  if (Check failure = run_scores(call, alpha, bytes, stream)) return failure;
+  if (!parts_.mod_is_identity || factor != 1.0f) {
+    if (Check failure = run_mod(call, factor, bytes, stream)) return failure;
   }
   if (Check failure = run_softmax(call, bytes, stream)) return failure;
   return run_output(call, bytes, stream);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -37,10 +38,21 @@ struct ForwardCall {
   std::uint32_t host_scalars = 0;  // CUDA only, a bit by capture number: rank 0 and data in CPU memory
 };
 
-// scale * factor, finite: beyond float's range, 0 times it would be NaN.
-inline float finite_scale(float scale, double factor) {
-  constexpr double kLargest = std::numeric_limits<float>::max();
-  return static_cast<float>(std::clamp(scale * factor, -kLargest, kLargest));
+// What is on the scores: the scale times what a compiled mod expects, as a product of two floats. `rest` is 1 unless
+// that leaves the range in which floats are finite and have all their digits, which the scores themselves need not do;
+// then a power of two.
+struct ScoreScale {
+  float main = 1.0f, rest = 1.0f;
+};
+
+inline ScoreScale score_scale(float scale, double score_factor) {
+  using Limits = std::numeric_limits<float>;
+  const double factor = static_cast<double>(scale) * score_factor;
+  int exponent = 0;
+  std::frexp(factor, &exponent);
+  // Below the largest exponent, which rounding could leave.
+  const int rest = exponent - std::clamp(exponent, Limits::min_exponent, Limits::max_exponent - 1);
+  return {static_cast<float>(std::ldexp(factor, -rest)), std::ldexp(1.0f, rest)};
 }
 
 }  // namespace attnjit::runtime

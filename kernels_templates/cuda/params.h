@@ -28,7 +28,9 @@ struct ForwardParams {
   int batch, num_heads, num_heads_kv;
   int seqlen_q, seqlen_kv;
   int q_idx_origin, kv_idx_origin;  // logical positions of the first query and key
-  float score_scale;                // on q . k: the scale, times what the compiler says that score() expects
+  // On q . k, together: the scale, times what the compiler says that score() expects. score_scale is positive;
+  // score_prescale is 1 unless the sign, a scale of 0 or the range of floats asks for another.
+  float score_prescale, score_scale;
   CapturedView captured[kMaxCaptures];
 };
 

@@ -29,6 +29,14 @@ constexpr int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 // rows, which is what ldmatrix reads at once, lies in eight different groups of banks.
 constexpr int row_bytes(Element element, int head_dim) { return padded(head_dim) * bytes_of(element) + 16; }
 
+// Bytes of one store of o: nothing behind a row's end is written.
+constexpr int store_width(const ForwardConfig& c) {
+  const int row = c.head_dim_v * bytes_of(c.element);
+  int width = c.store_bytes;
+  while (row % width != 0) width /= 2;
+  return width;
+}
+
 // Shared memory of a block, in order: Q (later O), K and V by stage, and for f32 the probabilities.
 constexpr int q_bytes(const ForwardConfig& c) {
   const int q = row_bytes(c.element, c.head_dim);

@@ -25,6 +25,7 @@ constexpr int kPRowBytes = p_row_floats(kConfig) * 4;
 constexpr int kQTileBytes = q_bytes(kConfig);
 constexpr int kKTileBytes = k_bytes(kConfig);
 constexpr int kVTileBytes = v_bytes(kConfig);
+constexpr int kStoreWidth = store_width(kConfig);
 constexpr int kWarpRows = kTileM / kWarps;
 constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp
 constexpr int kRows = 2 * kMTiles;       // rows of a thread: lane / 4 + 8 * r of its warp's
@@ -367,8 +368,8 @@ __device__ __forceinline__ void multiply_pv_f32(Output& o, const Scores& p, Addr
 
 // ---- The mod and the softmax
 
-// Scores are raised against this multiplier only inside the exponential where the mod leaves them as they are: one
-// fused operation each. Its sign must not turn the maximum round, so another multiplier is applied beforehand.
+// Where the mod leaves the scores as they are, the scale is applied inside the exponential, in one fused operation. It
+// is positive, so that the maximum of the products is that of the scores.
 constexpr bool kIdentity = Mod::kIdentity;
 
 struct RowState {
@@ -380,13 +381,13 @@ template <typename Block, typename Row>
 __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params, const Block& block,
                                           const Row (&rows)[kRows], int first_row, int kv_base) {
   const int kv_first = params.kv_idx_origin + kv_base + static_cast<int>(threadIdx.x) % 4 * 2;
-  if (kIdentity && params.score_scale <= 0) {
+  if (params.score_prescale != 1.0f) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int j = 0; j < kNTiles; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[m][j][e] *= params.score_scale;
+        for (int e = 0; e < 4; ++e) s[m][j][e] *= params.score_prescale;
       }
     }
   }
@@ -450,8 +451,10 @@ __device__ __forceinline__ void softmax(Scores& s, Output& o, RowState (&state)[
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
     // Every element so far dropped: any finite reference makes their exponentials 0.
-    const float reference = max == -kInfinity ? 0.0f : max * factor;
-    const float rescale = exp2_approx(kIdentity ? fmaf(state[r].max, factor, -reference) : state[r].max - reference);
+    const float finite_max = max == -kInfinity ? 0.0f : max;
+    const float reference = finite_max * factor;
+    // Exactly 1 where the maximum stays: the sums and O are not rounded again by every tile.
+    const float rescale = exp2_approx((state[r].max - finite_max) * factor);
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kNTiles; ++j) {
@@ -547,8 +550,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, Output
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                  : "r"(rows + row * kORowBytes + 16 * chunk));
-    store_pieces<(kConfig.store_bytes < kBytes ? kBytes : kConfig.store_bytes)>(
-        to + query * params.o_stride[2] * kBytes + 16 * chunk, word, valid);
+    store_pieces<kStoreWidth>(to + query * params.o_stride[2] * kBytes + 16 * chunk, word, valid);
   }
 }
 
@@ -597,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
   for (int r = 0; r < kRows; ++r) {
     rows[r] = Mod::row(params.captured, block, first_row + r * 8);
   }
-  const float factor = !kIdentity ? 1.0f : params.score_scale > 0 ? params.score_scale : 1.0f;
+  const float factor = kIdentity ? params.score_scale : 1.0f;
 
   RowState state[kRows];
 #pragma unroll
