@@ -103,15 +103,16 @@ CompileResult<ModFacts> analyze(const ModProblem& problem, const CompileOptions&
 CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,
                                                                const CompileOptions& options = {});
 
-// The mod as CUDA around a template, formatted, headed by the expression, the problem and the config. `problem`'s
-// sequence lengths are rounded up to what the kernel's tiles reach, as for the CPU. Deterministic; safe to call from
-// several threads at once.
 // What a mod wants of a kernel's registers, beside its arithmetic.
 enum class ModDemand : std::uint8_t {
   kNone,
   kBusy,   // it has a mask, or reads captured tensors by the position of a query or a key
   kDense,  // it reads an element of its own for each score
 };
+
+// The mod as CUDA around a template, formatted, headed by the expression, the problem and the config. `problem`'s
+// sequence lengths are rounded up to what the kernel's tiles reach, as for the CPU. Deterministic; safe to call from
+// several threads at once.
 struct EmittedCuda {
   CudaSource source;
   ModDemand demand = ModDemand::kNone;
