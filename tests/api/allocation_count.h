@@ -5,7 +5,7 @@ namespace attnjit::test {
 
 // False where a sanitizer owns malloc: counts stay 0 then.
 bool counts_allocations();
-// Allocations since the program started.
+// Allocations since the program started; from the first call on without those of OpenBLAS, which are not ours.
 long allocation_count();
 
 }  // namespace attnjit::test

@@ -147,6 +147,8 @@ TEST_F(GpuApi, UnalignedRows) {
 // A graph reads a scalar of the device at each replay, and keeps the one that was on the CPU.
 TEST_F(GpuApi, GraphReplaysWithNewScalars) {
   constexpr const char* kMod = "score - slope * kv_idx";
+  // Taken before: a program's own allocations are not for a capture.
+  workspace_ = GpuBuffer(std::size_t{64} << 20);
   for (const attnjit_backend backend : {ATTNJIT_BACKEND_SM80, ATTNJIT_BACKEND_MATH}) {
     std::vector<float> slope = {0.25f};
     const GpuStream stream;

@@ -99,6 +99,14 @@ class Rows {
     }
   }
 
+  // As P enters the second product, but for a common factor: the eager path on a GPU rounds what softmax gives, a fused
+  // kernel (and the CPU's eager path, in f32) what is divided by the sum later.
+  double ideal_p(double p, double sum) const {
+    const dsl::DType dtype = problem_.spec.dtype;
+    const bool eager = problem_.spec.device == "cuda" && problem_.spec.backend == "math";
+    return eager ? round_to(dtype, p / sum) * sum : round_to(dtype, p);
+  }
+
   void finish(const dsl::Float32Row& reach, GoldRow* row) {
     if (row->poisoned) {
       row->lse = kNan;
@@ -125,7 +133,7 @@ class Rows {
         if (!elements_[j].keep) continue;
         const double v = v_[j * features + d];
         o += p[j] * v;
-        ideal += round_to(dtype, p[j]) * v;
+        ideal += ideal_p(p[j], reach.sum) * v;
         eager += round_to(dtype, eager_p[j] / eager_sum) * v;
       }
       o /= reach.sum;
