@@ -16,7 +16,8 @@ constexpr int kInvalidValue = 1, kNoDevice = 100, kInvalidContext = 201, kInvali
 constexpr int kRelaxed = 2;
 constexpr long kMaxDevices = 8;
 
-FakeCuda state;
+// Nothing here is ever destroyed: programs may give back contexts and kernels on their way out.
+FakeCuda& state = *new FakeCuda;
 
 struct Module {
   std::string image;
@@ -28,10 +29,13 @@ struct Function {
   bool loaded = false;
   int shared = 48 * 1024;
 };
-std::vector<std::unique_ptr<Module>> modules;
-std::vector<std::unique_ptr<Function>> functions;
+auto& modules = *new std::vector<std::unique_ptr<Module>>;
+auto& functions = *new std::vector<std::unique_ptr<Function>>;
 
-thread_local std::vector<long> contexts;  // 1 + ordinal
+// A thread's stack of contexts, each 1 + the device's ordinal.
+constexpr int kMaxContexts = 16;
+thread_local long contexts[kMaxContexts] = {};
+thread_local int num_contexts = 0;
 thread_local int capture_mode = 0;
 
 int failing(const char* name) {
@@ -47,7 +51,12 @@ int forbidden_in_capture() {
   return kCaptureUnsupported;
 }
 
-long current() { return contexts.empty() ? 0 : contexts.back(); }
+long current() { return num_contexts == 0 ? 0 : contexts[num_contexts - 1]; }
+int push(void* context) {
+  if (num_contexts == kMaxContexts) return kInvalidContext;
+  contexts[num_contexts++] = reinterpret_cast<std::intptr_t>(context);
+  return 0;
+}
 
 template <typename T>
 T* known(const std::vector<std::unique_ptr<T>>& all, void* handle) {
@@ -123,17 +132,15 @@ FAKE int cuCtxGetCurrent(void** context) {
 }
 FAKE int cuCtxPushCurrent_v2(void* context) {
   MAY_FAIL("cuCtxPushCurrent");
-  contexts.push_back(reinterpret_cast<std::intptr_t>(context));
-  return 0;
+  return push(context);
 }
 FAKE int cuCtxPopCurrent_v2(void** context) {
   std::lock_guard lock(state.mutex);
-  if (contexts.empty()) {
+  if (num_contexts == 0) {
     ++state.unbalanced_pops;
     return kInvalidContext;
   }
-  *context = reinterpret_cast<void*>(contexts.back());
-  contexts.pop_back();
+  *context = reinterpret_cast<void*>(contexts[--num_contexts]);
   return 0;
 }
 // An image is text here, or what the compiler made; anything that starts with "bad" is refused, with a log.
@@ -285,9 +292,8 @@ FAKE int cuDriverGetVersion(int* version) {
 }
 FAKE int cuCtxSetCurrent(void* context) {
   MAY_FAIL("cuCtxSetCurrent");
-  if (!contexts.empty()) contexts.pop_back();
-  contexts.push_back(reinterpret_cast<std::intptr_t>(context));
-  return 0;
+  if (num_contexts > 0) --num_contexts;
+  return push(context);
 }
 FAKE int cuCtxSynchronize() {
   MAY_FAIL("cuCtxSynchronize");
