@@ -17,7 +17,7 @@ struct Handle {
   int math_mode = 0;
 };
 
-FakeCublas state;
+FakeCublas& state = *new FakeCublas;  // never destroyed: programs may give back handles on their way out
 
 constexpr int kInvalidValue = 7;
 constexpr int kReal32F = 0, kReal16F = 2, kReal16BF = 14;
