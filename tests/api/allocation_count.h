@@ -5,7 +5,8 @@ namespace attnjit::test {
 
 // False where a sanitizer owns malloc: counts stay 0 then.
 bool counts_allocations();
-// Allocations since the program started; from the first call on without those of OpenBLAS, which are not ours.
+// Allocations since the program started. Those of OpenBLAS, which are not ours, are left out once a call found it
+// loaded.
 long allocation_count();
 
 }  // namespace attnjit::test
