@@ -34,11 +34,14 @@ cuda::ForwardParams forward_params(const ForwardCall& call, double score_factor)
   params.o = call.o.data;
   params.lse = call.lse.data;
   params.row_max = call.row_max.data;
+  // Kernels form the addresses of a whole tile's rows, aligned as every row that exists: the step to rows that do not
+  // must not break that, and the stride of a single row may.
+  const auto stride = [](const TensorView& tensor, int d) { return tensor.shape[d] > 1 ? tensor.stride[d] : 0; };
   for (int d = 0; d < 3; ++d) {
-    params.q_stride[d] = call.q.stride[d];
-    params.k_stride[d] = call.k.stride[d];
-    params.v_stride[d] = call.v.stride[d];
-    params.o_stride[d] = call.o.stride[d];
+    params.q_stride[d] = stride(call.q, d);
+    params.k_stride[d] = stride(call.k, d);
+    params.v_stride[d] = stride(call.v, d);
+    params.o_stride[d] = stride(call.o, d);
     params.lse_stride[d] = call.lse.stride[d];
     params.row_max_stride[d] = call.row_max.stride[d];
   }

@@ -141,6 +141,16 @@ TEST(Sm80Backend, Parameters) {
 
   EXPECT_EQ(params.score_prescale, 1.0f);
 
+  // One row of 20 elements is aligned to 16 bytes; the rows behind it, which a tile's copies skip, have to be, too.
+  ForwardCall short_call = call;
+  short_call.q.shape[2] = short_call.k.shape[2] = short_call.v.shape[2] = 1;
+  short_call.q.stride[2] = short_call.k.stride[2] = short_call.v.stride[2] = 20;
+  const cuda::ForwardParams one_row = forward_params(short_call, 1.0);
+  EXPECT_EQ(one_row.q_stride[2], 0);
+  EXPECT_EQ(one_row.k_stride[2], 0);
+  EXPECT_EQ(one_row.v_stride[2], 0);
+  EXPECT_EQ(one_row.q_stride[1], 6400);
+
   // Beyond the range of floats, below zero and at it, two floats hold the scale, of which the second is positive.
   for (const float scale : {-3e38f, 3e38f, -0.25f, 1e-38f, 0.0f}) {
     call.scale = scale;
