@@ -48,7 +48,7 @@ class _Attention(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("score_mod", ctypes.c_char_p), ("mask_mod", ctypes.c_char_p),
                 *[(name, ctypes.POINTER(_DLTensor)) for name in ("q", "k", "v", "o", "lse", "row_max")],
                 ("captures", ctypes.POINTER(_Capture)), ("num_captures", ctypes.c_size_t),
-                ("scale", ctypes.POINTER(ctypes.c_float)), ("backend", ctypes.c_int)]
+                ("scale", ctypes.POINTER(ctypes.c_float)), ("backend", ctypes.c_int), ("max_autotune", ctypes.c_int)]
 
 
 class _ContextOptions(ctypes.Structure):
@@ -181,7 +181,7 @@ class Call:
     """One attention call with its plan; tensors as attnjit.h says: q, k, v, o (B, H, S, D), lse and row_max (B, H, S)."""
 
     def __init__(self, context, q, k, v, o, lse=None, row_max=None, score_mod=None, mask_mod=None, captures=None,
-                 scale=None, backend="auto", prepare=True):
+                 scale=None, backend="auto", max_autotune=False, prepare=True):
         self.context, self.library, self.plan = context, context.library, None
         lent = {name: lend(tensor) for name, tensor in dict(q=q, k=k, v=v, o=o, lse=lse, row_max=row_max).items()
                 if tensor is not None}
@@ -189,7 +189,8 @@ class Call:
         records = (_Capture * max(len(captured), 1))(
             *[_Capture(name.encode(), ctypes.pointer(tensor)) for name, tensor in captured.items()])
         call = _Attention(struct_size=ctypes.sizeof(_Attention), score_mod=_text(score_mod), mask_mod=_text(mask_mod),
-                          captures=records, num_captures=len(captured), backend=BACKENDS[backend])
+                          captures=records, num_captures=len(captured), backend=BACKENDS[backend],
+                          max_autotune=int(max_autotune))
         for name, tensor in lent.items():
             setattr(call, name, ctypes.pointer(tensor))
         if scale is not None:

@@ -87,11 +87,12 @@ class Contestant:
         self.call, self.result, self.first_call_s, self.info = call, result, first_call_s, info or {}
 
 
-def ours(torch, library, backend, mod, q, k, v):
+def ours(torch, library, backend, mod, q, k, v, max_autotune):
     context = attnjit.Context(library)  # its own: nothing of another problem is in it
     o = torch.full_like(q, math.nan)
     begin = time.perf_counter()
-    call = attnjit.Call(context, q, k, v, o, score_mod=mod.text, captures=mod.captures, backend=backend)
+    call = attnjit.Call(context, q, k, v, o, score_mod=mod.text, captures=mod.captures, backend=backend,
+                        max_autotune=max_autotune)
     prepared = time.perf_counter() - begin
     workspace = torch.empty(call.workspace_size, dtype=torch.uint8, device="cuda")
 
@@ -101,7 +102,7 @@ def ours(torch, library, backend, mod, q, k, v):
     run()
     torch.cuda.synchronize()
     description = call.description()
-    facts = ("entry", "origin", "tile", "warps", "stages", "registers", "spill_store_bytes")
+    facts = ("entry", "origin", "tile", "warps", "stages", "registers", "spill_store_bytes", "autotune")
     kernels = [{key: kernel[key] for key in facts if key in kernel} for kernel in description.get("kernels", [])]
     return Contestant(run, lambda: o, time.perf_counter() - begin, dict(prepare_s=round(prepared, 4), kernels=kernels))
 
@@ -225,7 +226,7 @@ def measure(torch, library, problem, mod_name, args):
         rows.append(dict(cell, name=name, error=str(error).strip().splitlines()[0][:200]))
 
     options = dict(mode="max-autotune-no-cudagraphs") if args.max_autotune else {}
-    entries = [(f"attnjit-{b}", lambda b=b: ours(torch, library, b, mod, q, k, v)) for b in args.backends]
+    entries = [(f"attnjit-{b}", lambda b=b: ours(torch, library, b, mod, q, k, v, args.max_autotune)) for b in args.backends]
     entries += [(p, lambda p=p: peer(torch, p, mod_name, mod, q, k_peer, v_peer, options)) for p in args.peers]
     with torch.no_grad():
         for name, make in entries:
@@ -329,7 +330,7 @@ def parse_arguments():
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--fill-ms", type=float, default=4.0, help="GPU time of one sample")
     p.add_argument("--host", action="store_true", help="also the CPU time of a call from Python")
-    p.add_argument("--max-autotune", action="store_true", help="of FlexAttention")
+    p.add_argument("--max-autotune", action="store_true", help="of attnjit and FlexAttention")
     p.add_argument("--base", default="attnjit-sm80", help="whose speed over the others is shown")
     p.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no further problem is begun")
     p.add_argument("--output", help="file for the JSON rows, beside standard output")

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attnjit/attnjit.h"
+#include "runtime/autotune.h"
 #include "runtime/context.h"
 #include "runtime/explain.h"
 #include "runtime/mods.h"
@@ -335,8 +336,11 @@ attnjit_status attnjit_cache_list(attnjit_context* context, int verify, char** j
       bytes += entry.bytes;
       list.push_back({{"key", entry.key}, {"bytes", entry.bytes}, {"last_used", entry.last_used}});
       if (const auto payload = disk.peek(entry.key)) {
-        if (auto stored = attnjit::runtime::binary_from_bytes(*payload))
+        if (auto stored = attnjit::runtime::binary_from_bytes(*payload)) {
           list.back()["about"] = std::move(stored->about);
+        } else if (auto tuned = attnjit::runtime::tuned_about(*payload)) {
+          list.back()["about"] = std::move(*tuned);
+        }
       }
       if (!verify) continue;
       list.back()["valid"] = entry.valid;

@@ -31,7 +31,7 @@ std::string about_text(const compiler::CudaSource& source, compiler::CudaArch ar
 }  // namespace
 
 Result<FoundBinary> find_cuda_binary(Context& context, const compiler::CudaSource& source, compiler::CudaArch arch,
-                                     const compiler::CompileOptions& options) {
+                                     const compiler::CompileOptions& options, LogLevel warnings) {
   std::string missing;
   const compiler::Nvrtc* nvrtc = compiler::load_nvrtc(context.environment().nvrtc, &missing);
   if (!nvrtc) return Failure{ATTNJIT_ENVIRONMENT, std::move(missing)};
@@ -67,9 +67,9 @@ Result<FoundBinary> find_cuda_binary(Context& context, const compiler::CudaSourc
       logger.log(LogLevel::kDebug, fmt::format("binary {} ({}) for {}: {}", key, fmt::join(source.entries, ", "),
                                                compiler::cuda_arch_name(arch), binary_origin_name(found->origin)));
     }
-    if (logger.enabled(LogLevel::kWarn)) {
+    if (logger.enabled(warnings)) {
       for (const std::string& warning : found->binary->warnings) {
-        logger.log(LogLevel::kWarn, fmt::format("binary {} for {}: {}", key, compiler::cuda_arch_name(arch), warning));
+        logger.log(warnings, fmt::format("binary {} for {}: {}", key, compiler::cuda_arch_name(arch), warning));
       }
     }
   }

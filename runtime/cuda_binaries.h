@@ -4,16 +4,17 @@
 
 #include "compiler/compiler.h"
 #include "runtime/binary_cache.h"
+#include "runtime/logging.h"
 #include "runtime/status.h"
 
 namespace attnjit::runtime {
 
 class Context;
 
-// From memory, disk or NVRTC, in this order. Warnings of the binary reach the log. With `options.dump` set it is always
-// compiled, and not kept. ATTNJIT_ENVIRONMENT where NVRTC is missing (a binary's key names the NVRTC that made it) or
-// does not know `arch`.
+// From memory, disk or NVRTC, in this order. Warnings of the binary reach the log, at `warnings`. With `options.dump`
+// set it is always compiled, and not kept. ATTNJIT_ENVIRONMENT where NVRTC is missing (a binary's key names the NVRTC
+// that made it) or does not know `arch`.
 Result<FoundBinary> find_cuda_binary(Context& context, const compiler::CudaSource& source, compiler::CudaArch arch,
-                                     const compiler::CompileOptions& options);
+                                     const compiler::CompileOptions& options, LogLevel warnings = LogLevel::kWarn);
 
 }  // namespace attnjit::runtime

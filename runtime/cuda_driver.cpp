@@ -4,11 +4,13 @@
 #include <dlfcn.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace attnjit::runtime {
 namespace {
@@ -20,6 +22,7 @@ using CuContext = void*;
 using CuModule = void*;
 using CuFunction = void*;
 using CuStream = void*;
+using CuEvent = void*;
 using CuDevicePtr = unsigned long long;
 
 constexpr CuResult kSuccess = 0;
@@ -39,6 +42,7 @@ constexpr int kJitErrorLog = 5;
 constexpr int kJitErrorLogSize = 6;
 constexpr int kCaptureNone = 0;
 constexpr int kCaptureModeRelaxed = 2;
+constexpr unsigned kStreamNonBlocking = 1;
 
 struct Api {
   CuResult (*init)(unsigned) = nullptr;
@@ -62,6 +66,19 @@ struct Api {
   CuResult (*memset_d32)(CuDevicePtr, unsigned, std::size_t, CuStream) = nullptr;
   CuResult (*stream_is_capturing)(CuStream, int*) = nullptr;
   CuResult (*exchange_capture_mode)(int*) = nullptr;
+  CuResult (*driver_version)(int*) = nullptr;
+  CuResult (*memory_allocate)(CuDevicePtr*, std::size_t) = nullptr;
+  CuResult (*memory_free)(CuDevicePtr) = nullptr;
+  CuResult (*copy_to_device)(CuDevicePtr, const void*, std::size_t, CuStream) = nullptr;
+  CuResult (*copy_on_device)(CuDevicePtr, CuDevicePtr, std::size_t, CuStream) = nullptr;
+  CuResult (*stream_create)(CuStream*, unsigned) = nullptr;
+  CuResult (*stream_destroy)(CuStream) = nullptr;
+  CuResult (*stream_synchronize)(CuStream) = nullptr;
+  CuResult (*event_create)(CuEvent*, unsigned) = nullptr;
+  CuResult (*event_destroy)(CuEvent) = nullptr;
+  CuResult (*event_record)(CuEvent, CuStream) = nullptr;
+  CuResult (*event_synchronize)(CuEvent) = nullptr;
+  CuResult (*event_elapsed)(float*, CuEvent, CuEvent) = nullptr;
   CuResult (*error_name)(CuResult, const char**) = nullptr;
   CuResult (*error_string)(CuResult, const char**) = nullptr;
 };
@@ -127,6 +144,19 @@ void open_driver(const std::string& library, Driver* driver) {
   need(&api.memset_d32, "cuMemsetD32Async");
   need(&api.stream_is_capturing, "cuStreamIsCapturing");
   need(&api.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
+  need(&api.driver_version, "cuDriverGetVersion");
+  need(&api.memory_allocate, "cuMemAlloc_v2");
+  need(&api.memory_free, "cuMemFree_v2");
+  need(&api.copy_to_device, "cuMemcpyHtoDAsync_v2");
+  need(&api.copy_on_device, "cuMemcpyDtoDAsync_v2");
+  need(&api.stream_create, "cuStreamCreate");
+  need(&api.stream_destroy, "cuStreamDestroy_v2");
+  need(&api.stream_synchronize, "cuStreamSynchronize");
+  need(&api.event_create, "cuEventCreate");
+  need(&api.event_destroy, "cuEventDestroy_v2");
+  need(&api.event_record, "cuEventRecord");
+  need(&api.event_synchronize, "cuEventSynchronize");
+  need(&api.event_elapsed, "cuEventElapsedTime");
   need(&api.error_name, "cuGetErrorName");
   need(&api.error_string, "cuGetErrorString");
   if (missing) {
@@ -200,6 +230,10 @@ class Device final : public CudaDevice {
   const std::string& name() const override { return name_; }
   int arch() const override { return arch_; }
   int num_sms() const override { return num_sms_; }
+  int driver_version() const override {
+    int version = 0;
+    return api().driver_version(&version) == kSuccess ? version : 0;
+  }
   std::size_t max_shared_memory() const override { return max_shared_memory_; }
 
   bool is_capturing(CudaStream stream) const override {
@@ -342,6 +376,96 @@ class Kernel final : public CudaKernel {
   unsigned shared_memory_ = 0;
 };
 
+class Workbench final : public CudaWorkbench {
+ public:
+  static Result<std::unique_ptr<CudaWorkbench>> create(std::shared_ptr<const Device> device) {
+    const CudaScope scope(*device, CudaScope::Use::kSetup);
+    if (scope.failure()) return *scope.failure();
+    const Api& api = device->api();
+    const Driver& driver = device->driver();
+    auto bench = std::make_unique<Workbench>(std::move(device));
+    // Nothing that others queue on the legacy default stream is waited for, or waits.
+    if (const CuResult result = api.stream_create(&bench->stream_, kStreamNonBlocking); result != kSuccess) {
+      bench->stream_ = nullptr;
+      return driver.failure(result, "cuStreamCreate");
+    }
+    for (CuEvent* event : {&bench->begin_, &bench->end_}) {
+      if (const CuResult result = api.event_create(event, 0); result != kSuccess) {
+        *event = nullptr;
+        return driver.failure(result, "cuEventCreate");
+      }
+    }
+    return std::unique_ptr<CudaWorkbench>(std::move(bench));
+  }
+
+  explicit Workbench(std::shared_ptr<const Device> device) : device_(std::move(device)) {}
+  ~Workbench() override {
+    const CudaScope scope(*device_, CudaScope::Use::kSetup);
+    if (scope.failure()) return;
+    const Api& api = device_->api();
+    if (stream_) api.stream_synchronize(stream_);
+    for (const CuDevicePtr address : memory_) api.memory_free(address);
+    for (const CuEvent event : {begin_, end_}) {
+      if (event) api.event_destroy(event);
+    }
+    if (stream_) api.stream_destroy(stream_);
+  }
+  Workbench(const Workbench&) = delete;
+  Workbench& operator=(const Workbench&) = delete;
+
+  Result<void*> allocate(std::size_t size) override {
+    const CudaScope scope(*device_, CudaScope::Use::kSetup);
+    if (scope.failure()) return *scope.failure();
+    memory_.reserve(memory_.size() + 1);
+    CuDevicePtr address = 0;
+    if (const CuResult result = device_->api().memory_allocate(&address, size); result != kSuccess) {
+      return device_->driver().failure(result, fmt::format("allocating {} bytes of device memory", size));
+    }
+    memory_.push_back(address);
+    return reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+  }
+
+  Check fill(void* memory, std::size_t size, const void* pattern, std::size_t pattern_size) override {
+    const CudaScope scope(*device_, CudaScope::Use::kSetup);
+    if (scope.failure()) return scope.failure();
+    const auto address = reinterpret_cast<CuDevicePtr>(memory);
+    std::size_t filled = std::min(size, pattern_size);
+    CuResult result = device_->api().copy_to_device(address, pattern, filled, stream_);
+    while (result == kSuccess && filled < size) {
+      // Twice as much each time. A multiple of the pattern stands before the last copy.
+      const std::size_t next = std::min(filled, size - filled);
+      result = device_->api().copy_on_device(address + filled, address, next, stream_);
+      filled += next;
+    }
+    // `pattern` is the caller's again.
+    if (result == kSuccess) result = device_->api().stream_synchronize(stream_);
+    if (result != kSuccess) return device_->driver().failure(result, "filling device memory");
+    return {};
+  }
+
+  Result<double> milliseconds(const std::function<Check(CudaStream)>& enqueue) override {
+    const CudaScope scope(*device_, CudaScope::Use::kSetup);
+    if (scope.failure()) return *scope.failure();
+    const Api& api = device_->api();
+    CuResult result = api.event_record(begin_, stream_);
+    if (result == kSuccess) {
+      if (Check failure = enqueue(stream_)) return *failure;
+      result = api.event_record(end_, stream_);
+    }
+    if (result == kSuccess) result = api.event_synchronize(end_);
+    float elapsed = 0;
+    if (result == kSuccess) result = api.event_elapsed(&elapsed, begin_, end_);
+    if (result != kSuccess) return device_->driver().failure(result, "timing a kernel");
+    return static_cast<double>(elapsed);
+  }
+
+ private:
+  std::shared_ptr<const Device> device_;
+  CuStream stream_ = nullptr;
+  CuEvent begin_ = nullptr, end_ = nullptr;
+  std::vector<CuDevicePtr> memory_;
+};
+
 }  // namespace
 
 Result<std::shared_ptr<CudaDevice>> CudaDevice::get(int ordinal, std::string_view library) {
@@ -385,6 +509,10 @@ Result<std::shared_ptr<const CudaKernel>> CudaKernel::load(std::shared_ptr<CudaD
                                                            const std::string& entry, std::size_t shared_memory) {
   // The only devices there are.
   return Kernel::create(std::static_pointer_cast<const Device>(std::move(device)), cubin, entry, shared_memory);
+}
+
+Result<std::unique_ptr<CudaWorkbench>> CudaWorkbench::create(std::shared_ptr<CudaDevice> device) {
+  return Workbench::create(std::static_pointer_cast<const Device>(std::move(device)));
 }
 
 }  // namespace attnjit::runtime

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -28,6 +29,7 @@ class CudaDevice {
   virtual const std::string& name() const = 0;
   virtual int arch() const = 0;  // 10 * major + minor of the compute capability
   virtual int num_sms() const = 0;
+  virtual int driver_version() const = 0;             // 1000 * major + 10 * minor of the CUDA it brings; 0: unknown
   virtual std::size_t max_shared_memory() const = 0;  // of one block, opted in
 
   // True while `stream` is being captured into a graph (and for a legacy stream that a capture forbids to touch). Does
@@ -83,6 +85,21 @@ class CudaKernel {
   };
   // `params`: the kernel's one parameter, copied before the call returns. Does not allocate or synchronise.
   virtual Check launch(Grid grid, unsigned threads, const void* params, CudaStream stream) const = 0;
+};
+
+// For trying kernels out: a stream of its own, memory to run over and a clock. What it does is allowed while a stream
+// is captured, which goes on undisturbed. For one thread at a time; keeps the device alive.
+class CudaWorkbench {
+ public:
+  static Result<std::unique_ptr<CudaWorkbench>> create(std::shared_ptr<CudaDevice> device);
+  virtual ~CudaWorkbench() = default;  // waits for its work, then frees its memory
+
+  // Aligned to 256 bytes, freed with the object. ATTNJIT_OUT_OF_MEMORY where there is not enough.
+  virtual Result<void*> allocate(std::size_t size) = 0;
+  // Fills memory with `pattern` over and over. Both sizes in bytes, not 0.
+  virtual Check fill(void* memory, std::size_t size, const void* pattern, std::size_t pattern_size) = 0;
+  // What the device takes for the work that `enqueue` puts into the stream, in milliseconds. Waits for it.
+  virtual Result<double> milliseconds(const std::function<Check(CudaStream)>& enqueue) = 0;
 };
 
 }  // namespace attnjit::runtime

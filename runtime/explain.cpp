@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <memory>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -49,9 +50,12 @@ Check compile_for_cpu(const Request& request, const CollectText& collect, Findin
   return {};
 }
 
-// The kernels of every backend of `backends`; those that do not serve the call are listed with their reasons.
+// The kernels of every backend of `backends`, for `device` where there is one; those that do not serve the call are
+// listed with their reasons.
 Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend>& backends, compiler::CudaArch arch,
-                       std::size_t shared_memory, const CollectText& collect, Findings* findings) {
+                       const std::shared_ptr<CudaDevice>& device, const CollectText& collect, Findings* findings) {
+  std::size_t shared_memory = max_shared_memory(arch.number);
+  if (device) shared_memory = std::min(shared_memory, device->max_shared_memory());
   findings->kernels = Json::array();
   const auto found = [&](attnjit_backend backend, const Json& kernels, const auto& binary) {
     // At the top stands what the best backend says; each kernel has its own times.
@@ -69,7 +73,8 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
   for (const attnjit_backend backend : backends) {
     Check failure;
     if (backend == ATTNJIT_BACKEND_SM80) {
-      Result<Sm80Binary> binary = build_sm80(request, arch, shared_memory, collect);
+      Result<Sm80Binary> binary = build_sm80(
+          request, {.arch = arch, .max_shared_memory = shared_memory, .device = device, .may_time = false}, collect);
       if (binary) {
         found(backend, Json::array({kernel_json(*binary)}), *binary);
       } else {
@@ -154,16 +159,14 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
   }
   Check failure;
   if (arch) {
-    failure = compile_for_cuda(request, *backends, *arch, max_shared_memory(arch->number), collect, &findings);
+    failure = compile_for_cuda(request, *backends, *arch, nullptr, collect, &findings);
   } else if (call.signature.device == kCpu) {
     failure = compile_for_cpu(request, collect, &findings);
   } else {
     Result<std::shared_ptr<CudaDevice>> device = context.cuda_device(call.signature.device);
     if (!device) return device.failure();
     arch = {.number = (*device)->arch(), .specific = false};
-    failure =
-        compile_for_cuda(request, *backends, *arch,
-                         std::min(max_shared_memory(arch->number), (*device)->max_shared_memory()), collect, &findings);
+    failure = compile_for_cuda(request, *backends, *arch, *device, collect, &findings);
   }
   if (failure) return *failure;
 

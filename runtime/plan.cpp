@@ -225,7 +225,15 @@ Result<PlanHandle> prepare(const std::shared_ptr<Context>& context, const attnji
   CheckedCall call;
   if (Check failure = check_call(attention, Purpose::kPrepare, &call)) return *failure;
   const RegistrySnapshot snapshot = context->registry();
-  const std::string key = make_key(call, *attention, snapshot.generation);
+  std::string key = make_key(call, *attention, snapshot.generation);
+  if (call.signature.autotune != 0 && !context->plans().find(key)) {
+    Result<std::shared_ptr<CudaDevice>> device = context->cuda_device(call.signature.device);
+    if (device && (*device)->is_capturing(nullptr)) {
+      // A plan of its own: the one that is tuned can still be made after the capture.
+      call.signature.autotune = static_cast<std::uint8_t>(AutotuneMode::kStored);
+      key = make_key(call, *attention, snapshot.generation);
+    }
+  }
   auto found =
       context->plans().get(key, [&] { return make_plan(*context, *snapshot.registry, *attention, call, key); });
   if (!found.outcome) return found.outcome.failure();

@@ -4,11 +4,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <memory>
 #include <span>
 #include <utility>
 
+#include "runtime/autotune.h"
 #include "runtime/cuda_call.h"
 
 namespace attnjit::runtime {
@@ -95,6 +97,106 @@ std::int64_t blocks_of(const Signature& s, const sm80::ForwardConfig& config) {
 
 Failure unsupported(std::string reason) { return {ATTNJIT_UNSUPPORTED, std::move(reason)}; }
 
+bool fits(const sm80::ForwardConfig& config, const Sm80Problem& problem) {
+  return static_cast<std::size_t>(sm80::forward_shared_memory(config)) <= problem.max_shared_memory;
+}
+
+// The configurations of the table that serve a problem, the best first.
+std::vector<sm80::ForwardConfig> serving_configs(const Sm80Problem& problem) {
+  const bool f32 = problem.element == sm80::Element::kF32;
+  const int head_dim = std::max(sm80::padded(problem.head_dim), sm80::padded(problem.head_dim_v));
+  std::vector<sm80::ForwardConfig> serving;
+  int bracket = 0;  // the smallest one that holds the head dim
+  for (const Tiling& row : f32 ? std::span<const Tiling>(kF32) : std::span<const Tiling>(k16Bit)) {
+    if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
+    if (row.demand < problem.demand) continue;
+    const sm80::ForwardConfig config{.element = problem.element,
+                                     .head_dim = problem.head_dim,
+                                     .head_dim_v = problem.head_dim_v,
+                                     .tile_m = row.tile_m,
+                                     .tile_n = row.tile_n,
+                                     .warps = row.warps,
+                                     .stages = row.stages,
+                                     .q_in_registers = row.q_in_registers,
+                                     .load_bytes = problem.load_bytes,
+                                     .store_bytes = problem.store_bytes};
+    if (!fits(config, problem)) continue;
+    bracket = row.head_dim;
+    serving.push_back(config);
+  }
+  return serving;
+}
+
+compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm80::ForwardConfig& config,
+                                                    const compiler::CompileOptions& options) {
+  const Signature& s = request.call.signature;
+  return compiler::emit_sm80_forward(mod_problem(request.mods, request.call, round_up(s.seqlen_q, config.tile_m),
+                                                 round_up(s.seqlen_kv, config.tile_n)),
+                                     config, options);
+}
+
+Failure emission_failure(std::string_view message) {
+  return {ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", message)};
+}
+
+// Loads the kernel `entry` of a configuration, ready to launch for calls of a signature.
+Result<Contestant::Launch> load_kernel(const std::shared_ptr<CudaDevice>& device, const std::string& cubin,
+                                       const std::string& entry, const Signature& signature,
+                                       const sm80::ForwardConfig& config, double score_factor) {
+  Result<std::shared_ptr<const CudaKernel>> kernel =
+      CudaKernel::load(device, cubin, entry, static_cast<std::size_t>(sm80::forward_shared_memory(config)));
+  if (!kernel) return kernel.failure();
+  const CudaKernel::Grid grid{.x = static_cast<unsigned>(blocks_of(signature, config))};
+  return Contestant::Launch([kernel = std::move(*kernel), grid, threads = 32u * static_cast<unsigned>(config.warps),
+                             score_factor](const ForwardCall& call, CudaStream stream) {
+    const cuda::ForwardParams params = forward_params(call, score_factor);
+    return kernel->launch(grid, threads, &params, stream);
+  });
+}
+
+// A candidate other than the usual configuration: one that spills is slower than its tile promises, and left out.
+Result<Contestant::Launch> load_candidate(const Request& request, const Sm80Target& target,
+                                          const sm80::ForwardConfig& config, bool usual) {
+  const auto emitted = emit(request, config, {});
+  if (emitted.error) return emission_failure(emitted.error->message);
+  Result<FoundBinary> found = find_cuda_binary(request.context, emitted.value.source, target.arch, {},
+                                               usual ? LogLevel::kWarn : LogLevel::kDebug);
+  if (!found) return found.failure();
+  const std::string& entry = emitted.value.source.entries.front();
+  for (const compiler::CudaResources& resources : found->binary->resources) {
+    const int spilled = resources.spill_store_bytes + resources.spill_load_bytes;
+    if (!usual && resources.entry == entry && spilled > 0) {
+      return Failure{ATTNJIT_UNSUPPORTED, fmt::format("it spills {} bytes of registers", spilled)};
+    }
+  }
+  return load_kernel(target.device, found->binary->cubin, entry, request.call.signature, config,
+                     emitted.value.source.score_factor);
+}
+
+// `usual`: the text of the usual configuration, which tells mods, element types and alignments apart.
+Tuned tune(const Request& request, const Sm80Target& target, std::span<const sm80::ForwardConfig> configs,
+           const compiler::CudaSource& usual) {
+  std::vector<Contestant> contestants;
+  for (const sm80::ForwardConfig& config : configs) {
+    const bool first = contestants.empty();
+    contestants.push_back({config_name(config), [&request, &target, &config, first] {
+                             return load_candidate(request, target, config, first);
+                           }});
+  }
+  const Signature& s = request.call.signature;
+  std::string_view why_not;
+  if (!target.device) {
+    why_not = "it is for another machine";
+  } else if (no_keys(s)) {
+    why_not = "there are no keys";
+  } else if (s.autotune == static_cast<std::uint8_t>(AutotuneMode::kStored)) {
+    why_not = "a stream is being captured";
+  } else if (!target.may_time) {
+    why_not = "nothing is stored; attnjit_prepare times candidates";
+  }
+  return autotune(request, target.device, fmt::format("sm80 {}\n{}", shape_text(s), usual.text), contestants, why_not);
+}
+
 }  // namespace
 
 std::size_t max_shared_memory(int arch) {
@@ -113,35 +215,48 @@ std::size_t max_shared_memory(int arch) {
 }
 
 std::optional<sm80::ForwardConfig> choose_config(const Sm80Problem& problem) {
-  const bool f32 = problem.element == sm80::Element::kF32;
-  const int head_dim = std::max(sm80::padded(problem.head_dim), sm80::padded(problem.head_dim_v));
-  const std::span<const Tiling> table = f32 ? std::span<const Tiling>(kF32) : std::span<const Tiling>(k16Bit);
   std::optional<sm80::ForwardConfig> found;
-  int bracket = 0;  // the smallest one that holds the head dim
-  for (const Tiling& row : table) {
-    if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
-    if (row.demand < problem.demand) continue;
-    const sm80::ForwardConfig config{.element = problem.element,
-                                     .head_dim = problem.head_dim,
-                                     .head_dim_v = problem.head_dim_v,
-                                     .tile_m = row.tile_m,
-                                     .tile_n = row.tile_n,
-                                     .warps = row.warps,
-                                     .stages = row.stages,
-                                     .q_in_registers = row.q_in_registers,
-                                     .load_bytes = problem.load_bytes,
-                                     .store_bytes = problem.store_bytes};
-    if (static_cast<std::size_t>(sm80::forward_shared_memory(config)) > problem.max_shared_memory) continue;
-    bracket = row.head_dim;
+  for (const sm80::ForwardConfig& config : serving_configs(problem)) {
     // A smaller tile where it holds all queries: most of a larger one would be padding.
-    if (!found || (found->tile_m > row.tile_m && problem.seqlen_q <= row.tile_m)) found = config;
+    if (!found || (found->tile_m > config.tile_m && problem.seqlen_q <= config.tile_m)) found = config;
   }
   return found;
 }
 
-Result<Sm80Binary> build_sm80(const Request& request, compiler::CudaArch arch, std::size_t max_shared_memory,
-                              const CollectText& collect) {
+std::string config_name(const sm80::ForwardConfig& config) {
+  return fmt::format("{} x {}, {} warps, {} stage{}{}", config.tile_m, config.tile_n, config.warps, config.stages,
+                     config.stages == 1 ? "" : "s", config.q_in_registers ? ", Q in registers" : "");
+}
+
+std::vector<sm80::ForwardConfig> candidate_configs(const Sm80Problem& problem) {
+  constexpr std::size_t kMost = 6;
+  constexpr std::array kTileN = {16, 32, 48, 64, 96, 128};
+  const std::optional<sm80::ForwardConfig> chosen = choose_config(problem);
+  if (!chosen) return {};
+  std::vector<sm80::ForwardConfig> candidates = {*chosen};
+  const auto add = [&](const sm80::ForwardConfig& config) {
+    const auto same = [&](const sm80::ForwardConfig& other) { return config_name(other) == config_name(config); };
+    if (candidates.size() < kMost && fits(config, problem) && std::ranges::none_of(candidates, same)) {
+      candidates.push_back(config);
+    }
+  };
+  const auto neighbour = [&](int stages, int tile_n) {
+    sm80::ForwardConfig config = *chosen;
+    config.stages = stages;
+    config.tile_n = tile_n;
+    add(config);
+  };
+  for (const sm80::ForwardConfig& config : serving_configs(problem)) add(config);
+  neighbour(3 - chosen->stages, chosen->tile_n);
+  const auto at = std::ranges::lower_bound(kTileN, chosen->tile_n);
+  if (at != kTileN.begin()) neighbour(chosen->stages, at[-1]);
+  if (at != kTileN.end() && at + 1 != kTileN.end()) neighbour(chosen->stages, at[1]);
+  return candidates;
+}
+
+Result<Sm80Binary> build_sm80(const Request& request, const Sm80Target& target, const CollectText& collect) {
   const Signature& s = request.call.signature;
+  const compiler::CudaArch arch = target.arch;
   if (arch.number < 80) {
     return unsupported(
         fmt::format("it needs compute capability 8.0 or later, and not {}", compiler::cuda_arch_name(arch)));
@@ -152,14 +267,14 @@ Result<Sm80Binary> build_sm80(const Request& request, compiler::CudaArch arch, s
                     .seqlen_q = s.seqlen_q,
                     .seqlen_kv = s.seqlen_kv,
                     .arch = arch.number,
-                    .max_shared_memory = max_shared_memory,
+                    .max_shared_memory = target.max_shared_memory,
                     .load_bytes = s.load_bytes,
                     .store_bytes = s.store_bytes,
                     .demand = request.mods.mask_mod ? ModDemand::kBusy : ModDemand::kNone};
   std::optional<sm80::ForwardConfig> config = choose_config(by);
   if (!config) {
-    return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}", max_shared_memory,
-                                   compiler::cuda_arch_name(arch)));
+    return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}",
+                                   target.max_shared_memory, compiler::cuda_arch_name(arch)));
   }
   // Positions are 32-bit in the kernel, those behind the end of the last tile included.
   constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max() - kMaxTile;
@@ -177,23 +292,27 @@ Result<Sm80Binary> build_sm80(const Request& request, compiler::CudaArch arch, s
       if (collect) collect(kind, text);
     };
   }
-  const auto emit = [&] {
-    return compiler::emit_sm80_forward(mod_problem(request.mods, request.call, round_up(s.seqlen_q, config->tile_m),
-                                                   round_up(s.seqlen_kv, config->tile_n)),
-                                       *config, options);
-  };
-  auto emitted = emit();
+  const bool tunes = s.autotune != static_cast<std::uint8_t>(AutotuneMode::kOff);
+  auto emitted = emit(request, *config, tunes ? compiler::CompileOptions() : options);
   if (!emitted.error && emitted.value.demand > by.demand) {
     // Only the compiler sees what the mod demands.
     by.demand = emitted.value.demand;
     const std::optional<sm80::ForwardConfig> other = choose_config(by);
     if (other && (other->tile_m != config->tile_m || other->tile_n != config->tile_n)) {
       config = other;
-      emitted = emit();
+      emitted = emit(request, *config, tunes ? compiler::CompileOptions() : options);
     }
   }
-  if (emitted.error) {
-    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
+  if (emitted.error) return emission_failure(emitted.error->message);
+  std::optional<Tuned> tuned;
+  if (tunes) {
+    std::vector<sm80::ForwardConfig> candidates = candidate_configs(by);
+    const auto too_many = [&](const auto& candidate) { return blocks_of(s, candidate) > kMaxGrid; };
+    candidates.erase(std::remove_if(candidates.begin() + 1, candidates.end(), too_many), candidates.end());
+    tuned = tune(request, target, candidates, emitted.value.source);
+    config = candidates[tuned->winner];
+    emitted = emit(request, *config, options);
+    if (emitted.error) return emission_failure(emitted.error->message);
   }
   // Texts of the emission do not need a compile.
   if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
@@ -204,7 +323,9 @@ Result<Sm80Binary> build_sm80(const Request& request, compiler::CudaArch arch, s
                     .score_factor = emitted.value.source.score_factor,
                     .entry = emitted.value.source.entries.front(),
                     .found = std::move(*found),
-                    .phases = std::move(emitted.value.phases)};
+                    .phases = std::move(emitted.value.phases),
+                    .autotune = tuned ? std::move(tuned->description) : Json()};
+  if (tuned && tuned->spent_ms > 0) binary.phases.emplace_back("autotune", tuned->spent_ms);
   binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
   return binary;
 }
@@ -218,6 +339,7 @@ Json kernel_json(const Sm80Binary& binary) {
   json["stages"] = c.stages;
   json["load_bytes"] = c.load_bytes;
   json["store_bytes"] = c.store_bytes;
+  if (!binary.autotune.is_null()) json["autotune"] = binary.autotune;
   json["phases_ms"] = phases_json(binary.phases);
   return json;
 }
@@ -227,21 +349,20 @@ Result<ReadyBackend> prepare_sm80(const Request& request) {
   if (!found) return found.failure();
   const std::shared_ptr<CudaDevice>& device = *found;
   Result<Sm80Binary> binary =
-      build_sm80(request, {.number = device->arch(), .specific = false},
-                 std::min(max_shared_memory(device->arch()), device->max_shared_memory()), nullptr);
+      build_sm80(request,
+                 {.arch = {.number = device->arch(), .specific = false},
+                  .max_shared_memory = std::min(max_shared_memory(device->arch()), device->max_shared_memory()),
+                  .device = device,
+                  .may_time = true},
+                 nullptr);
   if (!binary) return binary.failure();
-  const sm80::ForwardConfig& config = binary->config;
-  Result<std::shared_ptr<const CudaKernel>> kernel =
-      CudaKernel::load(device, binary->found.binary->cubin, binary->entry,
-                       static_cast<std::size_t>(sm80::forward_shared_memory(config)));
-  if (!kernel) return kernel.failure();
+  Result<Contestant::Launch> launch = load_kernel(device, binary->found.binary->cubin, binary->entry,
+                                                  request.call.signature, binary->config, binary->score_factor);
+  if (!launch) return launch.failure();
 
   ReadyBackend ready;
-  const CudaKernel::Grid grid{.x = static_cast<unsigned>(blocks_of(request.call.signature, config))};
-  ready.forward.run = [kernel = std::move(*kernel), grid, threads = 32u * static_cast<unsigned>(config.warps),
-                       score_factor = binary->score_factor](const ForwardCall& call, void*, CudaStream stream) {
-    const cuda::ForwardParams params = forward_params(call, score_factor);
-    return kernel->launch(grid, threads, &params, stream);
+  ready.forward.run = [launch = std::move(*launch)](const ForwardCall& call, void*, CudaStream stream) {
+    return launch(call, stream);
   };
   ready.description = {{"device", device->name()},
                        {"hash", hash_text(binary->facts)},

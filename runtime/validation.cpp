@@ -380,6 +380,7 @@ Check check_struct(std::string_view name, std::string_view init, const void* obj
 bool operator==(const Signature& a, const Signature& b) { return std::memcmp(&a, &b, sizeof(Signature)) == 0; }
 
 void weaken(const Signature& plan, Signature* call) {
+  call->autotune = plan.autotune;
   call->load_bytes = std::min(call->load_bytes, plan.load_bytes);
   call->store_bytes = std::min(call->store_bytes, plan.store_bytes);
   for (std::size_t i = 0; i < call->num_captures; ++i) {
@@ -535,6 +536,9 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
                                static_cast<int>(ATTNJIT_BACKEND_AUTO), static_cast<int>(ATTNJIT_BACKEND_MATH),
                                static_cast<int>(ATTNJIT_BACKEND_CPU), static_cast<int>(ATTNJIT_BACKEND_SM80)));
   }
+  if (attention->max_autotune != 0 && attention->max_autotune != 1) {
+    return invalid(fmt::format("max_autotune is {}; allowed: 0 and 1", attention->max_autotune));
+  }
 
   call->forward.q = view(q);
   call->forward.k = view(k);
@@ -553,6 +557,7 @@ Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCal
   s.backend = static_cast<std::uint8_t>(backend);
   s.device = device;
   if (device != kCpu) {
+    s.autotune = static_cast<std::uint8_t>(attention->max_autotune ? AutotuneMode::kOn : AutotuneMode::kOff);
     // An o that is not there is a compact one.
     Tensor compact = {.dtype = q.dtype, .rank = 2, .extent = {2, head_dim_v}, .stride = {head_dim_v, 1}};
     const std::array<const Tensor*, 4> rows = {&q, &k, &v, num_outputs > 0 ? &outputs[0] : &compact};

@@ -21,6 +21,13 @@ inline constexpr std::size_t kCudaWorkspaceAlignment = 256;
 inline constexpr int kCpu = -1;           // in place of a CUDA device's ordinal
 inline constexpr int kWidestAccess = 16;  // bytes that one thread of a GPU reads or writes at once
 
+// Whether the configuration of a kernel is chosen by timing a few. CUDA only.
+enum class AutotuneMode : std::uint8_t {
+  kOff,
+  kOn,
+  kStored,  // asked for while nothing can be timed: what was found before is taken
+};
+
 // What of a call a plan depends on, in plain bytes without padding: equal bytes, same plan.
 struct Signature {
   struct Capture {
@@ -42,7 +49,8 @@ struct Signature {
   // may be aligned further than its plan.
   std::uint8_t load_bytes = 0, store_bytes = 0;
   std::int32_t device = kCpu;  // of all tensors: a CUDA ordinal, or kCpu
-  std::uint8_t unused[4] = {};
+  std::uint8_t autotune = 0;   // AutotuneMode; a call runs with any plan's
+  std::uint8_t unused[3] = {};
   Capture captures[dsl::kMaxCaptures] = {};  // sorted by name
 };
 static_assert(std::has_unique_object_representations_v<Signature>);

@@ -4,12 +4,16 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "allocation_count.h"
@@ -392,6 +396,161 @@ TEST_F(CudaApi, ManyHeads) {
   EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &refused), ATTNJIT_UNSUPPORTED);
   EXPECT_THAT(attnjit_last_error(),
               HasSubstr("sm80: a launch of 4294967296 blocks is beyond the 2147483647 of a grid"));
+}
+
+// What a plan says of how its configuration was found.
+Json autotune_of(const PlanPtr& plan) {
+  return Json::parse(attnjit_plan_description(plan.get()))["kernels"][0].value("autotune", Json());
+}
+// The less shared memory, the faster: not the usual configuration.
+float by_shared_memory(unsigned, unsigned shared) { return 1e-6f * static_cast<float>(shared); }
+
+TEST_F(CudaApi, AutotuneKeepsTheFastest) {
+  p_.attention.score_mod = "score * 0.25";
+  p_.attention.max_autotune = 1;
+  fake_->kernel_ms = by_shared_memory;
+  // Pointers may be NULL, and what is given is not written to.
+  p_.k.dl.data = nullptr;
+  const std::vector<float> o = p_.o_data;
+  PREPARE_OR_SKIP(plan);
+  EXPECT_EQ(0, std::memcmp(o.data(), p_.o_data.data(), o.size() * sizeof(float)));
+  const Json tuned = autotune_of(plan);
+  const Json& candidates = tuned["candidates"];
+  ASSERT_GE(candidates.size(), 3u) << tuned;
+  EXPECT_LE(candidates.size(), 6u);
+  EXPECT_NE(tuned["config"], candidates[0]["config"]) << tuned;
+  EXPECT_THAT(tuned["why"].get<std::string>(), HasSubstr("the fastest of "));
+  double fastest = 1e9;
+  for (const Json& candidate : candidates) fastest = std::min(fastest, candidate.value("ms", 1e9));
+  for (const Json& candidate : candidates) {
+    if (candidate["config"] == tuned["config"]) EXPECT_EQ(candidate["ms"], fastest);
+  }
+  const Json kernel = Json::parse(attnjit_plan_description(plan.get()))["kernels"][0];
+  EXPECT_NEAR(fastest, 1e-6 * kernel["shared_bytes"].get<double>(), 1e-6) << "the plan's kernel is not the fastest";
+  EXPECT_EQ(fake_->memory_allocated, 6) << "q, k, v, o, lse and row_max";
+  EXPECT_EQ(fake_->memory_freed, fake_->memory_allocated);
+  EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+  for (const FakeCuda::Launch& launch : fake_->launches) {
+    ForwardParams params = {};
+    std::memcpy(&params, launch.parameters.data(), sizeof(params));
+    EXPECT_NE(params.o, p_.o_data.data());
+    ASSERT_NE(params.k, nullptr);
+  }
+  // A run takes the winner, with or without the wish.
+  p_.k.dl.data = p_.k_data.data();
+  p_.attention.max_autotune = 0;
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->launches.back().shared, kernel["shared_bytes"].get<unsigned>());
+  // Without the wish, the usual one is prepared.
+  const PlanPtr usual = prepared();
+  EXPECT_TRUE(autotune_of(usual).is_null());
+  EXPECT_NE(Json::parse(attnjit_plan_description(usual.get()))["kernels"][0]["shared_bytes"], kernel["shared_bytes"]);
+
+  // The next process finds it, and times nothing.
+  p_.attention.max_autotune = 1;
+  context_ = create();
+  fake_->events_recorded = 0;
+  const PlanPtr stored = prepared();
+  EXPECT_EQ(fake_->events_recorded, 0);
+  EXPECT_EQ(autotune_of(stored)["config"], tuned["config"]);
+  EXPECT_EQ(autotune_of(stored)["why"], "the fastest, as stored");
+  EXPECT_FALSE(Json::parse(attnjit_plan_description(stored.get()))["phases_ms"].contains("autotune"));
+  EXPECT_EQ(autotune_of(stored)["candidates"], candidates);
+  // So does an explanation, and a prepare during a capture.
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  char* text = nullptr;
+  ASSERT_EQ(attnjit_explain(context_.get(), &p_.attention, &options, &text), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(Json::parse(text)["kernels"][0]["autotune"], autotune_of(stored));
+  attnjit_free(text);
+  ASSERT_EQ(attnjit_cache_list(context_.get(), 1, &text), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_THAT(std::string(text), HasSubstr("autotuned B=2 Hq=4"));
+  EXPECT_THAT(std::string(text), testing::Not(HasSubstr("\"valid\": false")));
+  attnjit_free(text);
+
+  // Damaged, it is timed again.
+  int damaged = 0;
+  for (const auto& file : std::filesystem::recursive_directory_iterator(cache)) {
+    if (!file.is_regular_file()) continue;
+    std::fstream stream(file.path(), std::ios::in | std::ios::out | std::ios::binary);
+    std::string bytes((std::istreambuf_iterator<char>(stream)), {});
+    const std::size_t at = bytes.find("attnjit autotune");
+    if (at == std::string::npos) continue;
+    stream.clear();
+    stream.seekp(static_cast<std::streamoff>(at));
+    stream.put('A');
+    ++damaged;
+  }
+  ASSERT_GE(damaged, 1);
+  context_ = create();
+  const PlanPtr again = prepared();
+  EXPECT_GT(fake_->events_recorded, 0);
+  EXPECT_EQ(autotune_of(again)["config"], tuned["config"]);
+}
+
+TEST_F(CudaApi, AutotuneWithoutADiskCache) {
+  p_.attention.score_mod = "score * 0.625";
+  p_.attention.max_autotune = 1;
+  fake_->kernel_ms = by_shared_memory;
+  for (int process = 0; process < 2; ++process) {
+    setenv("ATTNJIT_DISABLE_CACHE", "1", 1);
+    context_ = create();
+    unsetenv("ATTNJIT_DISABLE_CACHE");
+    fake_->events_recorded = 0;
+    PREPARE_OR_SKIP(plan);
+    EXPECT_GT(fake_->events_recorded, 0);
+    EXPECT_THAT(autotune_of(plan)["why"].get<std::string>(), HasSubstr("the fastest of "));
+  }
+}
+
+// Whatever stands in the way of a timing costs speed only, and leaves nothing behind.
+TEST_F(CudaApi, AutotuneThatFails) {
+  p_.attention.score_mod = "score * 0.375";
+  p_.attention.max_autotune = 1;
+  for (const char* function : {"cuMemAlloc", "cuStreamCreate", "cuEventCreate", "cuEventRecord", "cuEventElapsedTime",
+                               "cuMemcpyHtoDAsync", "cuLaunchKernel", "cuMemcpyDtoDAsync"}) {
+    SCOPED_TRACE(function);
+    context_ = create();
+    fake_->failing[function] = 2;
+    if (function == std::string_view("cuMemcpyDtoDAsync")) {  // tensors beyond a pattern
+      p_.q.shape[0] = p_.k.shape[0] = p_.v.shape[0] = p_.o.shape[0] = p_.lse.shape[0] = p_.row_max.shape[0] = 200;
+      for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o, &p_.lse, &p_.row_max}) tensor->sync();
+    }
+    PREPARE_OR_SKIP(plan);
+    EXPECT_THAT(autotune_of(plan)["why"].get<std::string>(),
+                AllOf(HasSubstr("not tuned: "), HasSubstr("CUDA_ERROR_OUT_OF_MEMORY")));
+    EXPECT_EQ(fake_->memory_freed, fake_->memory_allocated);
+    EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+    fake_->failing.clear();
+    p_.attention.max_autotune = 0;
+    const PlanPtr usual = prepared();
+    p_.attention.max_autotune = 1;
+    EXPECT_EQ(Json::parse(attnjit_plan_description(usual.get()))["kernels"][0]["shared_bytes"],
+              Json::parse(attnjit_plan_description(plan.get()))["kernels"][0]["shared_bytes"]);
+  }
+}
+
+TEST_F(CudaApi, AutotuneDuringACapture) {
+  p_.attention.score_mod = "score * 0.125";
+  p_.attention.max_autotune = 1;
+  fake_->kernel_ms = by_shared_memory;
+  int stream = 0;
+  fake_->capturing = true;
+  fake_->captured_stream = &stream;
+  PREPARE_OR_SKIP(plan);
+  EXPECT_EQ(fake_->events_recorded, 0);
+  EXPECT_EQ(fake_->launched, 0);
+  EXPECT_FALSE(fake_->capture_broken);
+  EXPECT_EQ(autotune_of(plan)["why"], "not tuned: a stream is being captured");
+  ASSERT_EQ(run(plan, &stream), ATTNJIT_OK) << attnjit_last_error();
+  // After the capture it is made up for, and the next capture finds it.
+  fake_->capturing = false;
+  const PlanPtr tuned = prepared();
+  EXPECT_THAT(autotune_of(tuned)["why"].get<std::string>(), HasSubstr("the fastest of "));
+  fake_->capturing = true;
+  fake_->events_recorded = 0;
+  EXPECT_EQ(autotune_of(prepared())["config"], autotune_of(tuned)["config"]);
+  EXPECT_EQ(fake_->events_recorded, 0);
+  EXPECT_FALSE(fake_->capture_broken);
 }
 
 TEST_F(CudaApi, ExplainNeedsNoDevice) {

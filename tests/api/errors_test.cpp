@@ -285,6 +285,9 @@ TEST_F(Errors, Scale) {
 TEST_F(Errors, Backend) {
   p_.attention.backend = std::bit_cast<attnjit_backend>(7);
   expect_invalid({"backend is 7; allowed: 0 (auto), 1 (math), 2 (cpu)"});
+  p_.attention.backend = ATTNJIT_BACKEND_AUTO;
+  p_.attention.max_autotune = 2;
+  expect_invalid({"max_autotune is 2; allowed: 0 and 1"});
 }
 
 TEST_F(Errors, Captures) {

@@ -1,10 +1,15 @@
 // The C interface on a real GPU: what the fake driver cannot show. Captures, replays, what happens to work in flight.
 // Skipped where there is no GPU.
 #include <gmock/gmock.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -126,6 +131,56 @@ TEST_F(GpuApi, AgreesWithTheCpu) {
     gpu.download();
     expect_same(gpu.p, on_cpu(gpu.p.attention.score_mod, gpu.p.attention.mask_mod));
   }
+}
+
+// Whatever wins, the result is the same; it is found again without timing.
+TEST_F(GpuApi, Autotune) {
+  const std::filesystem::path cache =
+      std::filesystem::temp_directory_path() / ("attnjit-autotune-test-" + std::to_string(getpid()));
+  const auto cached_context = [&] {
+    setenv("ATTNJIT_CACHE_DIR", cache.c_str(), 1);
+    ContextPtr context = make_context();
+    unsetenv("ATTNJIT_CACHE_DIR");
+    return context;
+  };
+  const auto autotune_of = [](const PlanPtr& plan) {
+    return nlohmann::json::parse(attnjit_plan_description(plan.get()))["kernels"][0]["autotune"];
+  };
+  GpuProblem gpu;
+  gpu.p.attention.backend = ATTNJIT_BACKEND_SM80;
+  gpu.p.attention.score_mod = "score + table[h] * (kv_idx - q_idx)";
+  gpu.p.attention.max_autotune = 1;
+  std::vector<float> table = {0.5f, -0.25f, 0.125f, 0.0f};
+  gpu.capture("table", table, {4});
+  context_ = cached_context();
+  const PlanPtr plan = prepare(context_, gpu.p.attention);
+  ASSERT_TRUE(plan);
+  const nlohmann::json tuned = autotune_of(plan);
+  EXPECT_THAT(tuned["why"].get<std::string>(), HasSubstr("the fastest of ")) << tuned;
+  int timed = 0;
+  for (const nlohmann::json& candidate : tuned["candidates"]) {
+    if (!candidate.contains("ms")) continue;
+    ++timed;
+    EXPECT_GT(candidate["ms"], 1e-4) << tuned;
+    EXPECT_LT(candidate["ms"], 1e3) << tuned;
+  }
+  EXPECT_GE(timed, 2) << tuned;
+  const GpuStream stream;
+  ASSERT_EQ(run(plan, gpu, stream), ATTNJIT_OK) << attnjit_last_error();
+  stream.synchronize();
+  gpu.download();
+  cpu_ = std::make_unique<Problem>();
+  cpu_->attention.score_mod = gpu.p.attention.score_mod;
+  cpu_->capture("table", table.data(), {4});
+  ASSERT_TRUE(forward(context_, cpu_->attention));
+  expect_same(gpu.p, *cpu_);
+
+  context_ = cached_context();
+  const PlanPtr stored = prepare(context_, gpu.p.attention);
+  ASSERT_TRUE(stored);
+  EXPECT_EQ(autotune_of(stored)["why"], "the fastest, as stored");
+  EXPECT_EQ(autotune_of(stored)["config"], tuned["config"]);
+  std::filesystem::remove_all(cache);
 }
 
 // Rows at 4 bytes: an address of its own for every tensor.

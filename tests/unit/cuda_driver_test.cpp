@@ -49,6 +49,57 @@ class CudaDriver : public testing::Test {
   FakeCuda* fake_ = nullptr;
 };
 
+TEST_F(CudaDriver, Workbench) {
+  fake_->kernel_ms = [](unsigned block, unsigned) { return 0.5f * static_cast<float>(block); };
+  const auto gpu = device();
+  EXPECT_EQ(gpu->driver_version(), 13000);
+  const auto loaded = kernel(gpu);
+  {
+    auto bench = CudaWorkbench::create(gpu);
+    ASSERT_TRUE(bench) << bench.failure().message;
+    auto memory = (*bench)->allocate(1000);
+    ASSERT_TRUE(memory);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(*memory) % 256, 0u);
+    // The pattern repeats to the last byte.
+    const char pattern[] = {1, 2, 3, 4, 5, 6, 7};
+    ASSERT_FALSE((*bench)->fill(*memory, 1000, pattern, sizeof(pattern)));
+    for (int i = 0; i < 1000; ++i) ASSERT_EQ(static_cast<const char*>(*memory)[i], pattern[i % 7]) << i;
+    ASSERT_FALSE((*bench)->fill(*memory, 3, "xyzw", 4));
+    EXPECT_EQ(static_cast<const char*>(*memory)[2], 'z');
+    EXPECT_EQ(static_cast<const char*>(*memory)[3], 4);
+
+    const int params = 0;
+    const auto launch = [&](CudaStream stream) {
+      EXPECT_NE(stream, nullptr);
+      return loaded->launch({}, 8, &params, stream);
+    };
+    auto took = (*bench)->milliseconds(launch);
+    ASSERT_TRUE(took) << took.failure().message;
+    EXPECT_EQ(*took, 4.0);
+    took = (*bench)->milliseconds([](CudaStream) { return Failure{ATTNJIT_INTERNAL, "no"}; });
+    ASSERT_FALSE(took);
+    EXPECT_EQ(took.failure().message, "no");
+
+    // A capture elsewhere goes on.
+    int stream = 0;
+    fake_->capturing = true, fake_->captured_stream = &stream;
+    EXPECT_TRUE((*bench)->allocate(1));
+    EXPECT_TRUE((*bench)->milliseconds(launch));
+    fake_->failing["cuMemAlloc"] = 2;
+    EXPECT_EQ((*bench)->allocate(1).failure().status, ATTNJIT_OUT_OF_MEMORY);
+    EXPECT_EQ(fake_->memory_freed, 0);
+  }
+  EXPECT_FALSE(fake_->capture_broken);
+  EXPECT_EQ(fake_->memory_allocated, 2);
+  EXPECT_EQ(fake_->memory_freed, 2);
+  EXPECT_EQ(test::fake_cuda_current(kLibrary), 0);
+  fake_->capturing = false;
+  for (const char* function : {"cuStreamCreate", "cuEventCreate", "cuCtxPushCurrent"}) {
+    fake_->failing = {{function, 1}};
+    EXPECT_FALSE(CudaWorkbench::create(gpu)) << function;
+  }
+}
+
 TEST_F(CudaDriver, NoLibrary) {
   const auto missing = CudaDevice::get(0, "libno_such_cuda.so.1");
   ASSERT_FALSE(missing);

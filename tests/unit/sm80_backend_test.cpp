@@ -6,6 +6,9 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <set>
+#include <string>
+#include <vector>
 
 #include "runtime/cuda_call.h"
 
@@ -95,6 +98,35 @@ TEST(Sm80Backend, WhatAConfigurationIsChosenBy) {
   EXPECT_EQ(chosen(problem).store_bytes, 8);
   problem.max_shared_memory = 1000;
   EXPECT_FALSE(choose_config(problem));
+}
+
+TEST(Sm80Backend, CandidatesToTime) {
+  for (const int arch : {80, 86, 90, 120}) {
+    for (const Element element : {Element::kF32, Element::kBF16}) {
+      for (const int head_dim : {16, 64, 96, 128, 192, 256}) {
+        const Sm80Problem problem = problem_of(element, head_dim, arch);
+        const std::vector<sm80::ForwardConfig> candidates = candidate_configs(problem);
+        // The largest f32 tiles leave no room for another.
+        const bool one_fits = element == Element::kF32 && head_dim == 256;
+        ASSERT_GE(candidates.size(), one_fits ? 1u : 2u) << arch << ' ' << head_dim;
+        EXPECT_LE(candidates.size(), 6u);
+        EXPECT_EQ(config_name(candidates[0]), config_name(chosen(problem)));
+        std::set<std::string> names;
+        for (const sm80::ForwardConfig& config : candidates) {
+          EXPECT_TRUE(names.insert(config_name(config)).second) << config_name(config);
+          EXPECT_LE(sm80::forward_shared_memory(config), max_shared_memory(arch));
+          EXPECT_EQ(config.tile_n % 16, 0);
+          EXPECT_TRUE(config.stages == 1 || config.stages == 2);
+          EXPECT_EQ(config.head_dim, head_dim);
+          EXPECT_EQ(config.load_bytes, problem.load_bytes);
+        }
+      }
+    }
+  }
+  Sm80Problem nothing = problem_of(Element::kF32, 64, 90);
+  nothing.max_shared_memory = 1000;
+  EXPECT_TRUE(candidate_configs(nothing).empty());
+  EXPECT_EQ(config_name(chosen(problem_of(Element::kBF16, 64, 90))), "128 x 64, 4 warps, 2 stages, Q in registers");
 }
 
 TEST(Sm80Backend, Parameters) {

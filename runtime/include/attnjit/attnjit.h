@@ -106,9 +106,15 @@ typedef struct attnjit_attention {
   size_t num_captures;
   const float* scale;      /* multiplies q . k before the score_mod; NULL: 1 / sqrt(D) */
   attnjit_backend backend; /* restricts the choice */
+  /* 1: where a plan is made on a CUDA device, a few configurations of its kernel are compiled and timed there, over
+   * memory of their own, and the fastest is kept, for later processes in the disk cache. 0: the usual configuration.
+   * The result may differ in its rounding, as summation orders do. Where nothing can be timed (no memory, or a capture
+   * that forbids the legacy default stream) the usual configuration is taken; the plan's description says so. Ignored
+   * by attnjit_run, and on the CPU. */
+  int max_autotune;
 } attnjit_attention;
 #define ATTNJIT_ATTENTION_INIT \
-  {sizeof(attnjit_attention), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, NULL, ATTNJIT_BACKEND_AUTO}
+  {sizeof(attnjit_attention), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, NULL, ATTNJIT_BACKEND_AUTO, 0}
 
 typedef struct attnjit_plan attnjit_plan;
 

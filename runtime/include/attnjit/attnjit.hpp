@@ -222,6 +222,7 @@ struct Attention {
   std::vector<Capture> captures = {};
   std::optional<float> scale = {};  // none: 1 / sqrt(D)
   Backend backend = Backend::kAuto;
+  bool max_autotune = false;  // on a GPU, the configuration is found by timing a few when a plan is made
 };
 
 namespace detail {
@@ -254,6 +255,7 @@ class CAttention {
     attention_.num_captures = a.captures.size();
     attention_.scale = a.scale ? &*a.scale : nullptr;
     attention_.backend = static_cast<attnjit_backend>(a.backend);
+    attention_.max_autotune = a.max_autotune ? 1 : 0;
   }
   CAttention(const CAttention&) = delete;
   CAttention& operator=(const CAttention&) = delete;

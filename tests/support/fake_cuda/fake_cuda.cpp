@@ -12,7 +12,7 @@ using attnjit::test::FakeCuda;
 namespace {
 
 constexpr int kInvalidValue = 1, kNoDevice = 100, kInvalidContext = 201, kInvalidImage = 200, kInvalidHandle = 400,
-              kNotFound = 500, kCaptureUnsupported = 900;
+              kNotFound = 500, kCaptureUnsupported = 900, kCaptureImplicit = 906;
 constexpr int kRelaxed = 2;
 constexpr long kMaxDevices = 8;
 
@@ -37,6 +37,7 @@ constexpr int kMaxContexts = 16;
 thread_local long contexts[kMaxContexts] = {};
 thread_local int num_contexts = 0;
 thread_local int capture_mode = 0;
+float device_clock = 0.0f;  // milliseconds
 
 int failing(const char* name) {
   if (state.failing.empty()) return 0;
@@ -222,6 +223,7 @@ FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsign
     found->loaded = true;
   }
   ++state.launched;
+  if (state.kernel_ms && !captured) device_clock += state.kernel_ms(block_x, shared);
   if (!state.record) return 0;
   FakeCuda::Launch launch{.entry = found->entry,
                           .image = found->module->image,
@@ -246,6 +248,8 @@ FAKE int cuMemsetD32Async(unsigned long long address, unsigned value, std::size_
 FAKE int cuStreamIsCapturing(void* stream, int* status) {
   MAY_FAIL("cuStreamIsCapturing");
   if (current() == 0) return kInvalidContext;
+  // The legacy default stream waits for all others, so that it cannot be touched.
+  if (state.capturing && stream == nullptr && state.captured_stream != nullptr) return kCaptureImplicit;
   *status = state.capturing && stream == state.captured_stream ? 1 : 0;
   return 0;
 }
@@ -283,7 +287,7 @@ FAKE int cuGetErrorString(int error, const char** text) {
   return *text ? 0 : kInvalidValue;
 }
 
-// ---- What the tool and the tests need besides. Captures record nothing; every event is a millisecond after the last.
+// ---- What the tool and the tests need besides. Captures record nothing.
 
 FAKE int cuDriverGetVersion(int* version) {
   MAY_FAIL("cuDriverGetVersion");
@@ -308,11 +312,15 @@ FAKE int cuMemAlloc_v2(unsigned long long* address, std::size_t size) {
   MAY_FAIL("cuMemAlloc");
   if (current() == 0) return kInvalidContext;
   if (size == 0) return kInvalidValue;
+  if (const int result = forbidden_in_capture()) return result;
   *address = reinterpret_cast<unsigned long long>(std::aligned_alloc(256, (size + 255) / 256 * 256));
-  return *address == 0 ? 2 : 0;
+  if (*address == 0) return 2;
+  ++state.memory_allocated;
+  return 0;
 }
 FAKE int cuMemFree_v2(unsigned long long address) {
   MAY_FAIL("cuMemFree");
+  ++state.memory_freed;
   std::free(reinterpret_cast<void*>(address));
   return 0;
 }
@@ -320,6 +328,18 @@ FAKE int cuMemcpyHtoD_v2(unsigned long long to, const void* from, std::size_t si
   MAY_FAIL("cuMemcpyHtoD");
   if (current() == 0) return kInvalidContext;
   std::memcpy(reinterpret_cast<void*>(to), from, size);
+  return 0;
+}
+FAKE int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, std::size_t size, void*) {
+  MAY_FAIL("cuMemcpyHtoDAsync");
+  if (current() == 0) return kInvalidContext;
+  std::memcpy(reinterpret_cast<void*>(to), from, size);
+  return 0;
+}
+FAKE int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, std::size_t size, void*) {
+  MAY_FAIL("cuMemcpyDtoDAsync");
+  if (current() == 0) return kInvalidContext;
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), size);
   return 0;
 }
 FAKE int cuMemcpyDtoH_v2(void* to, unsigned long long from, std::size_t size) {
@@ -390,8 +410,9 @@ FAKE int cuEventDestroy_v2(void* event) {
 }
 FAKE int cuEventRecord(void* event, void*) {
   MAY_FAIL("cuEventRecord");
-  static float clock = 0.0f;
-  *static_cast<float*>(event) = clock += 1.0f;
+  ++state.events_recorded;
+  if (!state.kernel_ms) device_clock += 1.0f;
+  *static_cast<float*>(event) = device_clock;
   return 0;
 }
 FAKE int cuEventSynchronize(void*) {

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -29,6 +30,10 @@ struct FakeCuda {
   std::size_t parameter_bytes = 0;  // of each launch, to write down
   bool record = true;               // false: launches are counted only
 
+  // Milliseconds of a launch's kernel, by threads and shared memory of a block: what events measure. Without it every
+  // event is a millisecond after the last.
+  std::function<float(unsigned block, unsigned shared)> kernel_ms;
+
   // ---- What happened.
   struct Launch {
     std::string entry;
@@ -42,6 +47,8 @@ struct FakeCuda {
   std::vector<Launch> launches;
   int launched = 0;
   bool capture_broken = false;
+  int events_recorded = 0;
+  int memory_allocated = 0, memory_freed = 0;  // blocks
   int modules_loaded = 0, modules_unloaded = 0;
   int contexts_retained = 0, contexts_released = 0;
   int unbalanced_pops = 0;
@@ -52,6 +59,7 @@ struct FakeCuda {
     devices = 1, major = 9, minor = 0, sms = 132, shared_memory = 232448, lazy = true;
     failing.clear();
     capturing = false, captured_stream = nullptr, parameter_bytes = 0, record = true;
+    kernel_ms = nullptr, events_recorded = memory_allocated = memory_freed = 0;
     launches.clear();
     launched = 0, capture_broken = false;
     modules_loaded = modules_unloaded = contexts_retained = contexts_released = unbalanced_pops = 0;
