@@ -83,10 +83,10 @@ struct GpuAccess {
     const char* const name = std::getenv("ATTNJIT_CUDA_DRIVER");  // that of the library
     void* const library = dlopen(name != nullptr && *name != '\0' ? name : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) return std::string("no CUDA driver: ") + dlerror();
-    std::string missing;
+    const char* missing = nullptr;
     const auto find = [&](auto& function, const char* name) {
       function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
-      if (function == nullptr && missing.empty()) missing = name;
+      if (function == nullptr && missing == nullptr) missing = name;
     };
     find(init, "cuInit");
     find(driver_version, "cuDriverGetVersion");
@@ -119,7 +119,7 @@ struct GpuAccess {
     find(event_elapsed, "cuEventElapsedTime");
     find(error_name, "cuGetErrorName");
     find(error_string, "cuGetErrorString");
-    if (!missing.empty()) return "the CUDA driver is too old: it has no " + missing;
+    if (missing != nullptr) return std::string("the CUDA driver is too old: it has no ") + missing;
 
     int count = 0, device = 0, major = 0, minor = 0;
     std::array<char, 256> device_text{};
