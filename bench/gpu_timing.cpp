@@ -60,6 +60,7 @@ std::vector<Timing> time_graphs(std::span<const Enqueue> candidates, int repetit
     }
   }
   std::vector<Timing> timings;
+  timings.reserve(samples.size());
   for (const auto& sample : samples) timings.push_back(summarize(sample));
   return timings;
 }
