@@ -30,6 +30,12 @@ std::string about_text(const compiler::CudaSource& source, compiler::CudaArch ar
 
 }  // namespace
 
+Check check_cuda_arch(compiler::CudaArch arch) {
+  if (arch.number >= 80) return {};
+  return Failure{ATTNJIT_UNSUPPORTED,
+                 fmt::format("it needs compute capability 8.0 or later, and not {}", compiler::cuda_arch_name(arch))};
+}
+
 Result<FoundBinary> find_cuda_binary(Context& context, const compiler::CudaSource& source, compiler::CudaArch arch,
                                      const compiler::CompileOptions& options, LogLevel warnings) {
   std::string missing;

@@ -11,6 +11,9 @@ namespace attnjit::runtime {
 
 class Context;
 
+// ATTNJIT_UNSUPPORTED for an architecture without the instructions of every template: older than 8.0.
+Check check_cuda_arch(compiler::CudaArch arch);
+
 // From memory, disk or NVRTC, in this order. Warnings of the binary reach the log, at `warnings`. With `options.dump`
 // set it is always compiled, and not kept. ATTNJIT_ENVIRONMENT where NVRTC is missing (a binary's key names the NVRTC
 // that made it) or does not know `arch`.

@@ -403,6 +403,7 @@ Check CudaMathPlan::run_copy(const TensorView& from, const TensorView& to, CudaS
 // ---- Making one
 
 Result<CudaMathBinaries> build_cuda_math(const Request& request, compiler::CudaArch arch, const CollectText& collect) {
+  if (Check failure = check_cuda_arch(arch)) return *failure;
   if (std::string reason = CudaMathPlan::refuse(request.call.forward); !reason.empty()) {
     return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
   }

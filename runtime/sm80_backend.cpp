@@ -257,10 +257,7 @@ std::vector<sm80::ForwardConfig> candidate_configs(const Sm80Problem& problem) {
 Result<Sm80Binary> build_sm80(const Request& request, const Sm80Target& target, const CollectText& collect) {
   const Signature& s = request.call.signature;
   const compiler::CudaArch arch = target.arch;
-  if (arch.number < 80) {
-    return unsupported(
-        fmt::format("it needs compute capability 8.0 or later, and not {}", compiler::cuda_arch_name(arch)));
-  }
+  if (Check failure = check_cuda_arch(arch)) return *failure;
   Sm80Problem by = {.element = element_of(static_cast<dsl::DType>(s.dtype)),
                     .head_dim = static_cast<int>(s.head_dim),
                     .head_dim_v = static_cast<int>(s.head_dim_v),

@@ -279,6 +279,12 @@ TEST_F(CudaApi, NobodyServes) {
   EXPECT_STREQ(attnjit_last_error(),
                "no permitted backend serves B=2 Hq=4 Hkv=2 Sq=40 Skv=50 D=16 Dv=24 float32 on CUDA device 0; sm80: it "
                "needs compute capability 8.0 or later, and not sm_75; cpu: not asked for; math: not asked for");
+  // The eager path's kernels use the same instructions.
+  p_.attention.backend = ATTNJIT_BACKEND_AUTO;
+  p_.attention.score_mod = "max(score, 0.0)";
+  EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_UNSUPPORTED);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("math: it needs compute capability 8.0 or later, and not sm_75"));
+  p_.attention.score_mod = nullptr;
   p_.attention.backend = ATTNJIT_BACKEND_CPU;
   EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_UNSUPPORTED);
   EXPECT_THAT(attnjit_last_error(), HasSubstr("cpu: the tensors are on CUDA device 0"));
