@@ -106,7 +106,7 @@ CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem&
 // What a mod wants of a kernel's registers, beside its arithmetic.
 enum class ModDemand : std::uint8_t {
   kNone,
-  kBusy,   // it has a mask, or reads captured tensors by the position of a query or a key
+  kBusy,   // it has a mask or reads captured tensors
   kDense,  // it reads an element of its own for each score
 };
 

@@ -183,6 +183,14 @@ class Lowering {
   }
   NodeId to(NodeId id, CType type) {
     if (g_[id].type == type) return id;
+    if (type == CType::kFloat && g_[id].depends == kOnDifference && difference_is_exact()) {
+      const bool negated = g_[id].form == Form::kUnary && g_[id].text == "-";
+      const Node& difference = negated ? g_[g_[id].args[0]] : g_[id];
+      if (difference.text == "q_minus_kv") {
+        const NodeId as_float = g_.leaf("q_minus_kv_float", CType::kFloat, kOnDifference);
+        return negated ? g_.unary("-", as_float, CType::kFloat) : as_float;
+      }
+    }
     std::string name = type == CType::kFloat && g_[id].form == Form::kLeaf ? g_[id].text + "_float" : std::string();
     return g_.call(std::string("static_cast<") + type_name(type) + ">", {id}, type, 0, std::move(name));
   }
@@ -296,6 +304,11 @@ class Lowering {
     const llvm::StringRef text = g_[id].text;
     if (g_[id].form != Form::kLeaf || text.getAsInteger(10, value)) return -1;
     return integer(-value);
+  }
+  // As a float: every position, and so every difference, is below 2^24.
+  bool difference_is_exact() const {
+    constexpr std::int64_t kExact = 1 << 24;
+    return problem_.seqlen_q <= kExact && problem_.seqlen_kv <= kExact;
   }
   NodeId q_minus_kv() { return g_.leaf("q_minus_kv", CType::kInt, kOnDifference); }
 
@@ -565,6 +578,22 @@ class Lowering {
     return g_.binary("+", a, b, CType::kFloat, kSum);
   }
 
+  NodeId multiply(mlir::Operation& op) {
+    const NodeId a = arg(op, 0), b = arg(op, 1);
+    float factor = 0;
+    // The log2(e) that turns the score's units goes to the factor that is known first, as many roundings as before: a
+    // slope is turned once, and not every element's or diagonal's product with it.
+    if (g_[a].form == Form::kBinary && g_[a].text == "*" && is_literal(op.getOperand(1), &factor) &&
+        factor == std::numbers::log2e_v<float>) {
+      const NodeId x = g_[a].args[0], y = g_[a].args[1];
+      const bool first = g_.level(x) <= g_.level(y);
+      const NodeId early = first ? x : y, late = first ? y : x;
+      if (g_.level(early) != Level::kAnywhere && g_.level(early) < g_.level(late))
+        return g_.binary("*", g_.call("in_log2", {early}, CType::kFloat), late, CType::kFloat, kProduct);
+    }
+    return g_.binary("*", a, b, CType::kFloat, kProduct);
+  }
+
   NodeId function(mlir::Operation& op, const char* exact, const char* approximation = nullptr) {
     std::vector<NodeId> args;
     for (const Value operand : op.getOperands()) args.push_back(node(operand));
@@ -626,7 +655,7 @@ class Lowering {
             [&](auto o) { return o.getIn().getType().isInteger(1) ? to(arg(op, 0), CType::kFloat) : -1; })
         .Case<arith::AddFOp>([&](auto) { return add(op); })
         .Case<arith::SubFOp>([&](auto) { return g_.binary("-", arg(op, 0), arg(op, 1), CType::kFloat, kSum); })
-        .Case<arith::MulFOp>([&](auto) { return g_.binary("*", arg(op, 0), arg(op, 1), CType::kFloat, kProduct); })
+        .Case<arith::MulFOp>([&](auto) { return multiply(op); })
         .Case<arith::DivFOp>([&](auto) { return divide(op); })
         .Case<arith::RemFOp>([&](auto) { return function(op, "fmodf"); })
         .Case<arith::NegFOp>([&](auto) { return g_.unary("-", arg(op, 0), CType::kFloat); })
@@ -700,7 +729,7 @@ constexpr Hook kHooks[] = {
     {Level::kColumn, "Column", "column", "column(const CapturedView* captured, const Block& block, int kv_idx)"},
     {Level::kDiagonal, "Diagonal", "diagonal",
      "diagonal(const CapturedView* captured, const Block& block,\n"
-     "                                                      int q_minus_kv)"},
+     "                                                      int q_minus_kv, float q_minus_kv_float)"},
 };
 
 class Printer {
@@ -924,7 +953,7 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   if (reads) traits.emplace_back("kReadsCaptured = true");
   ModDemand demand = has_mask ? ModDemand::kBusy : ModDemand::kNone;
   for (NodeId id = 0; id < graph.size(); ++id) {
-    if (!graph[id].text.starts_with("load<") || graph.level(id) == Level::kBlock) continue;
+    if (!graph[id].text.starts_with("load<")) continue;
     demand = std::max(demand, graph.level(id) == Level::kElement ? ModDemand::kDense : ModDemand::kBusy);
   }
   return {.text = Printer(graph).run(is_score ? -1 : lowering.value, has_mask ? lowering.keep : -1, traits),

@@ -138,6 +138,12 @@ struct Stored<float> {
   static __device__ __forceinline__ float widen(Bits bits) { return __uint_as_float(bits); }
 };
 
+// In units of log2. What is finite stays so: beyond float's range 0 times it would be NaN.
+__device__ __forceinline__ float in_log2(float x) {
+  const float y = x * 1.44269504f;
+  return fabsf(x) <= kMaxFloat && fabsf(y) > kMaxFloat ? copysignf(kMaxFloat, y) : y;
+}
+
 // The element at `offset`, counted in elements. Captured tensors do not change while a kernel runs.
 template <typename T, typename Offset>
 __device__ __forceinline__ auto load(const CapturedView& view, Offset offset) {

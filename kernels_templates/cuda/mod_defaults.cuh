@@ -5,6 +5,8 @@
 // positions' difference alone (Diagonal), of the score. The templates call block(), then row(), column() and diagonal()
 // with logical positions, then score() and keep() for each element. A tile has far fewer diagonals than elements: what
 // a relative position gives (a bias, a table's element, a mask) is computed that many times less often.
+// The difference comes as a float, too: from one diagonal to the next that is an addition, and no conversion. It is
+// exact where all positions are below 2^24; the compiler uses it only there.
 namespace attnjit::cuda {
 
 struct ModDefaults {
@@ -34,7 +36,8 @@ struct ModDefaults {
     return {};
   }
   template <typename B>
-  static __device__ __forceinline__ Diagonal diagonal(const CapturedView* captured, const B& block, int q_minus_kv) {
+  static __device__ __forceinline__ Diagonal diagonal(const CapturedView* captured, const B& block, int q_minus_kv,
+                                                      float q_minus_kv_float) {
     return {};
   }
   template <typename B, typename R, typename C, typename D>

@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(kModThreads) attnjit_math_mod(const
       const auto row = Mod::row(p.captured, block, q_idx);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const auto diagonal = Mod::diagonal(p.captured, block, q_idx - kv_idx[i]);
+        const auto diagonal =
+            Mod::diagonal(p.captured, block, q_idx - kv_idx[i], static_cast<float>(q_idx - kv_idx[i]));
         const float score = s[r].x[i] * p.factor;
         float value = Mod::score(p.captured, score, block, row, column[i], diagonal);
         if constexpr (Mod::kHasMask) {

@@ -394,11 +394,15 @@ __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params
   if constexpr (!kIdentity || Mod::kHasMask) {
     // Element (r, j) lies on diagonal r - j of those 8 apart: each j brings a new one, and the rows share the others.
     const int difference = first_row - kv_first;
-    decltype(Mod::diagonal(params.captured, block, 0)) diagonals[2][kRows];
+    const float difference_float = static_cast<float>(difference);
+    const auto diagonal = [&](int offset) {
+      return Mod::diagonal(params.captured, block, difference + offset, difference_float + static_cast<float>(offset));
+    };
+    decltype(diagonal(0)) diagonals[2][kRows];
 #pragma unroll
     for (int r = 1; r < kRows; ++r) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) diagonals[e][r - 1] = Mod::diagonal(params.captured, block, difference - e + 8 * r);
+      for (int e = 0; e < 2; ++e) diagonals[e][r - 1] = diagonal(8 * r - e);
     }
 #pragma unroll
     for (int j = 0; j < kNTiles; ++j) {
@@ -407,7 +411,7 @@ __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params
         const auto column = Mod::column(params.captured, block, kv_first + j * 8 + e);
 #pragma unroll
         for (int r = kRows - 1; r > 0; --r) diagonals[e][r] = diagonals[e][r - 1];
-        diagonals[e][0] = Mod::diagonal(params.captured, block, difference - e - 8 * j);
+        diagonals[e][0] = diagonal(-8 * j - e);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           float& element = s[r / 2][j][r % 2 * 2 + e];

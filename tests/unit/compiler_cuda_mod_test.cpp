@@ -117,7 +117,8 @@ void run(const CapturedView* captured, const float* scores, const int* points, f
     const auto block = Mod::block(captured, points[4 * i], points[4 * i + 1]);
     const auto row = Mod::row(captured, block, points[4 * i + 2]);
     const auto column = Mod::column(captured, block, points[4 * i + 3]);
-    const auto diagonal = Mod::diagonal(captured, block, points[4 * i + 2] - points[4 * i + 3]);
+    const auto q_minus_kv = points[4 * i + 2] - points[4 * i + 3];
+    const auto diagonal = Mod::diagonal(captured, block, q_minus_kv, static_cast<float>(q_minus_kv));
     values[i] = Mod::kIdentity ? scores[i] : Mod::score(captured, scores[i], block, row, column, diagonal);
     keeps[i] = !Mod::kHasMask || Mod::keep(captured, scores[i], block, row, column, diagonal);
   }

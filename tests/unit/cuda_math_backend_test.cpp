@@ -60,7 +60,7 @@ struct Rel : ModDefaults {
     float bias;
   };
   template <typename B>
-  static Diagonal diagonal(const CapturedView* captured, const B& block, int q_minus_kv) {
+  static Diagonal diagonal(const CapturedView* captured, const B& block, int q_minus_kv, float q_minus_kv_float) {
     return {1.44269504f * static_cast<float>(q_minus_kv)};
   }
   template <typename B, typename R, typename C>

@@ -5,7 +5,7 @@ struct Mod : ModDefaults {
     bool c1;
   };
   static __device__ __forceinline__ Diagonal diagonal(const CapturedView* captured, const Block& block,
-                                                      int q_minus_kv) {
+                                                      int q_minus_kv, float q_minus_kv_float) {
     return {.c1 = q_minus_kv >= 0};
   }
 

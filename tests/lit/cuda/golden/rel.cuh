@@ -5,8 +5,8 @@ struct Mod : ModDefaults {
     float x1;
   };
   static __device__ __forceinline__ Diagonal diagonal(const CapturedView* captured, const Block& block,
-                                                      int q_minus_kv) {
-    return {.x1 = __fmul_rn(static_cast<float>(q_minus_kv), 1.442695f)};
+                                                      int q_minus_kv, float q_minus_kv_float) {
+    return {.x1 = __fmul_rn(q_minus_kv_float, 1.442695f)};
   }
 
   static __device__ __forceinline__ float score(const CapturedView* captured, float s, const Block& block,

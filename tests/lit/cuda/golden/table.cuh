@@ -13,7 +13,7 @@ struct Mod : ModDefaults {
     float x1;
   };
   static __device__ __forceinline__ Diagonal diagonal(const CapturedView* captured, const Block& block,
-                                                      int q_minus_kv) {
+                                                      int q_minus_kv, float q_minus_kv_float) {
     const float table_value = load<BFloat16>(captured[0], block.i1 + (q_minus_kv + 127));
     const float x2 = max_nan(table_value, -2.3586574e+38f);
     return {.x1 = __fmul_rn(table_value == -kInfinity ? table_value : x2, 1.442695f)};
