@@ -297,6 +297,7 @@ std::vector<attnjit_row> suspect_rows(const Tensor& o, const Tensor& eager_o, co
   }
   std::ranges::sort(suspects, std::ranges::greater(), &Suspect::difference);
   std::vector<attnjit_row> rows;
+  rows.reserve(rows.size() + suspects.size());
   for (const Suspect& suspect : suspects) rows.push_back(suspect.row);
   return rows;
 }

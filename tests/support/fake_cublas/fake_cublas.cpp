@@ -17,7 +17,13 @@ struct Handle {
   int math_mode = 0;
 };
 
-FakeCublas& state = *new FakeCublas;  // never destroyed: programs may give back handles on their way out
+// Never destroyed: programs may give back handles on their way out.
+union Lasting {
+  Lasting() noexcept : value() {}
+  ~Lasting() {}
+  FakeCublas value;
+} lasting;
+FakeCublas& state = lasting.value;
 
 constexpr int kInvalidValue = 7;
 constexpr int kReal32F = 0, kReal16F = 2, kReal16BF = 14;

@@ -16,8 +16,16 @@ constexpr int kInvalidValue = 1, kNoDevice = 100, kInvalidContext = 201, kInvali
 constexpr int kRelaxed = 2;
 constexpr long kMaxDevices = 8;
 
-// Nothing here is ever destroyed: programs may give back contexts and kernels on their way out.
-FakeCuda& state = *new FakeCuda;
+// Never destroyed: programs may give back contexts and kernels on their way out.
+template <typename T>
+union Lasting {
+  Lasting() noexcept : value() {}
+  ~Lasting() {}
+  T value;
+};
+
+Lasting<FakeCuda> lasting_state;
+FakeCuda& state = lasting_state.value;
 
 struct Module {
   std::string image;
@@ -29,8 +37,10 @@ struct Function {
   bool loaded = false;
   int shared = 48 * 1024;
 };
-auto& modules = *new std::vector<std::unique_ptr<Module>>;
-auto& functions = *new std::vector<std::unique_ptr<Function>>;
+Lasting<std::vector<std::unique_ptr<Module>>> lasting_modules;
+Lasting<std::vector<std::unique_ptr<Function>>> lasting_functions;
+auto& modules = lasting_modules.value;
+auto& functions = lasting_functions.value;
 
 // A thread's stack of contexts, each 1 + the device's ordinal.
 constexpr int kMaxContexts = 16;
