@@ -6,7 +6,7 @@
 // config.h, the emitted Mod and kConfig.
 namespace attnjit::sm80 {
 
-using cuda::CapturedView;
+using cuda::exp2_approx;
 using cuda::ForwardParams;
 using cuda::Mod;
 
@@ -179,12 +179,8 @@ __device__ __forceinline__ void store_float2(Address address, float x, float y) 
 
 // ---- Arithmetic
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float log2_approx(float x) {
+// A sum of exponentials is never subnormal unless it is 0: unlike cuda::log2_approx, without the steps for those.
+__device__ __forceinline__ float log2_flushed(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -206,14 +202,13 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], 
   if constexpr (kElement == Element::kBF16) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
-        "%2, "
-        "%3};"
+        "%2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-        "%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -532,7 +527,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, Output
     if (lane % 4 == 0 && query < params.seqlen_q) {
       if (params.lse) {
         params.lse[b * params.lse_stride[0] + h * params.lse_stride[1] + query * params.lse_stride[2]] =
-            empty ? -kInfinity : (max + log2_approx(sum)) * kLn2;
+            empty ? -kInfinity : (max + log2_flushed(sum)) * kLn2;
       }
       if (params.row_max) {
         params.row_max[b * params.row_max_stride[0] + h * params.row_max_stride[1] + query * params.row_max_stride[2]] =
