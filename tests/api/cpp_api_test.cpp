@@ -6,11 +6,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <string>
 #include <vector>
 
 #include "test_problem.h"
+#include "tests/support/temporary_directory.h"
 
 namespace attnjit::test {
 namespace {
@@ -219,8 +221,8 @@ TEST(CppApi, Json) {
 }
 
 TEST(CppApi, DiskCache) {
-  std::string directory = testing::TempDir() + "attnjit-cpp-api-XXXXXX";
-  ASSERT_NE(::mkdtemp(directory.data()), nullptr);
+  const test::TemporaryDirectory temporary;
+  const std::string directory = temporary.path().string();
   ::setenv("ATTNJIT_CACHE_DIR", directory.c_str(), 1);
   Result<Context> context = Context::create();
   ::unsetenv("ATTNJIT_CACHE_DIR");
@@ -235,7 +237,7 @@ TEST(CppApi, DiskCache) {
   std::ofstream(directory + "/cd.attnjit") << "damaged";
   EXPECT_THAT(*context->cache_list(true), HasSubstr("\"valid\": false"));
   EXPECT_EQ(*context->cache_clear(), 0u) << "verifying removes it";
-  ASSERT_EQ(::rmdir(directory.c_str()), 0);
+  EXPECT_TRUE(std::filesystem::is_empty(directory));
 
   ::setenv("ATTNJIT_DISABLE_CACHE", "1", 1);
   Result<Context> without = Context::create();

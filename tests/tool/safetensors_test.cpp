@@ -14,6 +14,7 @@
 #include <random>
 
 #include "bench/failure.h"
+#include "tests/support/temporary_directory.h"
 
 namespace attnjit::tool {
 namespace {
@@ -23,12 +24,6 @@ using ::testing::HasSubstr;
 // A folder of its own for each test.
 class Safetensors : public ::testing::Test {
  protected:
-  Safetensors() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "attnjit_tool_test.XXXXXX").string();
-    folder_ = ::mkdtemp(pattern.data());
-  }
-  ~Safetensors() override { std::filesystem::remove_all(folder_); }
-
   std::string path(const std::string& name) const { return folder_ / name; }
 
   std::string write(const std::string& bytes) const {
@@ -54,7 +49,8 @@ class Safetensors : public ::testing::Test {
     }
   }
 
-  std::filesystem::path folder_;
+  const test::TemporaryDirectory temporary_;
+  const std::filesystem::path folder_ = temporary_.path();
 };
 
 TEST_F(Safetensors, WrittenFileReadsBack) {

@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/temporary_directory.h"
+
 namespace attnjit::runtime {
 namespace {
 
@@ -45,13 +47,6 @@ bool same(const CudaBinary& a, const CudaBinary& b) { return bytes_of(a) == byte
 
 class BinaryCacheTest : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "attnjit-binary-cache-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    root_ = name;
-  }
-  void TearDown() override { fs::remove_all(root_); }
-
   fs::path directory() const { return root_ / "cache"; }
   DiskCache disk() const { return {directory(), kPlenty}; }
   fs::path entry() const { return directory() / (std::string(kKey) + ".attnjit"); }
@@ -89,7 +84,8 @@ class BinaryCacheTest : public testing::Test {
     return wrong;
   }
 
-  fs::path root_;
+  const test::TemporaryDirectory temporary_;
+  const fs::path root_ = temporary_.path();
   const Logger logger_{LogLevel::kOff};
 };
 

@@ -17,6 +17,7 @@
 #include "dsl/float32_row.h"
 #include "kernels_templates/cuda/embedded.h"
 #include "tests/support/random_inputs.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/unit/compiler_testing.h"
 
 namespace attnjit::compiler::testing {
@@ -63,13 +64,8 @@ class HostMods {
   using Function = void (*)(const cuda::CapturedView*, const float*, const int*, float*, bool*, int);
 
   explicit HostMods(const std::vector<std::string>& mods) {
-    std::string pattern = (std::filesystem::temp_directory_path() / "attnjit_mods_XXXXXX").string();
-    if (!mkdtemp(pattern.data())) {
-      ADD_FAILURE() << "no temporary directory " << pattern;
-      return;
-    }
-    directory_ = pattern;
-    const std::string source = pattern + "/mods.cpp", library = pattern + "/mods.so", log = pattern + "/log";
+    const std::string directory = directory_.path().string();
+    const std::string source = directory + "/mods.cpp", library = directory + "/mods.so", log = directory + "/log";
     std::ofstream(source) << text(mods);
     // What would be undefined traps.
     const std::string command =
@@ -92,8 +88,6 @@ class HostMods {
   }
   ~HostMods() {
     if (library_) dlclose(library_);
-    std::error_code ignored;
-    if (!directory_.empty()) std::filesystem::remove_all(directory_, ignored);
   }
   HostMods(const HostMods&) = delete;
   HostMods& operator=(const HostMods&) = delete;
@@ -135,7 +129,7 @@ void run(const CapturedView* captured, const float* scores, const int* points, f
     return all;
   }
 
-  std::string directory_;
+  const test::TemporaryDirectory directory_;
   void* library_ = nullptr;
 };
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "runtime/context.h"
+#include "tests/support/temporary_directory.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -34,13 +35,6 @@ compiler::CudaSource small_kernel(int constant = 1) {
 
 class CudaBinariesTest : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "attnjit-cuda-binaries-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    directory_ = name;
-  }
-  void TearDown() override { fs::remove_all(directory_); }
-
   // As a program would start with these settings.
   std::unique_ptr<Context> context(const std::string& nvrtc = "") const {
     Environment environment;
@@ -53,7 +47,8 @@ class CudaBinariesTest : public testing::Test {
     return find_cuda_binary(context, source, {.number = arch}, options);
   }
 
-  fs::path directory_;
+  const test::TemporaryDirectory temporary_;
+  const fs::path directory_ = temporary_.path();
 };
 
 TEST_F(CudaBinariesTest, WithoutNvrtcTheMessageNamesIt) {

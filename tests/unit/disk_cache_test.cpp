@@ -22,6 +22,8 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/temporary_directory.h"
+
 namespace attnjit::runtime {
 namespace {
 
@@ -33,15 +35,7 @@ constexpr const char* kKey = "0123456789abcdef0123456789abcdef";
 
 class DiskCacheTest : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "attnjit-disk-cache-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    root_ = name;
-  }
-  void TearDown() override {
-    ::chmod(directory().c_str(), 0700);
-    fs::remove_all(root_);
-  }
+  void TearDown() override { ::chmod(directory().c_str(), 0700); }
 
   fs::path directory() const { return root_ / "cache"; }
   fs::path entry(const std::string& key = kKey) const { return directory() / (key + ".attnjit"); }
@@ -73,7 +67,8 @@ class DiskCacheTest : public testing::Test {
     return found;
   }
 
-  fs::path root_;
+  const test::TemporaryDirectory temporary_;
+  const fs::path root_ = temporary_.path();
 };
 
 std::string sample(std::size_t size, unsigned seed = 1) {
