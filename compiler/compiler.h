@@ -36,6 +36,8 @@ struct ModProblem {
   std::int64_t num_heads = 1;
   std::int64_t seqlen_q = 1;  // rounded up by the caller to what its padded lanes reach
   std::int64_t seqlen_kv = 1;
+  // For the backward: captures whose gradient is wanted, a bit by number. Floating types only.
+  std::uint32_t gradients = 0;
 };
 
 // How the modified score depends on `score`.
@@ -49,6 +51,30 @@ enum class CpuIsa : std::uint8_t { kSse2, kAvx2, kAvx512, kAvx512Bf16 };
 std::string_view cpu_isa_name(CpuIsa isa);
 // The best of this machine, or lower where the caller restricts it.
 CpuIsa host_cpu_isa();
+
+// What the backward needs to know of an element beside the gradient of its modified score.
+enum class GradientNeed : std::uint8_t {
+  kNothing,  // the score is only added to: its gradient is the modified score's
+  kFactor,   // a factor that indices and captured tensors give
+  kScore,    // the score itself, which the backward recomputes anyway
+};
+
+// What decides which element of a captured tensor a gradient goes to: its place is the same for all elements that share
+// this. Data-dependent places (`bias[offset[q_idx]]`) have the level of what their data is read by.
+enum class SinkLevel : std::uint8_t { kBlock, kRow, kColumn, kDiagonal, kElement };
+
+// Where one captured read's gradient goes.
+struct SinkFacts {
+  int capture = 0;
+  SinkLevel level = SinkLevel::kElement;
+  // The read is a term that softmax cannot see, the same along the row: its gradient is the reduction of dLSE over the
+  // rows, exactly zero where nothing flows into LSE. Level is kBlock or kRow.
+  bool row_shift = false;
+  bool data_dependent = false;  // the place depends on captured values
+  // No two elements (b, h, q_idx, kv_idx) of the problem share a place, and no other sink writes to the tensor: a store
+  // in the place of an addition will do. Positions of padding may share one.
+  bool injective = false;
+};
 
 struct CompileOptions {
   CpuIsa isa = host_cpu_isa();
@@ -67,6 +93,9 @@ struct ModFacts {
   bool indices_fit_32 = true;                 // every integer was narrowed to 32 bits
   std::uint64_t hash_low = 0, hash_high = 0;  // of the canonical form: two spellings of one thing share it
   std::string canonical_mlir;
+  // Of a problem compiled for the backward, in the order of the code's sinks.
+  GradientNeed gradient_need = GradientNeed::kNothing;
+  std::vector<SinkFacts> sinks;
 };
 
 // Native code of the softmax tile with one mod in it. Immutable; callable from any thread while alive.
@@ -83,6 +112,19 @@ class CpuTile {
   virtual cpu::RowsFn rows() const = 0;
   virtual const ModFacts& facts() const = 0;
   virtual const PhaseTimes& phases() const = 0;  // empty of compile phases when shared with an earlier problem
+};
+
+// Native code of the backward's tile, likewise. Scores come natural: score_factor() has no place here.
+class CpuGradientTile {
+ public:
+  virtual ~CpuGradientTile() = default;
+  virtual cpu::GradientTileFn function() const = 0;
+  virtual cpu::SinkOffsetsFn sink_offsets() const = 0;  // null where facts().sinks is empty
+  virtual cpu::RowShiftsFn row_shifts() const = 0;      // null where no sink is a row shift
+  virtual std::span<const dsl::DType> staged() const = 0;
+  virtual cpu::RowsFn rows() const = 0;  // takes TileParams of which only indices and captured are set
+  virtual const ModFacts& facts() const = 0;
+  virtual const PhaseTimes& phases() const = 0;
 };
 
 // A failure that is not the user's: the compiler refused something it should accept, or the machine did.
@@ -103,6 +145,11 @@ CompileResult<ModFacts> analyze(const ModProblem& problem, const CompileOptions&
 CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,
                                                                const CompileOptions& options = {});
 
+// The passes of the backward only: facts with gradient_need and sinks.
+CompileResult<ModFacts> analyze_gradients(const ModProblem& problem, const CompileOptions& options = {});
+CompileResult<std::shared_ptr<const CpuGradientTile>> compile_cpu_gradient_tile(const ModProblem& problem,
+                                                                                const CompileOptions& options = {});
+
 // What a mod wants of a kernel's registers, beside its arithmetic.
 enum class ModDemand : std::uint8_t {
   kNone,
@@ -122,6 +169,13 @@ struct EmittedCuda {
 // The fused forward kernel; entry `attnjit_forward(cuda::ForwardParams)`.
 CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm80::ForwardConfig& config,
                                              const CompileOptions& options = {});
+// The fused backward kernels; the entries are kernels_templates/sm80/backward.cuh's.
+CompileResult<EmittedCuda> emit_sm80_backward(const ModProblem& problem, const sm80::BackwardConfig& config,
+                                              const CompileOptions& options = {});
+// The eager backward's mod over materialised scores, kernels_templates/math/mod_backward.cuh. `deterministic`: how
+// captured gradients are added up.
+CompileResult<EmittedCuda> emit_cuda_math_backward(const ModProblem& problem, bool deterministic,
+                                                   const CompileOptions& options = {});
 // The eager path's mod over materialised scores, kernels_templates/math/mod.cuh; entry
 // `attnjit_math_mod(math::ModParams)`. One binary for all element types.
 CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, const CompileOptions& options = {});

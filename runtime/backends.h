@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "compiler/compiler.h"
+#include "runtime/backward.h"
 #include "runtime/context.h"
 #include "runtime/cuda_binaries.h"
 #include "runtime/cuda_driver.h"
@@ -38,9 +39,17 @@ struct PreparedForward {
   std::function<Check(const ForwardCall&, void* workspace, CudaStream stream)> run;
 };
 
+// Likewise for the backward of a problem.
+struct PreparedBackward {
+  std::size_t workspace_size = 0;
+  std::function<Check(const ForwardCall&, const Gradients&, void* workspace, CudaStream stream)> run;
+};
+
 struct ReadyBackend {
   attnjit_backend backend = ATTNJIT_BACKEND_CPU;
+  // The one that the request's signature asks for.
   PreparedForward forward;
+  PreparedBackward backward;
   Json description = Json::object();  // what it says of itself in a plan's description
   compiler::PhaseTimes phases;
 };

@@ -65,6 +65,29 @@ def Attnjit_ReadOp : Attnjit_Op<"read",
   let hasVerifier = 1;
 }
 
+def Attnjit_SinkOp : Attnjit_Op<"sink"> {
+  let summary = "What an element adds to the gradient of a captured tensor, and where";
+  let description = [{
+    `value` is added to the element of capture number `capture`'s gradient that the indices name, clamped as a read's
+    are: one index per dimension. The result is `value`; a function returns the results of its sinks behind its other
+    results, in the order in which code numbers them, so that an operation without users is dead as any other.
+    `row_shift`: `value` is to be computed once per row, from the gradient of the row's LSE in the place of that of the
+    element's modified score.
+
+    ```mlir
+    %added = attnjit.sink %grad into 0[%h, %d] extents [8, 1023] in_bounds [true, false]
+    ```
+  }];
+  let arguments = (ins F32:$value, I32Attr:$capture, Variadic<I64>:$indices, DenseI64ArrayAttr:$extents,
+                       OptionalAttr<DenseBoolArrayAttr>:$in_bounds, UnitAttr:$row_shift);
+  let results = (outs F32:$result);
+  let assemblyFormat = [{
+    $value `into` $capture `[` $indices `]` `extents` $extents (`in_bounds` $in_bounds^)? (`row_shift` $row_shift^)?
+    attr-dict
+  }];
+  let hasVerifier = 1;
+}
+
 class Attnjit_DivisionOp<string mnemonic> : Attnjit_Op<mnemonic,
     [SameOperandsAndResultType, DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
   let arguments = (ins AnyTypeOf<[I32, I64]>:$lhs, AnyTypeOf<[I32, I64]>:$rhs);

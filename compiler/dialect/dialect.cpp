@@ -94,6 +94,22 @@ void ReadOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges>, mlir::SetIntRa
   set_range(getResult(), range);
 }
 
+// ---- sink
+
+mlir::LogicalResult SinkOp::verify() {
+  const std::size_t rank = getIndices().size();
+  if (getCapture() >= static_cast<std::uint32_t>(dsl::kMaxCaptures))
+    return emitOpError("adds to capture ") << getCapture() << ", allowed are 0 to " << dsl::kMaxCaptures - 1;
+  if (rank > static_cast<std::size_t>(dsl::kMaxRank))
+    return emitOpError("has ") << rank << " indices, allowed are up to " << dsl::kMaxRank;
+  const llvm::SmallVector<bool> unproven(rank, false);
+  if (getExtents().size() != rank || getInBounds().value_or(unproven).size() != rank)
+    return emitOpError("needs one extent and in_bounds flag per index");
+  for (const std::int64_t extent : getExtents())
+    if (extent < 1) return emitOpError("needs extents of at least 1, got ") << extent;
+  return mlir::success();
+}
+
 // ---- floordiv, floormod
 
 namespace {

@@ -35,7 +35,34 @@ struct TileParams {
   const void* staged = nullptr;
 };
 
+// The same panel in the backward. Everything is in natural units.
+struct GradientTileParams {
+  float* scores;     // [rows][kPanelLanes], 64-byte aligned; in: scaled scores S^T, out: probabilities P^T
+  float* gradients;  // likewise; in: dP^T = V dO^T, out: dS^T, the gradient of the scaled scores
+  const float* lse;  // [kPanelLanes]; +inf where a lane's row has no kept element or does not exist: its P and dS are 0
+  const float* delta;  // [kPanelLanes] sum of dO * O along the row, less the gradient of lse; finite where lse is +inf
+  long long b, h;
+  long long q_idx;
+  long long kv_idx;
+  long long rows;
+  const CapturedView* captured;
+  const void* staged = nullptr;  // as in TileParams
+  // [sinks][kTileRows][kPanelLanes], 64-byte aligned; out: what each element adds to each captured gradient, exactly 0
+  // where the element is dropped. Row shifts are left out (their part is undefined). Untouched where there are no
+  // sinks.
+  float* contributions = nullptr;
+};
+
 using TileFn = void (*)(const TileParams*);
+using GradientTileFn = void (*)(const GradientTileParams*);
+// Writes to offsets[sink], for every sink, the place in a packed gradient tensor of the captured tensor's extents that
+// the element (b, h, q_idx, kv_idx) contributes to. Of what a sink's level leaves open any value may be given.
+using SinkOffsetsFn = void (*)(long long b, long long h, long long q_idx, long long kv_idx,
+                               const CapturedView* captured, long long* offsets);
+// Writes to values[sink], for the sinks that are row shifts, what the row (b, h, q_idx) contributes, given the gradient
+// of its lse.
+using RowShiftsFn = void (*)(long long b, long long h, long long q_idx, const CapturedView* captured, float grad_lse,
+                             float* values);
 // Writes to addresses[read][lane], of kPanelLanes each, where the lane's element of row 0 of each staged read lies;
 // those of the other rows follow it. Reads only the indices and `captured`.
 using RowsFn = void (*)(const TileParams*, const void** addresses);

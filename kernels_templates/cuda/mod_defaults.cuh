@@ -7,7 +7,24 @@
 // a relative position gives (a bias, a table's element, a mask) is computed that many times less often.
 // The difference comes as a float, too: from one diagonal to the next that is an addition, and no conversion. It is
 // exact where all positions are below 2^24; the compiler uses it only there.
+//
+// In the backward everything is in natural units: score() takes the scaled score and returns the modified one. dscore()
+// gives the gradient of the scaled score, given `grad`, that of the modified score, which is 0 where the element is
+// dropped; it is 0 then. For each captured read whose gradient is wanted there is a sink: a struct with
+//   kCapture, kLevel, kRowShift, kInjective
+//   value(captured, s, grad, block, row, column, diagonal): what the element adds; of a row shift, what the row adds,
+//       given the gradient of its lse as `grad` (s, column and diagonal are not looked at)
+//   offset(captured, gradients, block, row, column, diagonal): where in GradientView::data, in elements, an int or a
+//       long long; of the four only what kLevel names, and block, are looked at
 namespace attnjit::cuda {
+
+// What decides a sink's offset: compiler::SinkLevel.
+enum class SinkLevel : int { kBlock, kRow, kColumn, kDiagonal, kElement };
+
+template <typename... T>
+struct SinkList {
+  static constexpr int kSize = sizeof...(T);
+};
 
 struct ModDefaults {
   // score() takes the scaled score times log2(e), not plain or times a literal. It returns log2 units in any case.
@@ -20,6 +37,10 @@ struct ModDefaults {
   static constexpr bool kMaskReadsScore = false;
   // Some captured tensor is read.
   static constexpr bool kReadsCaptured = false;
+
+  // Backward: dscore() returns grad.
+  static constexpr bool kUnitDerivative = true;
+  using Sinks = SinkList<>;
 
   struct Block {};
   struct Row {};
@@ -44,6 +65,11 @@ struct ModDefaults {
   static __device__ __forceinline__ float score(const CapturedView* captured, float s, const B& block, const R& row,
                                                 const C& column, const D& diagonal) {
     return s;
+  }
+  template <typename B, typename R, typename C, typename D>
+  static __device__ __forceinline__ float dscore(const CapturedView* captured, float s, float grad, const B& block,
+                                                 const R& row, const C& column, const D& diagonal) {
+    return grad;
   }
   template <typename B, typename R, typename C, typename D>
   static __device__ __forceinline__ bool keep(const CapturedView* captured, float s, const B& block, const R& row,

@@ -34,4 +34,37 @@ struct ForwardParams {
   CapturedView captured[kMaxCaptures];
 };
 
+// Where a captured tensor's gradient is added up: packed, in the extents of the tensor, float32 or, in deterministic
+// runs, accumulators (cuda/gradients.cuh). Zero before the kernels run.
+struct GradientView {
+  void* data;                         // null where it is not wanted
+  long long stride[kMaxCaptureRank];  // in elements
+};
+
+// One backward call. What ForwardParams has too means the same; there o and lse are inputs.
+struct BackwardParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* o;
+  const void* grad_out;   // (B, Hq, Sq, Dv)
+  const float* lse;       // (B, Hq, Sq), natural logarithm
+  const float* grad_lse;  // (B, Hq, Sq); null: zero
+  void* dq;               // outputs; null where not wanted
+  void* dk;
+  void* dv;
+  float* row_lse;  // workspace, (B, Hq, padded Sq) packed: lse, +inf where a row has no kept element or does not exist
+  float* row_delta;  // workspace, likewise: sum of grad_out * o along the row, less grad_lse; 0 where row_lse is +inf
+  float* dq_sum;     // workspace: dq before its conversion, (splits, B, Hq, padded Sq, padded D)
+  long long q_stride[3], k_stride[3], v_stride[3], o_stride[3], grad_out_stride[3];
+  long long lse_stride[3], grad_lse_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
+  int batch, num_heads, num_heads_kv;
+  int seqlen_q, seqlen_kv;
+  int q_idx_origin, kv_idx_origin;
+  float scale;  // on q . k
+  int splits;   // buffers of dq_sum
+  CapturedView captured[kMaxCaptures];
+  GradientView gradients[kMaxCaptures];
+};
+
 }  // namespace attnjit::cuda

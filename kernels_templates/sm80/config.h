@@ -22,6 +22,20 @@ struct ForwardConfig {
   int store_bytes = 16;         // likewise for o
 };
 
+// Likewise of the backward. A block owns tile_n keys of a key/value head and walks over the queries of its group.
+struct BackwardConfig {
+  Element element = Element::kBF16;
+  int head_dim = 128;
+  int head_dim_v = 128;
+  int tile_m = 64;   // queries of one step; a multiple of 16
+  int tile_n = 128;  // keys of a block; a multiple of 16 * warps
+  int warps = 8;
+  int load_bytes = 16;   // as ForwardConfig's, of q, k, v, o and grad_out
+  int store_bytes = 16;  // of dq, dk and dv
+  bool wants_dq = true, wants_dk = true, wants_dv = true;
+  bool deterministic = false;
+};
+
 // Feature dimensions are computed in steps of 16.
 constexpr int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 

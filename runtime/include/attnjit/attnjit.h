@@ -152,6 +152,49 @@ ATTNJIT_API attnjit_status attnjit_run(attnjit_plan* plan, const attnjit_attenti
 ATTNJIT_API attnjit_status attnjit_forward(attnjit_context* context, const attnjit_attention* attention,
                                            void* workspace, size_t workspace_size, void* stream);
 
+/* ---- Gradients -------------------------------------------------------------------------------------------------- */
+
+/* A captured tensor whose gradient is wanted. */
+typedef struct attnjit_capture_gradient {
+  const char* name; /* as in attnjit_attention.captures */
+  DLTensor* tensor; /* of the captured tensor's shape and type, which has to be a floating one; its own strides */
+} attnjit_capture_gradient;
+
+/* What the backward of a call is given beside its attnjit_attention, and what it computes.
+ *
+ * attention->o and attention->lse are then what the forward computed: inputs. lse is needed; one that was merged over
+ * several devices serves. attention->row_max is ignored. All tensors are on the call's device.
+ * Gradients are of sum(grad_out * o) + sum(grad_lse * lse). Where the expression has a kink they are PyTorch's. An
+ * element that is dropped, a branch that is not taken and a row without a kept element contribute exactly zero. */
+typedef struct attnjit_gradients {
+  size_t struct_size;
+  const DLTensor* grad_out; /* (B, Hq, Sq, Dv), q's type; the innermost stride 1, any others (0 broadcasts) */
+  const DLTensor* grad_lse; /* (B, Hq, Sq) float32, or NULL: nothing flows into lse */
+  DLTensor* dq;             /* (B, Hq, Sq, D), or NULL: not wanted. Outputs, of q's type, innermost stride 1 */
+  DLTensor* dk;             /* (B, Hkv, Skv, D), or NULL */
+  DLTensor* dv;             /* (B, Hkv, Skv, Dv), or NULL */
+  const attnjit_capture_gradient* captures;
+  size_t num_captures;
+  /* 1: two runs on one machine give the same bits. What it costs is in docs/backward.md. 0: sums may be added in any
+   * order. */
+  int deterministic;
+} attnjit_gradients;
+#define ATTNJIT_GRADIENTS_INIT {sizeof(attnjit_gradients), NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
+
+/* As attnjit_prepare, for the backward. Where `forward` is not NULL, it receives the plan of attnjit_prepare for
+ * `attention` with its lse: both are compiled at the same time. */
+ATTNJIT_API attnjit_status attnjit_prepare_backward(attnjit_context* context, const attnjit_attention* attention,
+                                                    const attnjit_gradients* gradients, attnjit_plan** forward,
+                                                    attnjit_plan** backward);
+/* As attnjit_run, with a plan of attnjit_prepare_backward. Which gradients are wanted must be as prepared. */
+ATTNJIT_API attnjit_status attnjit_run_backward(attnjit_plan* plan, const attnjit_attention* attention,
+                                                const attnjit_gradients* gradients, void* workspace,
+                                                size_t workspace_size, void* stream);
+/* As attnjit_forward: both in one. */
+ATTNJIT_API attnjit_status attnjit_backward(attnjit_context* context, const attnjit_attention* attention,
+                                            const attnjit_gradients* gradients, void* workspace, size_t workspace_size,
+                                            void* stream);
+
 /* ---- Checking and explaining ------------------------------------------------------------------------------------ */
 
 /* One query row of a problem. */
@@ -177,6 +220,25 @@ ATTNJIT_API attnjit_status attnjit_reference(attnjit_context* context, const att
 ATTNJIT_API attnjit_status attnjit_reference_bounds(attnjit_context* context, const attnjit_attention* attention,
                                                     const attnjit_row* rows, size_t num_rows, double* o_bound,
                                                     double* lse_bound, unsigned char* decided);
+
+/* The double-precision oracle of the backward, for all of batch `b` and key/value head `h_kv`, that is the query heads
+ * h_kv * Hq / Hkv and on: dq (Hq / Hkv, Sq, D), dk (Skv, D), dv (Skv, Dv), and of each of gradients->captures, in that
+ * order and packed, the part that these heads contribute. Everything is computed anew from q, k, v and grad_out:
+ * attention->o and lse are ignored, as are outputs' data. Each output has a bound beside it: what a fused kernel that
+ * computes in float32 and is given a right o and lse may be off by (docs/numerics.md), infinite where nothing can be
+ * said. Any pointer may be NULL, and `captures` and `capture_bounds` may be NULL where there are none. */
+typedef struct attnjit_reference_gradients {
+  size_t struct_size;
+  double *dq, *dk, *dv;
+  double* const* captures; /* num_captures of them */
+  double *dq_bound, *dk_bound, *dv_bound;
+  double* const* capture_bounds;
+} attnjit_reference_gradients;
+#define ATTNJIT_REFERENCE_GRADIENTS_INIT \
+  {sizeof(attnjit_reference_gradients), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL}
+ATTNJIT_API attnjit_status attnjit_reference_backward(attnjit_context* context, const attnjit_attention* attention,
+                                                      const attnjit_gradients* gradients, int64_t b, int64_t h_kv,
+                                                      const attnjit_reference_gradients* out);
 
 /* The check mode of captured reads, for the rows of attnjit_reference: which indices lay outside their dimension, and
  * were clamped, in reads that decide the result of an element (not in the branch of a choice that was not taken, nor
