@@ -20,7 +20,8 @@ struct Contribution {
 
 struct ElementGradient {
   double dscore = 0.0;  // of the score that the expression was given
-  // Of reads of floating captured tensors, one per read node that the result depends on. Valid until the next call.
+  // Of reads of floating captured tensors, one per read node to which a gradient comes that is not 0. Valid until the
+  // next call.
   std::span<const Contribution> contributions;
 };
 

@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numbers>
 
 namespace attnjit::dsl {
 namespace {
@@ -41,35 +42,69 @@ Scalar sign_of(S a, Type t) {
 // NaN is not zero, hence true.
 Scalar to_bool(S a, Type t) { return of_int(t == Type::kFloat ? a[0].f != 0 : a[0].i != 0); }
 
+// To the smaller one, or the larger; half to each of two that are equal, and all to both where one is NaN.
+Adjoints chosen(double a, double b, bool a_wins, bool b_wins, double grad) {
+  if (a == b) return {grad / 2, grad / 2};
+  return {b_wins ? 0.0 : grad, a_wins ? 0.0 : grad};
+}
+Adjoints min_adjoints(S a, double grad) { return chosen(a[0].f, a[1].f, a[0].f < a[1].f, a[1].f < a[0].f, grad); }
+Adjoints max_adjoints(S a, double grad) { return chosen(a[0].f, a[1].f, a[0].f > a[1].f, a[1].f > a[0].f, grad); }
+Adjoints clamp_adjoints(S a, double grad) {
+  const double x = a[0].f, lo = a[1].f, hi = a[2].f;
+  if (x >= lo && x <= hi) return {grad};
+  return {0.0, x < lo && lo < hi ? grad : 0.0, x > hi || hi < lo ? grad : 0.0};
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double normal_density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * std::numbers::pi); }
+double normal_distribution(double x) { return std::erfc(-x / std::numbers::sqrt2) / 2; }
+
 using enum Function;
 using enum Signature;
 
 // clang-format off
 constexpr std::array<FunctionInfo, 28> kFunctions = {{
-  {kMin,     "min",     2, true,  kNumeric,    Type::kFloat, min_of},
-  {kMax,     "max",     2, true,  kNumeric,    Type::kFloat, max_of},
-  {kClamp,   "clamp",   3, false, kNumeric,    Type::kFloat, clamp_of},
-  {kAbs,     "abs",     1, false, kNumeric,    Type::kFloat, abs_of},
-  {kExp,     "exp",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::exp(a->f)); }},
-  {kExp2,    "exp2",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::exp2(a->f)); }},
-  {kLog,     "log",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::log(a->f)); }},
-  {kLog2,    "log2",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::log2(a->f)); }},
-  {kLog1p,   "log1p",   1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::log1p(a->f)); }},
-  {kSqrt,    "sqrt",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::sqrt(a->f)); }},
-  {kRsqrt,   "rsqrt",   1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(1 / std::sqrt(a->f)); }},
-  {kTanh,    "tanh",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::tanh(a->f)); }},
-  {kSigmoid, "sigmoid", 1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(1 / (1 + std::exp(-a->f))); }},
-  {kSilu,    "silu",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(a->f / (1 + std::exp(-a->f))); }},
-  {kGelu,    "gelu",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(0.5 * a->f * std::erfc(-a->f * 0.70710678118654752440)); }},
-  {kRelu,    "relu",    1, false, kNumeric,    Type::kFloat, [](S a, Type t) { const Scalar x[2] = {*a, {}}; return max_of(x, t); }},
-  {kErf,     "erf",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::erf(a->f)); }},
-  {kSin,     "sin",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::sin(a->f)); }},
-  {kCos,     "cos",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::cos(a->f)); }},
+  {kMin,     "min",     2, true,  kNumeric,    Type::kFloat, min_of, min_adjoints},
+  {kMax,     "max",     2, true,  kNumeric,    Type::kFloat, max_of, max_adjoints},
+  {kClamp,   "clamp",   3, false, kNumeric,    Type::kFloat, clamp_of, clamp_adjoints},
+  {kAbs,     "abs",     1, false, kNumeric,    Type::kFloat, abs_of,
+   [](S a, double g) -> Adjoints { return {g * sign_of(a, Type::kFloat).f}; }},
+  {kExp,     "exp",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::exp(a->f)); },
+   [](S a, double g) -> Adjoints { return {g * std::exp(a->f)}; }},
+  {kExp2,    "exp2",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::exp2(a->f)); },
+   [](S a, double g) -> Adjoints { return {g * std::exp2(a->f) * std::numbers::ln2}; }},
+  {kLog,     "log",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::log(a->f)); },
+   [](S a, double g) -> Adjoints { return {g / a->f}; }},
+  {kLog2,    "log2",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::log2(a->f)); },
+   [](S a, double g) -> Adjoints { return {g / (a->f * std::numbers::ln2)}; }},
+  {kLog1p,   "log1p",   1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::log1p(a->f)); },
+   [](S a, double g) -> Adjoints { return {g / (1 + a->f)}; }},
+  {kSqrt,    "sqrt",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::sqrt(a->f)); },
+   [](S a, double g) -> Adjoints { return {g / (2 * std::sqrt(a->f))}; }},
+  {kRsqrt,   "rsqrt",   1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(1 / std::sqrt(a->f)); },
+   [](S a, double g) -> Adjoints { return {g * -0.5 * std::pow(a->f, -1.5)}; }},
+  {kTanh,    "tanh",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::tanh(a->f)); },
+   [](S a, double g) -> Adjoints { return {g / (std::cosh(a->f) * std::cosh(a->f))}; }},
+  {kSigmoid, "sigmoid", 1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(1 / (1 + std::exp(-a->f))); },
+   [](S a, double g) -> Adjoints { return {g * sigmoid(a->f) * sigmoid(-a->f)}; }},
+  {kSilu,    "silu",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(a->f / (1 + std::exp(-a->f))); },
+   [](S a, double g) -> Adjoints { return {g * sigmoid(a->f) * (1 + a->f * sigmoid(-a->f))}; }},
+  {kGelu,    "gelu",    1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(0.5 * a->f * std::erfc(-a->f * 0.70710678118654752440)); },
+   [](S a, double g) -> Adjoints { return {g * (normal_distribution(a->f) + a->f * normal_density(a->f))}; }},
+  {kRelu,    "relu",    1, false, kNumeric,    Type::kFloat, [](S a, Type t) { const Scalar x[2] = {*a, {}}; return max_of(x, t); },
+   [](S a, double g) -> Adjoints { return {a->f > 0 ? g : 0.0}; }},
+  {kErf,     "erf",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::erf(a->f)); },
+   [](S a, double g) -> Adjoints { return {g * 2 * std::numbers::inv_sqrtpi * std::exp(-a->f * a->f)}; }},
+  {kSin,     "sin",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::sin(a->f)); },
+   [](S a, double g) -> Adjoints { return {g * std::cos(a->f)}; }},
+  {kCos,     "cos",     1, false, kFloat,      Type::kFloat, [](S a, Type) { return of_float(std::cos(a->f)); },
+   [](S a, double g) -> Adjoints { return {g * -std::sin(a->f)}; }},
   {kFloor,   "floor",   1, false, kRounding,   Type::kFloat, [](S a, Type) { return of_float(std::floor(a->f)); }},
   {kCeil,    "ceil",    1, false, kRounding,   Type::kFloat, [](S a, Type) { return of_float(std::ceil(a->f)); }},
   {kRound,   "round",   1, false, kRounding,   Type::kFloat, [](S a, Type) { return of_float(std::nearbyint(a->f)); }},
   {kSign,    "sign",    1, false, kNumeric,    Type::kFloat, sign_of},
-  {kToFloat, "float",   1, false, kConversion, Type::kFloat, [](S a, Type t) { return of_float(t == Type::kFloat ? a->f : double(a->i)); }},
+  {kToFloat, "float",   1, false, kConversion, Type::kFloat, [](S a, Type t) { return of_float(t == Type::kFloat ? a->f : double(a->i)); },
+   [](S a, double g) -> Adjoints { return {g}; }},
   {kToInt,   "int",     1, false, kConversion, Type::kInt,   [](S a, Type t) { return of_int(t == Type::kFloat ? saturating_int(a->f) : a->i); }},
   {kToBool,  "bool",    1, false, kConversion, Type::kBool,  to_bool},
   {kIsInf,   "isinf",   1, false, kTest,       Type::kBool,  [](S a, Type) { return of_int(std::isinf(a->f)); }},

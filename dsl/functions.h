@@ -1,6 +1,7 @@
 // The language's functions: name, arity, types and double-precision meaning, one row each in functions.cpp.
 #pragma once
 
+#include <array>
 #include <span>
 #include <string_view>
 
@@ -23,6 +24,9 @@ enum class Signature : std::uint8_t {
   kConversion,  // any type to FunctionInfo::result
 };
 
+// Gradients of a function's arguments; of as many as there are.
+using Adjoints = std::array<double, 3>;
+
 struct FunctionInfo {
   Function function = Function::kMin;
   std::string_view name;
@@ -32,6 +36,9 @@ struct FunctionInfo {
   Type result = Type::kFloat;  // for kNumeric and kRounding: when called with floats
   // `args` are `arity` values of type `operand`, the type that the signature gives them.
   Scalar (*evaluate)(const Scalar* args, Type operand) = nullptr;
+  // The gradients of float arguments, given the result's: docs/backward.md's where there is a kink, exactly 0 for what
+  // is not chosen. Null: they are 0 everywhere.
+  Adjoints (*adjoints)(const Scalar* args, double grad) = nullptr;
 };
 
 // The table, in the order of enum Function.

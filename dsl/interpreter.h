@@ -46,6 +46,8 @@ class Interpreter {
   Interpreter(const Expr& bound, std::span<const CaptureView> captures);
   Element score_mod(const Point& point);
   bool mask_mod(const Point& point);
+  // Of the last evaluation: the value of every node. Valid until the next call.
+  std::span<const Scalar> values() const { return values_; }
   // Of the last evaluation: the clamped indices of reads that its result depends on. What a choice did not choose has
   // no part in it, nor, where the element is dropped, what did not drop it. Valid until the next call.
   std::span<const ClampedIndex> clamped_indices();
