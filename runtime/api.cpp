@@ -201,9 +201,7 @@ attnjit_status attnjit_prepare(attnjit_context* context, const attnjit_attention
 
 void attnjit_plan_destroy(attnjit_plan* plan) { delete plan; }
 
-size_t attnjit_plan_workspace_size(const attnjit_plan* plan) {
-  return plan ? plan->handle.plan->forward.workspace_size : 0;
-}
+size_t attnjit_plan_workspace_size(const attnjit_plan* plan) { return plan ? plan->handle.plan->workspace_size() : 0; }
 
 attnjit_backend attnjit_plan_backend(const attnjit_plan* plan) {
   return plan ? plan->handle.plan->backend : ATTNJIT_BACKEND_AUTO;
@@ -228,6 +226,41 @@ attnjit_status attnjit_forward(attnjit_context* context, const attnjit_attention
   return guarded([&]() -> Check {
     if (!context) return null_argument("context");
     return attnjit::runtime::forward(context->state, attention, workspace, workspace_size, stream);
+  });
+}
+
+attnjit_status attnjit_prepare_backward(attnjit_context* context, const attnjit_attention* attention,
+                                        const attnjit_gradients* gradients, attnjit_plan** forward,
+                                        attnjit_plan** backward) {
+  return guarded([&]() -> Check {
+    if (forward) *forward = nullptr;
+    if (!backward) return null_argument("backward");
+    *backward = nullptr;
+    if (!context) return null_argument("context");
+    auto pair = attnjit::runtime::prepare_backward(context->state, attention, gradients, forward != nullptr);
+    if (!pair) return pair.failure();
+    auto plan = std::make_unique<attnjit_plan>(std::move(pair->backward));
+    if (forward) *forward = new attnjit_plan{std::move(*pair->forward)};
+    *backward = plan.release();
+    return {};
+  });
+}
+
+attnjit_status attnjit_run_backward(attnjit_plan* plan, const attnjit_attention* attention,
+                                    const attnjit_gradients* gradients, void* workspace, size_t workspace_size,
+                                    void* stream) {
+  return guarded([&]() -> Check {
+    if (!plan) return null_argument("plan");
+    return attnjit::runtime::run_backward(plan->handle, attention, gradients, workspace, workspace_size, stream);
+  });
+}
+
+attnjit_status attnjit_backward(attnjit_context* context, const attnjit_attention* attention,
+                                const attnjit_gradients* gradients, void* workspace, size_t workspace_size,
+                                void* stream) {
+  return guarded([&]() -> Check {
+    if (!context) return null_argument("context");
+    return attnjit::runtime::backward(context->state, attention, gradients, workspace, workspace_size, stream);
   });
 }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "runtime/cpu_backend.h"
@@ -36,6 +37,29 @@ void run_without_keys(const ForwardCall& call) {
         }
       }
     }
+  }
+}
+
+// Zeroes a strided tensor of elements of `size` bytes.
+void zero(char* data, std::int64_t size, int rank, const std::int64_t* extent, const std::int64_t* stride) {
+  if (rank == 0 || (rank == 1 && *stride == 1)) {
+    std::memset(data, 0, static_cast<std::size_t>(rank == 0 ? size : *extent * size));
+    return;
+  }
+  for (std::int64_t i = 0; i < *extent; ++i) zero(data + i * *stride * size, size, rank - 1, extent + 1, stride + 1);
+}
+
+// Without an output or keys nothing contributes to a gradient.
+void zero_gradients(const ForwardCall& call, const Gradients& gradients) {
+  for (const TensorView* t : {&gradients.dq, &gradients.dk, &gradients.dv}) {
+    if (t->data) zero(static_cast<char*>(t->data), dsl::dtype_size(t->dtype), 4, t->shape, t->stride);
+  }
+  for (std::size_t i = 0; i < call.num_captures; ++i) {
+    const CaptureGradient& gradient = gradients.captures[i];
+    const dsl::CaptureView& captured = call.captures[i];
+    if (!gradient.data) continue;
+    zero(static_cast<char*>(gradient.data), dsl::dtype_size(captured.dtype), captured.rank, captured.extent,
+         gradient.stride);
   }
 }
 
@@ -115,10 +139,11 @@ struct Backend {
   attnjit_backend id;
   bool on_cpu, on_cuda;
   Result<ReadyBackend> (*prepare)(const Request&);
+  Result<ReadyBackend> (*prepare_backward)(const Request&);  // null: it has none
 };
-constexpr std::array<Backend, 3> kBackends = {{{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80},
-                                               {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu},
-                                               {ATTNJIT_BACKEND_MATH, true, true, prepare_math}}};
+constexpr std::array<Backend, 3> kBackends = {{{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, nullptr},
+                                               {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, nullptr},
+                                               {ATTNJIT_BACKEND_MATH, true, true, prepare_math, nullptr}}};
 
 // Why a call cannot be given to `backend`, as far as that is known without trying; empty where it can.
 std::string why_not(const Backend& backend, const Context& context, const Signature& s) {
@@ -128,7 +153,29 @@ std::string why_not(const Backend& backend, const Context& context, const Signat
   if (s.device == kCpu ? !backend.on_cpu : !backend.on_cuda) {
     return fmt::format("the tensors are on {}", device_text(s.device));
   }
+  if (s.backward && !backend.prepare_backward) return "it has no backward";
   return {};
+}
+
+// What serves a call without a backend's code, where there is nothing to compute.
+std::optional<ReadyBackend> prepare_empty(const Signature& s) {
+  ReadyBackend ready;
+  if (s.backward && s.device == kCpu && (no_output(s) || no_keys(s))) {
+    ready.backward.run = [](const ForwardCall& call, const Gradients& gradients, void*, CudaStream) {
+      zero_gradients(call, gradients);
+      return Check();
+    };
+    return ready;
+  }
+  if (s.backward || !no_output(s)) return std::nullopt;
+  ready.forward.run = [](const ForwardCall&, void*, CudaStream) { return Check(); };
+  return ready;
+}
+
+Result<ReadyBackend> prepare_with(const Backend& backend, const Request& request) {
+  const Signature& s = request.call.signature;
+  if (std::optional<ReadyBackend> ready = prepare_empty(s)) return std::move(*ready);
+  return s.backward ? backend.prepare_backward(request) : backend.prepare(request);
 }
 
 // Gathers why each backend does not serve.
@@ -178,9 +225,7 @@ Result<ReadyBackend> prepare_backend(const Request& request) {
   for (const Backend& backend : kBackends) {
     std::string reason = why_not(backend, request.context, s);
     if (reason.empty()) {
-      ReadyBackend nothing;
-      nothing.forward.run = [](const ForwardCall&, void*, CudaStream) { return Check(); };
-      Result<ReadyBackend> ready = no_output(s) ? std::move(nothing) : backend.prepare(request);
+      Result<ReadyBackend> ready = prepare_with(backend, request);
       if (ready) {
         ready->backend = backend.id;
         return ready;
@@ -232,12 +277,14 @@ compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std
   problem.num_heads = std::max<std::int64_t>(s.num_heads, 1);
   problem.seqlen_q = std::max<std::int64_t>(seqlen_q, 1);
   problem.seqlen_kv = std::max<std::int64_t>(seqlen_kv, 1);
+  problem.gradients = s.capture_gradients;
   return problem;
 }
 
 std::string shape_text(const Signature& s) {
-  return fmt::format("B={} Hq={} Hkv={} Sq={} Skv={} D={} Dv={} {}", s.batch, s.num_heads, s.num_heads_kv, s.seqlen_q,
-                     s.seqlen_kv, s.head_dim, s.head_dim_v, dsl::dtype_name(static_cast<dsl::DType>(s.dtype)));
+  return fmt::format("B={} Hq={} Hkv={} Sq={} Skv={} D={} Dv={} {}{}", s.batch, s.num_heads, s.num_heads_kv, s.seqlen_q,
+                     s.seqlen_kv, s.head_dim, s.head_dim_v, dsl::dtype_name(static_cast<dsl::DType>(s.dtype)),
+                     s.backward ? " backward" : "");
 }
 
 std::string hash_text(const compiler::ModFacts& facts) {

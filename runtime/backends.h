@@ -55,7 +55,8 @@ struct ReadyBackend {
 };
 
 // Makes the best backend ready among those that are asked for, permitted by the context and serve the call.
-// ATTNJIT_UNSUPPORTED with each backend and its reason where there is none.
+// ATTNJIT_UNSUPPORTED with each backend and its reason where there is none. A forward without output and, on the CPU, a
+// backward without output or keys needs no backend's code; other empty calls are the backends'.
 Result<ReadyBackend> prepare_backend(const Request& request);
 
 // Those that prepare_backend would try, best first; ATTNJIT_UNSUPPORTED where there are none.

@@ -5,9 +5,11 @@
 
 #include <chrono>
 #include <cstring>
+#include <future>
 #include <limits>
 #include <optional>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "dsl/printer.h"
@@ -22,6 +24,22 @@ void append_text(std::string* key, const char* text) {
   const std::size_t size = text ? std::strlen(text) : std::numeric_limits<std::size_t>::max();
   key->append(reinterpret_cast<const char*>(&size), sizeof(size));
   if (text) key->append(text, size);
+}
+
+// What a backward computes, and of what.
+Json gradients_json(const Signature& s, const std::vector<std::string>& names) {
+  Json wanted = Json::array();
+  if (s.wants_dq) wanted.push_back("dq");
+  if (s.wants_dk) wanted.push_back("dk");
+  if (s.wants_dv) wanted.push_back("dv");
+  Json captures = Json::array();
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    if (s.capture_gradients >> i & 1u) captures.push_back(names[i]);
+  }
+  return {{"wanted", std::move(wanted)},
+          {"captures", std::move(captures)},
+          {"grad_lse", s.has_grad_lse != 0},
+          {"deterministic", s.deterministic != 0}};
 }
 
 Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Registry& registry,
@@ -48,6 +66,7 @@ Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Regis
   for (std::size_t i = 0; i < call.forward.num_captures; ++i) plan->names.emplace_back(call.capture_names[i]);
   plan->backend = ready->backend;
   plan->forward = std::move(ready->forward);
+  plan->backward = std::move(ready->backward);
 
   const std::optional<dsl::Expr>& mask_mod = parsed->mask_mod;
   Json json = {{"backend", attnjit_backend_name(plan->backend)},
@@ -56,8 +75,9 @@ Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Regis
                {"problem", shape_text(s)},
                {"on", device_text(s.device)},
                {"host", host_json(context)}};
+  if (s.backward) json["gradients"] = gradients_json(s, plan->names);
   json.update(ready->description);
-  json["workspace_bytes"] = plan->forward.workspace_size;
+  json["workspace_bytes"] = plan->workspace_size();
   json["compiled"] = true;
   json["compile_ms"] = total;
   Json phases = {{"parse_and_bind", Milliseconds(bound_at - start).count()}};
@@ -130,6 +150,19 @@ Failure difference(const Plan& plan, const CheckedCall& call, const attnjit_atte
   const auto wanted = [](std::uint8_t flag) { return flag ? "given" : "NULL"; };
   if (was.has_lse != is.has_lse) return changed("lse", wanted(was.has_lse), wanted(is.has_lse));
   if (was.has_row_max != is.has_row_max) return changed("row_max", wanted(was.has_row_max), wanted(is.has_row_max));
+  const struct {
+    std::string_view what;
+    std::uint8_t was, is;
+  } gradients[] = {{"dq", was.wants_dq, is.wants_dq},
+                   {"dk", was.wants_dk, is.wants_dk},
+                   {"dv", was.wants_dv, is.wants_dv},
+                   {"grad_lse", was.has_grad_lse, is.has_grad_lse}};
+  for (const auto& gradient : gradients) {
+    if (gradient.was != gradient.is) return changed(gradient.what, wanted(gradient.was), wanted(gradient.is));
+  }
+  if (was.deterministic != is.deterministic) {
+    return changed("gradients.deterministic", int{was.deterministic}, int{is.deterministic});
+  }
   static constexpr std::string_view kStrideClasses[] = {"0", "1", "another"};
   const struct {
     std::string_view name;
@@ -144,20 +177,25 @@ Failure difference(const Plan& plan, const CheckedCall& call, const attnjit_atte
       }
     }
   }
-  static constexpr std::string_view kRows[] = {"q", "k", "v", "o"};
-  for (std::size_t i = 0; i < std::size(kRows); ++i) {
-    const int needed = i < 3 ? was.load_bytes : was.store_bytes;
-    if (call.row_bytes[i] < needed) {
+  for (std::size_t i = 0; i < call.num_rows; ++i) {
+    const CheckedCall::Rows& rows = call.rows[i];
+    const int needed = rows.output ? was.store_bytes : was.load_bytes;
+    if (rows.bytes < needed) {
       return {ATTNJIT_INVALID_ARGUMENT,
               fmt::format("{} has rows aligned to {} bytes, by its address and strides; the plan was prepared for {}: "
                           "prepare it with pointers that are aligned as little",
-                          kRows[i], call.row_bytes[i], needed)};
+                          rows.name, rows.bytes, needed)};
     }
   }
   for (std::size_t i = 0; i < given; ++i) {
     const Signature::Capture& a = was.captures[i];
     const Signature::Capture& b = is.captures[i];
     const std::string name = dsl::shortened(plan.names[i]);
+    const auto gradient = [i](const Signature& signature) { return signature.capture_gradients >> i & 1u; };
+    if (gradient(was) != gradient(is)) {
+      return changed(fmt::format("the gradient of {}", name), gradient(was) ? "wanted" : "not wanted",
+                     gradient(is) ? "wanted" : "not wanted");
+    }
     if (a.dtype != b.dtype) return changed(fmt::format("captured {}'s dtype", name), dtype(a.dtype), dtype(b.dtype));
     const std::string was_shape = dimensions(a.extent, a.rank);
     const std::string shape = dimensions(b.extent, b.rank);
@@ -196,12 +234,82 @@ Check run_checked(const Context& context, const Plan& plan, const attnjit_attent
   if (stream && plan.signature.device == kCpu) {
     return Failure{ATTNJIT_INVALID_ARGUMENT, "stream is not NULL; a CPU plan runs on the calling thread"};
   }
-  if (Check failure = check_workspace(*call, workspace, workspace_size, plan.forward.workspace_size)) return failure;
+  if (Check failure = check_workspace(*call, workspace, workspace_size, plan.workspace_size())) return failure;
   if (context.logger().enabled(LogLevel::kTrace)) {
     context.logger().log(LogLevel::kTrace, fmt::format("run {}", shape_text(plan.signature)));
   }
+  if (plan.signature.backward) return plan.backward.run(call->forward, call->gradients, workspace, stream);
   return plan.forward.run(call->forward, workspace, stream);
 }
+
+// From here on `gradients` is null in a forward.
+
+Check check(const attnjit_attention* attention, const attnjit_gradients* gradients, Purpose purpose,
+            CheckedCall* call) {
+  return gradients ? check_backward_call(attention, gradients, purpose, call) : check_call(attention, purpose, call);
+}
+
+// `call` was checked as kPrepare.
+Result<PlanHandle> prepare_checked(const std::shared_ptr<Context>& context, const attnjit_attention& attention,
+                                   CheckedCall* call) {
+  const RegistrySnapshot snapshot = context->registry();
+  std::string key = make_key(*call, attention, snapshot.generation);
+  if (call->signature.autotune != 0 && !context->plans().find(key)) {
+    Result<std::shared_ptr<CudaDevice>> device = context->cuda_device(call->signature.device);
+    if (device && (*device)->is_capturing(nullptr)) {
+      // A plan of its own: the one that is tuned can still be made after the capture.
+      call->signature.autotune = static_cast<std::uint8_t>(AutotuneMode::kStored);
+      key = make_key(*call, attention, snapshot.generation);
+    }
+  }
+  auto found =
+      context->plans().get(key, [&] { return make_plan(*context, *snapshot.registry, attention, *call, key); });
+  if (!found.outcome) return found.outcome.failure();
+  return PlanHandle{.context = context, .plan = std::move(*found.outcome), .compiled_here = found.compiled_here};
+}
+
+Check run_plan(const PlanHandle& handle, const attnjit_attention* attention, const attnjit_gradients* gradients,
+               void* workspace, std::size_t workspace_size, void* stream) {
+  const bool backward = gradients != nullptr;
+  if ((handle.plan->signature.backward != 0) != backward) {
+    return Failure{ATTNJIT_INVALID_ARGUMENT,
+                   backward ? "plan is a forward's; attnjit_run_backward takes one of attnjit_prepare_backward"
+                            : "plan is a backward's; attnjit_run takes one of attnjit_prepare"};
+  }
+  CheckedCall call;
+  if (Check failure = check(attention, gradients, Purpose::kRun, &call)) return failure;
+  return run_checked(*handle.context, *handle.plan, *attention, &call, workspace, workspace_size, stream);
+}
+
+Check prepare_and_run(const std::shared_ptr<Context>& context, const attnjit_attention* attention,
+                      const attnjit_gradients* gradients, void* workspace, std::size_t workspace_size, void* stream) {
+  CheckedCall call;
+  if (Check failure = check(attention, gradients, Purpose::kRun, &call)) return failure;
+  const RegistrySnapshot snapshot = context->registry();
+  const std::string key = make_key(call, *attention, snapshot.generation);
+  std::optional<Result<std::shared_ptr<const Plan>>> plan = context->plans().find(key);
+  if (!plan) {
+    if (call.signature.device != kCpu) {
+      Result<std::shared_ptr<CudaDevice>> device = context->cuda_device(call.signature.device);
+      if (!device) return device.failure();
+      if ((*device)->is_capturing(stream)) {
+        return Failure{
+            ATTNJIT_NOT_PREPARED,
+            fmt::format("{} is not compiled yet, and its stream is being captured; call {}, or {} once, "
+                        "before the capture",
+                        shape_text(call.signature), gradients ? "attnjit_prepare_backward" : "attnjit_prepare",
+                        gradients ? "attnjit_backward" : "attnjit_forward")};
+      }
+    }
+    plan = context->plans()
+               .get(key, [&] { return make_plan(*context, *snapshot.registry, *attention, call, key); })
+               .outcome;
+  }
+  if (!*plan) return plan->failure();
+  return run_checked(*context, ***plan, *attention, &call, workspace, workspace_size, stream);
+}
+
+Failure no_gradients() { return {ATTNJIT_INVALID_ARGUMENT, "gradients is NULL"}; }
 
 }  // namespace
 
@@ -224,53 +332,56 @@ std::string dump_header(const Context& context, const CheckedCall& call, const a
 Result<PlanHandle> prepare(const std::shared_ptr<Context>& context, const attnjit_attention* attention) {
   CheckedCall call;
   if (Check failure = check_call(attention, Purpose::kPrepare, &call)) return *failure;
-  const RegistrySnapshot snapshot = context->registry();
-  std::string key = make_key(call, *attention, snapshot.generation);
-  if (call.signature.autotune != 0 && !context->plans().find(key)) {
-    Result<std::shared_ptr<CudaDevice>> device = context->cuda_device(call.signature.device);
-    if (device && (*device)->is_capturing(nullptr)) {
-      // A plan of its own: the one that is tuned can still be made after the capture.
-      call.signature.autotune = static_cast<std::uint8_t>(AutotuneMode::kStored);
-      key = make_key(call, *attention, snapshot.generation);
+  return prepare_checked(context, *attention, &call);
+}
+
+Result<PlanPair> prepare_backward(const std::shared_ptr<Context>& context, const attnjit_attention* attention,
+                                  const attnjit_gradients* gradients, bool with_forward) {
+  CheckedCall call, forward_call;
+  if (Check failure = check_backward_call(attention, gradients, Purpose::kPrepare, &call)) return *failure;
+  std::future<Result<PlanHandle>> forward;
+  if (with_forward) {
+    if (Check failure = check_call(attention, Purpose::kPrepare, &forward_call)) return *failure;
+    const auto work = [&] { return prepare_checked(context, *attention, &forward_call); };
+    try {
+      forward = std::async(std::launch::async, work);
+    } catch (const std::system_error&) {
+      // Where there is no thread to be had, this one does both.
+      forward = std::async(std::launch::deferred, work);
     }
   }
-  auto found =
-      context->plans().get(key, [&] { return make_plan(*context, *snapshot.registry, *attention, call, key); });
-  if (!found.outcome) return found.outcome.failure();
-  return PlanHandle{.context = context, .plan = std::move(*found.outcome), .compiled_here = found.compiled_here};
+  Result<PlanHandle> backward = prepare_checked(context, *attention, &call);
+  PlanPair pair;
+  if (with_forward) {
+    Result<PlanHandle> found = forward.get();
+    if (!found) return found.failure();
+    pair.forward = std::move(*found);
+  }
+  if (!backward) return backward.failure();
+  pair.backward = std::move(*backward);
+  return pair;
 }
 
 Check run(const PlanHandle& handle, const attnjit_attention* attention, void* workspace, std::size_t workspace_size,
           void* stream) {
-  CheckedCall call;
-  if (Check failure = check_call(attention, Purpose::kRun, &call)) return failure;
-  return run_checked(*handle.context, *handle.plan, *attention, &call, workspace, workspace_size, stream);
+  return run_plan(handle, attention, nullptr, workspace, workspace_size, stream);
+}
+
+Check run_backward(const PlanHandle& handle, const attnjit_attention* attention, const attnjit_gradients* gradients,
+                   void* workspace, std::size_t workspace_size, void* stream) {
+  if (!gradients) return no_gradients();
+  return run_plan(handle, attention, gradients, workspace, workspace_size, stream);
 }
 
 Check forward(const std::shared_ptr<Context>& context, const attnjit_attention* attention, void* workspace,
               std::size_t workspace_size, void* stream) {
-  CheckedCall call;
-  if (Check failure = check_call(attention, Purpose::kRun, &call)) return failure;
-  const RegistrySnapshot snapshot = context->registry();
-  const std::string key = make_key(call, *attention, snapshot.generation);
-  std::optional<Result<std::shared_ptr<const Plan>>> plan = context->plans().find(key);
-  if (!plan) {
-    if (call.signature.device != kCpu) {
-      Result<std::shared_ptr<CudaDevice>> device = context->cuda_device(call.signature.device);
-      if (!device) return device.failure();
-      if ((*device)->is_capturing(stream)) {
-        return Failure{ATTNJIT_NOT_PREPARED,
-                       fmt::format("{} is not compiled yet, and its stream is being captured; call attnjit_prepare, or "
-                                   "attnjit_forward once, before the capture",
-                                   shape_text(call.signature))};
-      }
-    }
-    plan = context->plans()
-               .get(key, [&] { return make_plan(*context, *snapshot.registry, *attention, call, key); })
-               .outcome;
-  }
-  if (!*plan) return plan->failure();
-  return run_checked(*context, ***plan, *attention, &call, workspace, workspace_size, stream);
+  return prepare_and_run(context, attention, nullptr, workspace, workspace_size, stream);
+}
+
+Check backward(const std::shared_ptr<Context>& context, const attnjit_attention* attention,
+               const attnjit_gradients* gradients, void* workspace, std::size_t workspace_size, void* stream) {
+  if (!gradients) return no_gradients();
+  return prepare_and_run(context, attention, gradients, workspace, workspace_size, stream);
 }
 
 }  // namespace attnjit::runtime

@@ -30,7 +30,7 @@ Failure invalid(std::string message) { return {ATTNJIT_INVALID_ARGUMENT, std::mo
 // A tensor after the checks that all tensors share. Strides are filled in where the caller gave none, and where an
 // extent is at most 1 (nobody may rely on such a stride) they are what a compact tensor has.
 struct Tensor {
-  std::string_view name;
+  std::string_view role, name;  // the role is "" or goes before the name
   char* data = nullptr;
   std::uintptr_t address = 0;  // of the first element, by what was given: also where data is not looked at
   DType dtype = DType::kF32;
@@ -105,8 +105,9 @@ struct Demand {
   int rank = 0;
   std::string_view allowed_types;
   bool needs_data = false;
-  int device = kCpu;        // where it has to be
-  bool any_device = false;  // or anywhere
+  int device = kCpu;         // where it has to be
+  bool any_device = false;   // or anywhere
+  bool host_scalar = false;  // or, of rank 0, on the CPU
 };
 
 Check check_tensor(std::string_view name, const DLTensor* given, const Demand& demand, Tensor* out) {
@@ -116,7 +117,7 @@ Check check_tensor(std::string_view name, const DLTensor* given, const Demand& d
   if (device != demand.device && !demand.any_device) {
     return invalid(fmt::format("{} is on {} and q on {}; all tensors of a call are on one device{}", name,
                                device_text(device), device_text(demand.device),
-                               given->ndim == 0 ? ", or a scalar on the CPU" : ""));
+                               demand.host_scalar && given->ndim == 0 ? ", or a scalar on the CPU" : ""));
   }
   if (demand.dimensions.empty()) {
     if (given->ndim < 0 || given->ndim > dsl::kMaxRank) {
@@ -184,6 +185,14 @@ Check check_tensor(std::string_view name, const DLTensor* given, const Demand& d
   return {};
 }
 
+// Puts the role of a caller's name into a message that starts with the name.
+Failure with_role(Failure failure, std::string_view role, std::string_view name) {
+  failure.message.replace(0, name.size(), fmt::format("{}{}", role, dsl::shortened(name)));
+  return failure;
+}
+
+std::string spelled(const Tensor& t) { return fmt::format("{}{}", t.role, dsl::shortened(t.name)); }
+
 Check check_innermost(const Tensor& t) {
   const int last = t.rank - 1;
   if (t.extent[last] <= 1 || t.stride[last] == 1) return {};
@@ -211,7 +220,7 @@ Check check_no_self_overlap(const Tensor& t) {
     const int i = order[static_cast<std::size_t>(k)];
     if (t.stride[i] <= inside) {
       return invalid(fmt::format("{} has shape {} and strides {}: its elements overlap; an output needs one place each",
-                                 t.name, show(t.extent, t.rank), show(t.stride, t.rank)));
+                                 spelled(t), show(t.extent, t.rank), show(t.stride, t.rank)));
     }
     inside += (t.extent[i] - 1) * t.stride[i];
   }
@@ -251,8 +260,7 @@ bool provably_apart(const Tensor& a, const Tensor& b) {
 
 Check check_apart(const Tensor& output, const Tensor& other) {
   if (provably_apart(output, other)) return {};
-  return invalid(
-      fmt::format("{} shares memory with {}; an output must lie apart", output.name, dsl::shortened(other.name)));
+  return invalid(fmt::format("{} shares memory with {}; an output must lie apart", spelled(output), spelled(other)));
 }
 
 std::uint8_t stride_class(std::int64_t extent, std::int64_t stride) {
@@ -326,18 +334,15 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, int de
                               .allowed_types = kCaptureTypes,
                               .needs_data = needs_data,
                               .device = place,
-                              .any_device = any_device},
+                              .any_device = any_device,
+                              .host_scalar = true},
                              &t);
     }
     if (!failure && t.empty) {
       failure = invalid(
           fmt::format("{} has shape {}; a captured tensor needs at least one element", t.name, show(t.extent, t.rank)));
     }
-    if (failure) {
-      // It starts with the name.
-      failure->message.replace(0, std::strlen(sorted[i]->name), "captured " + dsl::shortened(sorted[i]->name));
-      return failure;
-    }
+    if (failure) return with_role(std::move(*failure), "captured ", sorted[i]->name);
     Signature::Capture& signature = call->signature.captures[i];
     dsl::CaptureView& captured = call->captures[i];
     call->capture_names[i] = sorted[i]->name;
@@ -356,6 +361,386 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, int de
                                                             : stride == 1 ? StrideClass::kUnit
                                                                           : StrideClass::kAny);
     }
+  }
+  return {};
+}
+
+// What of a call's checks is shared by its parts.
+struct Common {
+  Purpose purpose = Purpose::kPrepare;
+  int device = kCpu;
+  bool any_device = false;
+  bool needs_data = false;
+  DType dtype = DType::kF32;  // q's
+
+  Demand demand(std::string_view dimensions, int rank, std::string_view allowed_types) const {
+    return {.dimensions = dimensions,
+            .rank = rank,
+            .allowed_types = allowed_types,
+            .needs_data = needs_data,
+            .device = device,
+            .any_device = any_device};
+  }
+};
+
+// A tensor of q's type and a shape that q, k and v leave no choice of.
+Check check_feature_tensor(std::string_view name, const DLTensor* given, const Demand& demand, DType dtype,
+                           std::string_view dimensions, std::initializer_list<std::int64_t> expected,
+                           std::string_view because, Tensor* t) {
+  if (Check failure = check_tensor(name, given, demand, t)) return failure;
+  if (t->dtype != dtype) {
+    return invalid(
+        fmt::format("{} has dtype {}; it needs q's, {}", name, dsl::dtype_name(t->dtype), dsl::dtype_name(dtype)));
+  }
+  if (Check failure = check_shape(*t, dimensions, expected, because)) return failure;
+  return check_innermost(*t);
+}
+
+// (batch, heads, seqlen_q) of float32.
+Check check_row_tensor(std::string_view name, const DLTensor* given, const Common& common, const Tensor& q, Tensor* t,
+                       RowView* view) {
+  constexpr std::string_view kDimensions = "(batch, heads, seqlen_q)";
+  if (Check failure = check_tensor(name, given, common.demand(kDimensions, 3, "float32"), t)) return failure;
+  if (Check failure = check_shape(*t, kDimensions, {q.extent[0], q.extent[1], q.extent[2]}, " from q")) return failure;
+  view->data = reinterpret_cast<float*>(t->data);
+  std::copy_n(t->stride, 3, view->stride);
+  return {};
+}
+
+// Tensors of a call by what is done to them.
+struct TensorList {
+  const Tensor* at[10 + dsl::kMaxCaptures];
+  std::size_t count = 0;
+
+  void add(const Tensor& t) { at[count++] = &t; }
+  std::span<const Tensor* const> all() const { return {at, count}; }
+};
+
+// Every output is apart from all else.
+Check check_outputs_apart(const TensorList& inputs, const TensorList& outputs) {
+  for (std::size_t i = 0; i < outputs.count; ++i) {
+    for (const Tensor* input : inputs.all()) {
+      if (Check failure = check_apart(*outputs.at[i], *input)) return failure;
+    }
+    for (std::size_t j = 0; j < i; ++j) {
+      if (Check failure = check_apart(*outputs.at[i], *outputs.at[j])) return failure;
+    }
+  }
+  return {};
+}
+
+void note_memory(const TensorList& tensors, CheckedCall* call) {
+  for (const Tensor* t : tensors.all()) {
+    call->memory[call->num_memory++] = {t->role, t->name, t->data, t->empty ? t->data : t->data + t->bytes};
+  }
+}
+
+// The rows of an input, or of an output, on CUDA. A tensor that is not there is a compact one.
+void note_rows(std::string_view name, const Tensor* t, bool output, CheckedCall* call) {
+  std::uint8_t bytes = kWidestAccess;
+  if (t) bytes = static_cast<std::uint8_t>(row_bytes(*t));
+  call->rows[call->num_rows++] = {name, bytes, output};
+  std::uint8_t& least = output ? call->signature.store_bytes : call->signature.load_bytes;
+  least = std::min(least, bytes);
+}
+
+// Captured tensors of floating types by name: what a gradient can be asked of.
+std::string differentiable(const CheckedCall& call) {
+  std::string names;
+  for (std::size_t c = 0; c < call.forward.num_captures; ++c) {
+    if (!is_float(call.captures[c].dtype)) continue;
+    names += fmt::format("{}{}", names.empty() ? "" : ", ", dsl::shortened(call.capture_names[c]));
+  }
+  return names.empty() ? "none" : names;
+}
+
+// Of the captured tensors, which are checked. `tensors` has kMaxCaptures; those of wanted gradients are added to
+// `outputs`.
+Check check_capture_gradients(const attnjit_gradients& gradients, const Common& common, CheckedCall* call,
+                              Tensor* tensors, TensorList* outputs) {
+  const std::size_t count = gradients.num_captures;
+  if (count > static_cast<std::size_t>(dsl::kMaxCaptures)) {
+    return invalid(fmt::format("gradients.num_captures is {}; allowed: 0 to {}", count, dsl::kMaxCaptures));
+  }
+  if (count > 0 && !gradients.captures) {
+    return invalid(fmt::format("gradients.captures is NULL, but gradients.num_captures is {}", count));
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    const attnjit_capture_gradient& wanted = gradients.captures[i];
+    if (!wanted.name) return invalid(fmt::format("gradients.captures[{}].name is NULL", i));
+    std::size_t c = 0;
+    while (c < call->forward.num_captures && std::strcmp(call->capture_names[c], wanted.name) != 0) ++c;
+    if (c == call->forward.num_captures) {
+      return invalid(fmt::format("gradients.captures has '{}', which captures lacks; allowed: {}",
+                                 dsl::shortened(wanted.name), differentiable(*call)));
+    }
+    const dsl::CaptureView& captured = call->captures[c];
+    if (!is_float(captured.dtype)) {
+      return invalid(fmt::format("gradients.captures has '{}', which is captured as {}; allowed, of {}: {}",
+                                 dsl::shortened(wanted.name), dsl::dtype_name(captured.dtype), kFloatTypes,
+                                 differentiable(*call)));
+    }
+    const std::uint32_t bit = 1u << c;
+    if (call->signature.capture_gradients & bit) {
+      return invalid(fmt::format("gradients.captures has '{}' twice", dsl::shortened(wanted.name)));
+    }
+    call->signature.capture_gradients |= bit;
+    // The oracle writes elsewhere.
+    if (common.purpose == Purpose::kReference && !wanted.tensor) continue;
+    constexpr std::string_view kRole = "the gradient of ";
+    Tensor& t = tensors[c];
+    Check failure = check_tensor(wanted.name, wanted.tensor, common.demand("", 0, kFloatTypes), &t);
+    if (!failure && t.dtype != captured.dtype) {
+      failure = invalid(fmt::format("{} has dtype {}; it needs the captured tensor's, {}", t.name,
+                                    dsl::dtype_name(t.dtype), dsl::dtype_name(captured.dtype)));
+    }
+    if (!failure &&
+        (t.rank != captured.rank || !std::equal(captured.extent, captured.extent + captured.rank, t.extent))) {
+      failure = invalid(fmt::format("{} has shape {}; it needs the captured tensor's, {}", t.name,
+                                    show(t.extent, t.rank), show(captured.extent, captured.rank)));
+    }
+    if (failure) return with_role(std::move(*failure), kRole, wanted.name);
+    t.role = kRole;
+    CaptureGradient& gradient = call->gradients.captures[c];
+    gradient.data = t.data;
+    std::copy_n(t.stride, t.rank, gradient.stride);
+    outputs->add(t);
+  }
+  return {};
+}
+
+// What a backward has beside its attention: `inputs` and `outputs` are the call's tensors, in a kRun with what is added
+// here apart from each other.
+Check check_gradients(const attnjit_gradients& gradients, const Common& common, const Tensor& q, const Tensor& k,
+                      const Tensor& v, TensorList* inputs, CheckedCall* call) {
+  const bool explains = common.purpose == Purpose::kExplain || common.purpose == Purpose::kExplainCuda;
+  const bool on_cuda = common.device != kCpu;
+  Signature& s = call->signature;
+  Tensor grad_out, grad_lse;
+  const bool has_grad_out = gradients.grad_out || !explains;
+  if (has_grad_out) {
+    constexpr std::string_view kDimensions = "(batch, heads, seqlen_q, head_dim_v)";
+    if (Check failure = check_feature_tensor(
+            "grad_out", gradients.grad_out, common.demand(kDimensions, 4, kFloatTypes), common.dtype, kDimensions,
+            {q.extent[0], q.extent[1], q.extent[2], v.extent[3]}, " from q and v", &grad_out)) {
+      return failure;
+    }
+    call->gradients.grad_out = view(grad_out);
+    inputs->add(grad_out);
+  }
+  if (on_cuda) note_rows("grad_out", has_grad_out ? &grad_out : nullptr, false, call);
+  if (gradients.grad_lse) {
+    if (Check failure =
+            check_row_tensor("grad_lse", gradients.grad_lse, common, q, &grad_lse, &call->gradients.grad_lse)) {
+      return failure;
+    }
+    s.has_grad_lse = 1;
+    inputs->add(grad_lse);
+  }
+
+  Common common_out = common;
+  common_out.needs_data = common.purpose == Purpose::kRun;
+  TensorList outputs;
+  Tensor dq, dk, dv;
+  const struct {
+    std::string_view name;
+    const DLTensor* given;
+    const Tensor& of;
+    std::string_view because;
+    Tensor& t;
+    TensorView& view;
+    std::uint8_t& wanted;
+  } features[] = {{"dq", gradients.dq, q, ", q's", dq, call->gradients.dq, s.wants_dq},
+                  {"dk", gradients.dk, k, ", k's", dk, call->gradients.dk, s.wants_dk},
+                  {"dv", gradients.dv, v, ", v's", dv, call->gradients.dv, s.wants_dv}};
+  for (const auto& f : features) {
+    if (!f.given) continue;
+    constexpr std::string_view kDimensions = "(batch, heads, sequence, head_dim)";
+    const std::int64_t* const e = f.of.extent;
+    if (Check failure = check_feature_tensor(f.name, f.given, common_out.demand(kDimensions, 4, kFloatTypes),
+                                             common.dtype, kDimensions, {e[0], e[1], e[2], e[3]}, f.because, &f.t)) {
+      return failure;
+    }
+    f.wanted = 1;
+    f.view = view(f.t);
+    outputs.add(f.t);
+    if (on_cuda) note_rows(f.name, &f.t, true, call);
+  }
+  Tensor captured[dsl::kMaxCaptures];
+  if (Check failure = check_capture_gradients(gradients, common_out, call, captured, &outputs)) return failure;
+  for (const Tensor* t : outputs.all()) {
+    if (Check failure = check_no_self_overlap(*t)) return failure;
+  }
+  if (outputs.count == 0 && (common.purpose == Purpose::kPrepare || common.purpose == Purpose::kRun)) {
+    return invalid("gradients asks for none; at least one of dq, dk, dv and captures is needed");
+  }
+  if (gradients.deterministic != 0 && gradients.deterministic != 1) {
+    return invalid(fmt::format("gradients.deterministic is {}; allowed: 0 and 1", gradients.deterministic));
+  }
+  s.deterministic = static_cast<std::uint8_t>(gradients.deterministic);
+  if (common.purpose != Purpose::kRun) return {};
+  note_memory(*inputs, call);
+  note_memory(outputs, call);
+  return check_outputs_apart(*inputs, outputs);
+}
+
+// `gradients`: of a backward, where there is one.
+Check check_tensors(const attnjit_attention* attention, const attnjit_gradients* gradients, Purpose purpose,
+                    CheckedCall* call) {
+  if (!attention) return invalid("attention is NULL");
+  if (Check failure = check_struct("attention", "ATTNJIT_ATTENTION_INIT", attention, attention->struct_size,
+                                   sizeof(attnjit_attention))) {
+    return failure;
+  }
+  const bool needs_data = purpose == Purpose::kReference || purpose == Purpose::kRun;
+  const bool explains = purpose == Purpose::kExplain || purpose == Purpose::kExplainCuda;
+  const bool needs_results =
+      purpose == Purpose::kPrepare || purpose == Purpose::kRun || (explains && attention->o != nullptr);
+
+  // q, k, v.
+  constexpr std::string_view kDimensions = "(batch, heads, sequence, head_dim)";
+  Common common{.purpose = purpose, .needs_data = needs_data};
+  // q says where the call is.
+  common.any_device = purpose == Purpose::kExplainCuda;
+  if (common.any_device) {
+    common.device = 0;
+  } else if (attention->q) {
+    if (Check failure = check_device("q", attention->q->device, &common.device)) return failure;
+    if (purpose == Purpose::kReference && common.device != kCpu) {
+      return invalid(fmt::format("q is on {}; the reference reads CPU memory", device_text(common.device)));
+    }
+  }
+  const int device = common.device;
+  const Demand input = common.demand(kDimensions, 4, kFloatTypes);
+  Tensor q, k, v;
+  if (Check failure = check_tensor("q", attention->q, input, &q)) return failure;
+  if (Check failure = check_tensor("k", attention->k, input, &k)) return failure;
+  if (Check failure = check_tensor("v", attention->v, input, &v)) return failure;
+  for (const Tensor* t : {&k, &v}) {
+    if (t->dtype != q.dtype) {
+      return invalid(fmt::format("{} has dtype {}; it needs q's, {}", t->name, dsl::dtype_name(t->dtype),
+                                 dsl::dtype_name(q.dtype)));
+    }
+  }
+  const std::int64_t batch = q.extent[0], heads = q.extent[1], seqlen_q = q.extent[2], head_dim = q.extent[3];
+  const std::int64_t heads_kv = k.extent[1], seqlen_kv = k.extent[2], head_dim_v = v.extent[3];
+  for (const Tensor* t : {&q, &v}) {
+    if (t->extent[3] < 1 || t->extent[3] > kMaxHeadDim) {
+      return invalid(
+          fmt::format("{} has shape {}; allowed head dimensions: 1 to {}", t->name, show(t->extent, 4), kMaxHeadDim));
+    }
+  }
+  if (Check failure = check_shape(k, "(batch, heads, sequence, head_dim)", {batch, heads_kv, seqlen_kv, head_dim},
+                                  ", batch and head_dim as q's")) {
+    return failure;
+  }
+  if (Check failure = check_shape(v, "(batch, heads, sequence, head_dim)", {batch, heads_kv, seqlen_kv, head_dim_v},
+                                  ", batch, heads and sequence as k's")) {
+    return failure;
+  }
+  if (heads_kv == 0 ? heads != 0 : heads % heads_kv != 0) {
+    return invalid(fmt::format("q has {} heads and k has {}; q's must be a multiple of k's", heads, heads_kv));
+  }
+  for (const Tensor* t : {&q, &k, &v}) {
+    if (Check failure = check_innermost(*t)) return failure;
+  }
+
+  common.dtype = q.dtype;
+
+  // o, lse, row_max: outputs, but of a backward, which does not look at row_max.
+  Tensor o, lse, row_max;
+  TensorList results;
+  if (needs_results) {
+    if (Check failure = check_feature_tensor("o", attention->o, input, q.dtype, "(batch, heads, seqlen_q, head_dim_v)",
+                                             {batch, heads, seqlen_q, head_dim_v}, " from q and v", &o)) {
+      return failure;
+    }
+    call->forward.o = view(o);
+    results.add(o);
+    if (attention->lse || (gradients && !explains)) {
+      if (Check failure = check_row_tensor("lse", attention->lse, common, q, &lse, &call->forward.lse)) return failure;
+      call->signature.has_lse = gradients ? 0 : 1;
+      results.add(lse);
+    }
+    if (attention->row_max && !gradients) {
+      if (Check failure =
+              check_row_tensor("row_max", attention->row_max, common, q, &row_max, &call->forward.row_max)) {
+        return failure;
+      }
+      call->signature.has_row_max = 1;
+      results.add(row_max);
+    }
+    if (!gradients) {
+      for (const Tensor* t : results.all()) {
+        if (Check failure = check_no_self_overlap(*t)) return failure;
+      }
+    }
+  }
+
+  Tensor captured[dsl::kMaxCaptures];
+  if (Check failure = check_captures(*attention, needs_data, device, common.any_device, call, captured)) return failure;
+
+  Signature& s = call->signature;
+  if (device != kCpu) {
+    s.load_bytes = s.store_bytes = kWidestAccess;
+    for (const Tensor* t : {&q, &k, &v}) note_rows(t->name, t, false, call);
+    note_rows("o", results.count > 0 ? &o : nullptr, gradients == nullptr, call);
+  }
+  TensorList inputs;
+  for (const Tensor* t : {&q, &k, &v}) inputs.add(*t);
+  if (gradients) {
+    for (const Tensor* t : results.all()) inputs.add(*t);
+  }
+  for (std::size_t c = 0; c < attention->num_captures; ++c) inputs.add(captured[c]);
+  if (gradients) {
+    s.backward = 1;
+    if (Check failure = check_gradients(*gradients, common, q, k, v, &inputs, call)) return failure;
+  } else if (purpose == Purpose::kRun) {
+    note_memory(inputs, call);
+    note_memory(results, call);
+    if (Check failure = check_outputs_apart(inputs, results)) return failure;
+  }
+
+  if (attention->scale) {
+    if (!std::isfinite(*attention->scale)) {
+      return invalid(fmt::format("scale is {}; any finite number is allowed", *attention->scale));
+    }
+    call->forward.scale = *attention->scale;
+  } else {
+    call->forward.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  }
+  const int backend = static_cast<int>(attention->backend);
+  if (backend < ATTNJIT_BACKEND_AUTO || backend > ATTNJIT_BACKEND_SM80) {
+    return invalid(fmt::format("backend is {}; allowed: {} (auto), {} (math), {} (cpu), {} (sm80)", backend,
+                               static_cast<int>(ATTNJIT_BACKEND_AUTO), static_cast<int>(ATTNJIT_BACKEND_MATH),
+                               static_cast<int>(ATTNJIT_BACKEND_CPU), static_cast<int>(ATTNJIT_BACKEND_SM80)));
+  }
+  if (attention->max_autotune != 0 && attention->max_autotune != 1) {
+    return invalid(fmt::format("max_autotune is {}; allowed: 0 and 1", attention->max_autotune));
+  }
+
+  call->forward.q = view(q);
+  call->forward.k = view(k);
+  call->forward.v = view(v);
+  call->forward.captures = call->captures;
+  call->forward.num_captures = attention->num_captures;
+  s.batch = batch;
+  s.num_heads = heads;
+  s.num_heads_kv = heads_kv;
+  s.seqlen_q = seqlen_q;
+  s.seqlen_kv = seqlen_kv;
+  s.head_dim = head_dim;
+  s.head_dim_v = head_dim_v;
+  s.dtype = static_cast<std::uint8_t>(q.dtype);
+  s.backend = static_cast<std::uint8_t>(backend);
+  s.device = device;
+  if (device != kCpu && !gradients) {
+    s.autotune = static_cast<std::uint8_t>(attention->max_autotune ? AutotuneMode::kOn : AutotuneMode::kOff);
+  }
+  for (int i = 0; i < 3; ++i) {
+    s.q_stride[i] = stride_class(q.extent[i], q.stride[i]);
+    s.k_stride[i] = stride_class(k.extent[i], k.stride[i]);
+    s.v_stride[i] = stride_class(v.extent[i], v.stride[i]);
   }
   return {};
 }
@@ -394,185 +779,17 @@ std::string device_text(int device) {
 }
 
 Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCall* call) {
-  if (!attention) return invalid("attention is NULL");
-  if (Check failure = check_struct("attention", "ATTNJIT_ATTENTION_INIT", attention, attention->struct_size,
-                                   sizeof(attnjit_attention))) {
+  return check_tensors(attention, nullptr, purpose, call);
+}
+
+Check check_backward_call(const attnjit_attention* attention, const attnjit_gradients* gradients, Purpose purpose,
+                          CheckedCall* call) {
+  if (!gradients) return invalid("gradients is NULL");
+  if (Check failure = check_struct("gradients", "ATTNJIT_GRADIENTS_INIT", gradients, gradients->struct_size,
+                                   sizeof(attnjit_gradients))) {
     return failure;
   }
-  const bool needs_data = purpose == Purpose::kReference || purpose == Purpose::kRun;
-  const bool explains = purpose == Purpose::kExplain || purpose == Purpose::kExplainCuda;
-  const bool needs_outputs =
-      purpose == Purpose::kPrepare || purpose == Purpose::kRun || (explains && attention->o != nullptr);
-
-  // q, k, v.
-  constexpr std::string_view kDimensions = "(batch, heads, sequence, head_dim)";
-  // q says where the call is.
-  const bool any_device = purpose == Purpose::kExplainCuda;
-  int device = any_device ? 0 : kCpu;
-  if (!any_device && attention->q) {
-    if (Check failure = check_device("q", attention->q->device, &device)) return failure;
-    if (purpose == Purpose::kReference && device != kCpu) {
-      return invalid(fmt::format("q is on {}; the reference reads CPU memory", device_text(device)));
-    }
-  }
-  const Demand input{.dimensions = kDimensions,
-                     .rank = 4,
-                     .allowed_types = kFloatTypes,
-                     .needs_data = needs_data,
-                     .device = device,
-                     .any_device = any_device};
-  Tensor q, k, v;
-  if (Check failure = check_tensor("q", attention->q, input, &q)) return failure;
-  if (Check failure = check_tensor("k", attention->k, input, &k)) return failure;
-  if (Check failure = check_tensor("v", attention->v, input, &v)) return failure;
-  for (const Tensor* t : {&k, &v}) {
-    if (t->dtype != q.dtype) {
-      return invalid(fmt::format("{} has dtype {}; it needs q's, {}", t->name, dsl::dtype_name(t->dtype),
-                                 dsl::dtype_name(q.dtype)));
-    }
-  }
-  const std::int64_t batch = q.extent[0], heads = q.extent[1], seqlen_q = q.extent[2], head_dim = q.extent[3];
-  const std::int64_t heads_kv = k.extent[1], seqlen_kv = k.extent[2], head_dim_v = v.extent[3];
-  for (const Tensor* t : {&q, &v}) {
-    if (t->extent[3] < 1 || t->extent[3] > kMaxHeadDim) {
-      return invalid(
-          fmt::format("{} has shape {}; allowed head dimensions: 1 to {}", t->name, show(t->extent, 4), kMaxHeadDim));
-    }
-  }
-  if (Check failure = check_shape(k, "(batch, heads, sequence, head_dim)", {batch, heads_kv, seqlen_kv, head_dim},
-                                  ", batch and head_dim as q's")) {
-    return failure;
-  }
-  if (Check failure = check_shape(v, "(batch, heads, sequence, head_dim)", {batch, heads_kv, seqlen_kv, head_dim_v},
-                                  ", batch, heads and sequence as k's")) {
-    return failure;
-  }
-  if (heads_kv == 0 ? heads != 0 : heads % heads_kv != 0) {
-    return invalid(fmt::format("q has {} heads and k has {}; q's must be a multiple of k's", heads, heads_kv));
-  }
-  for (const Tensor* t : {&q, &k, &v}) {
-    if (Check failure = check_innermost(*t)) return failure;
-  }
-
-  // o, lse, row_max.
-  Tensor outputs[3];
-  int num_outputs = 0;
-  if (needs_outputs) {
-    Tensor& o = outputs[num_outputs++];
-    if (Check failure = check_tensor("o", attention->o, input, &o)) return failure;
-    if (o.dtype != q.dtype) {
-      return invalid(
-          fmt::format("o has dtype {}; it needs q's, {}", dsl::dtype_name(o.dtype), dsl::dtype_name(q.dtype)));
-    }
-    if (Check failure = check_shape(o, "(batch, heads, seqlen_q, head_dim_v)", {batch, heads, seqlen_q, head_dim_v},
-                                    " from q and v")) {
-      return failure;
-    }
-    if (Check failure = check_innermost(o)) return failure;
-    const struct {
-      std::string_view name;
-      const DLTensor* tensor;
-      RowView* view;
-      std::uint8_t* wanted;
-    } rows[2] = {{"lse", attention->lse, &call->forward.lse, &call->signature.has_lse},
-                 {"row_max", attention->row_max, &call->forward.row_max, &call->signature.has_row_max}};
-    for (const auto& row : rows) {
-      if (!row.tensor) continue;
-      Tensor& t = outputs[num_outputs++];
-      const Demand row_demand{.dimensions = "(batch, heads, seqlen_q)",
-                              .rank = 3,
-                              .allowed_types = "float32",
-                              .needs_data = needs_data,
-                              .device = device,
-                              .any_device = any_device};
-      if (Check failure = check_tensor(row.name, row.tensor, row_demand, &t)) return failure;
-      if (Check failure = check_shape(t, "(batch, heads, seqlen_q)", {batch, heads, seqlen_q}, " from q")) {
-        return failure;
-      }
-      *row.wanted = 1;
-      row.view->data = reinterpret_cast<float*>(t.data);
-      std::copy_n(t.stride, 3, row.view->stride);
-    }
-    for (int i = 0; i < num_outputs; ++i) {
-      if (Check failure = check_no_self_overlap(outputs[i])) return failure;
-    }
-    call->forward.o = view(o);
-  }
-
-  Tensor captured[dsl::kMaxCaptures];
-  if (Check failure = check_captures(*attention, needs_data, device, any_device, call, captured)) return failure;
-
-  if (purpose == Purpose::kRun) {
-    const auto note = [&](const Tensor& t) {
-      call->memory[call->num_memory++] = {t.name, t.data, t.empty ? t.data : t.data + t.bytes};
-    };
-    for (const Tensor* t : {&q, &k, &v}) note(*t);
-    for (int i = 0; i < num_outputs; ++i) note(outputs[i]);
-    for (std::size_t c = 0; c < attention->num_captures; ++c) note(captured[c]);
-    for (int i = 0; i < num_outputs; ++i) {
-      for (const Tensor* t : {&q, &k, &v}) {
-        if (Check failure = check_apart(outputs[i], *t)) return failure;
-      }
-      for (std::size_t c = 0; c < attention->num_captures; ++c) {
-        if (Check failure = check_apart(outputs[i], captured[c])) return failure;
-      }
-      for (int j = 0; j < i; ++j) {
-        if (Check failure = check_apart(outputs[i], outputs[j])) return failure;
-      }
-    }
-  }
-
-  if (attention->scale) {
-    if (!std::isfinite(*attention->scale)) {
-      return invalid(fmt::format("scale is {}; any finite number is allowed", *attention->scale));
-    }
-    call->forward.scale = *attention->scale;
-  } else {
-    call->forward.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
-  }
-  const int backend = static_cast<int>(attention->backend);
-  if (backend < ATTNJIT_BACKEND_AUTO || backend > ATTNJIT_BACKEND_SM80) {
-    return invalid(fmt::format("backend is {}; allowed: {} (auto), {} (math), {} (cpu), {} (sm80)", backend,
-                               static_cast<int>(ATTNJIT_BACKEND_AUTO), static_cast<int>(ATTNJIT_BACKEND_MATH),
-                               static_cast<int>(ATTNJIT_BACKEND_CPU), static_cast<int>(ATTNJIT_BACKEND_SM80)));
-  }
-  if (attention->max_autotune != 0 && attention->max_autotune != 1) {
-    return invalid(fmt::format("max_autotune is {}; allowed: 0 and 1", attention->max_autotune));
-  }
-
-  call->forward.q = view(q);
-  call->forward.k = view(k);
-  call->forward.v = view(v);
-  call->forward.captures = call->captures;
-  call->forward.num_captures = attention->num_captures;
-  Signature& s = call->signature;
-  s.batch = batch;
-  s.num_heads = heads;
-  s.num_heads_kv = heads_kv;
-  s.seqlen_q = seqlen_q;
-  s.seqlen_kv = seqlen_kv;
-  s.head_dim = head_dim;
-  s.head_dim_v = head_dim_v;
-  s.dtype = static_cast<std::uint8_t>(q.dtype);
-  s.backend = static_cast<std::uint8_t>(backend);
-  s.device = device;
-  if (device != kCpu) {
-    s.autotune = static_cast<std::uint8_t>(attention->max_autotune ? AutotuneMode::kOn : AutotuneMode::kOff);
-    // An o that is not there is a compact one.
-    Tensor compact = {.dtype = q.dtype, .rank = 2, .extent = {2, head_dim_v}, .stride = {head_dim_v, 1}};
-    const std::array<const Tensor*, 4> rows = {&q, &k, &v, num_outputs > 0 ? &outputs[0] : &compact};
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      call->row_bytes[i] = static_cast<std::uint8_t>(row_bytes(*rows[i]));
-    }
-    s.load_bytes = std::min({call->row_bytes[0], call->row_bytes[1], call->row_bytes[2]});
-    s.store_bytes = call->row_bytes[3];
-  }
-  for (int i = 0; i < 3; ++i) {
-    s.q_stride[i] = stride_class(q.extent[i], q.stride[i]);
-    s.k_stride[i] = stride_class(k.extent[i], k.stride[i]);
-    s.v_stride[i] = stride_class(v.extent[i], v.stride[i]);
-  }
-  return {};
+  return check_tensors(attention, gradients, purpose, call);
 }
 
 Check check_workspace(const CheckedCall& call, const void* workspace, std::size_t size, std::size_t needed) {
@@ -587,7 +804,8 @@ Check check_workspace(const CheckedCall& call, const void* workspace, std::size_
   for (std::size_t i = 0; i < call.num_memory; ++i) {
     const CheckedCall::Memory& memory = call.memory[i];
     if (memory.begin < begin + needed && begin < memory.end) {
-      return invalid(fmt::format("workspace shares memory with {}; it must lie apart", dsl::shortened(memory.name)));
+      return invalid(fmt::format("workspace shares memory with {}{}; it must lie apart", memory.role,
+                                 dsl::shortened(memory.name)));
     }
   }
   return {};

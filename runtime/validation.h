@@ -9,6 +9,7 @@
 
 #include "compiler/compiler.h"
 #include "dsl/expr.h"
+#include "runtime/backward.h"
 #include "runtime/forward.h"
 #include "runtime/status.h"
 
@@ -42,15 +43,21 @@ struct Signature {
   std::int64_t head_dim = 0, head_dim_v = 0;
   std::uint8_t dtype = 0;                                             // dsl::DType of q, k, v and o
   std::uint8_t backend = 0;                                           // attnjit_backend, as asked for
-  std::uint8_t has_lse = 0, has_row_max = 0;                          // outputs wanted
+  std::uint8_t has_lse = 0, has_row_max = 0;                          // outputs wanted of a forward
   std::uint8_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // compiler::StrideClass, all but the innermost
   std::uint8_t num_captures = 0;
-  // CUDA only: bytes, a power of two up to kWidestAccess, that every row of q, k and v, and of o, is aligned to. A call
-  // may be aligned further than its plan.
+  // CUDA only: bytes, a power of two up to kWidestAccess, that every row is aligned to of the inputs q, k and v, in a
+  // backward o and grad_out, too, and of the outputs: o, or those of dq, dk and dv that are wanted. A call may be
+  // aligned further than its plan.
   std::uint8_t load_bytes = 0, store_bytes = 0;
-  std::int32_t device = kCpu;  // of all tensors: a CUDA ordinal, or kCpu
-  std::uint8_t autotune = 0;   // AutotuneMode; a call runs with any plan's
-  std::uint8_t unused[3] = {};
+  std::int32_t device = kCpu;           // of all tensors: a CUDA ordinal, or kCpu
+  std::uint32_t capture_gradients = 0;  // wanted of a backward, a bit by capture number
+  std::uint8_t autotune = 0;            // AutotuneMode, off in a backward; a call runs with any plan's
+  std::uint8_t backward = 0;            // what follows is 0 in a forward
+  std::uint8_t wants_dq = 0, wants_dk = 0, wants_dv = 0;
+  std::uint8_t has_grad_lse = 0;
+  std::uint8_t deterministic = 0;
+  std::uint8_t unused = 0;
   Capture captures[dsl::kMaxCaptures] = {};  // sorted by name
 };
 static_assert(std::has_unique_object_representations_v<Signature>);
@@ -61,9 +68,9 @@ void weaken(const Signature& plan, Signature* call);
 // How much a call has to bring.
 enum class Purpose : std::uint8_t {
   kPrepare,      // inputs and outputs; data is not looked at
-  kExplain,      // inputs, and outputs where there is o; data is not looked at
+  kExplain,      // q, k, v and captures; o, and what belongs to a backward, where they are given; data is not looked at
   kExplainCuda,  // likewise, as if the tensors were on CUDA device 0, wherever they are said to be
-  kReference,    // inputs with data, on the CPU
+  kReference,    // inputs with data, on the CPU; o and lse are not looked at, nor is the data of a backward's outputs
   kRun,          // inputs and outputs with data, which may not overlap
 };
 
@@ -77,15 +84,24 @@ struct CheckedCall {
   ForwardCall forward;
   dsl::CaptureView captures[dsl::kMaxCaptures];       // sorted by name, as in the signature
   const char* capture_names[dsl::kMaxCaptures] = {};  // the caller's strings
-  std::uint8_t row_bytes[4] = {};                     // what the rows of q, k, v and o are aligned to; CUDA only
+  Gradients gradients;  // of a backward; before there is data, the signature says which are wanted
+
+  // What the rows of some tensors are aligned to; CUDA only.
+  struct Rows {
+    std::string_view name;
+    std::uint8_t bytes = 0;
+    bool output = false;
+  };
+  Rows rows[8];
+  std::size_t num_rows = 0;
 
   // Bytes that the tensors of a kRun call reach over.
   struct Memory {
-    std::string_view name;
+    std::string_view role, name;  // the role is "" or goes before the name
     const char* begin = nullptr;
     const char* end = nullptr;
   };
-  Memory memory[6 + dsl::kMaxCaptures];
+  Memory memory[10 + 2 * dsl::kMaxCaptures];
   std::size_t num_memory = 0;
 };
 
@@ -94,7 +110,11 @@ struct CheckedCall {
 Check check_struct(std::string_view name, std::string_view init, const void* object, std::size_t size,
                    std::size_t known);
 
+// A forward call.
 Check check_call(const attnjit_attention* attention, Purpose purpose, CheckedCall* call);
+// A backward call.
+Check check_backward_call(const attnjit_attention* attention, const attnjit_gradients* gradients, Purpose purpose,
+                          CheckedCall* call);
 
 // "the CPU" or "CUDA device 0".
 std::string device_text(int device);
