@@ -153,7 +153,6 @@ std::string why_not(const Backend& backend, const Context& context, const Signat
   if (s.device == kCpu ? !backend.on_cpu : !backend.on_cuda) {
     return fmt::format("the tensors are on {}", device_text(s.device));
   }
-  if (s.backward && !backend.prepare_backward) return "it has no backward";
   return {};
 }
 
@@ -175,7 +174,9 @@ std::optional<ReadyBackend> prepare_empty(const Signature& s) {
 Result<ReadyBackend> prepare_with(const Backend& backend, const Request& request) {
   const Signature& s = request.call.signature;
   if (std::optional<ReadyBackend> ready = prepare_empty(s)) return std::move(*ready);
-  return s.backward ? backend.prepare_backward(request) : backend.prepare(request);
+  if (!s.backward) return backend.prepare(request);
+  if (!backend.prepare_backward) return Failure{ATTNJIT_UNSUPPORTED, "it has no backward"};
+  return backend.prepare_backward(request);
 }
 
 // Gathers why each backend does not serve.

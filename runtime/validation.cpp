@@ -317,6 +317,8 @@ Check check_captures(const attnjit_attention& attention, bool needs_data, int de
     sorted[place] = &capture;
   }
   call->signature.num_captures = static_cast<std::uint8_t>(count);
+  call->forward.captures = call->captures;
+  call->forward.num_captures = count;
   for (std::size_t i = 0; i < count; ++i) {
     Tensor& t = tensors[i];
     const DLTensor* const given = sorted[i]->tensor;
@@ -722,8 +724,6 @@ Check check_tensors(const attnjit_attention* attention, const attnjit_gradients*
   call->forward.q = view(q);
   call->forward.k = view(k);
   call->forward.v = view(v);
-  call->forward.captures = call->captures;
-  call->forward.num_captures = attention->num_captures;
   s.batch = batch;
   s.num_heads = heads;
   s.num_heads_kv = heads_kv;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <utility>
 
 #include "test_problem.h"
 
@@ -517,6 +518,344 @@ TEST_F(Errors, MessageStaysUntilTheNextFailure) {
   expect_invalid({"q is NULL"});
   EXPECT_STREQ(attnjit_version(), attnjit_version());
   EXPECT_STREQ(attnjit_last_error(), "q is NULL; a tensor is needed");
+}
+
+class BackwardErrors : public testing::Test {
+ protected:
+  // Refused before a backend is asked: attnjit_prepare_backward refuses with a message that holds every fragment.
+  void expect_prepare(std::initializer_list<const char*> fragments) {
+    attnjit_plan* plan = reinterpret_cast<attnjit_plan*>(this);
+    ASSERT_EQ(attnjit_prepare_backward(context_.get(), &p_.attention, &p_.gradients, nullptr, &plan),
+              ATTNJIT_INVALID_ARGUMENT)
+        << attnjit_last_error();
+    EXPECT_EQ(plan, nullptr);
+    for (const char* fragment : fragments) EXPECT_THAT(attnjit_last_error(), HasSubstr(fragment));
+  }
+  // attnjit_backward refuses, and writes nothing.
+  void expect_call(std::initializer_list<const char*> fragments) {
+    ASSERT_EQ(attnjit_backward(context_.get(), &p_.attention, &p_.gradients, nullptr, 0, nullptr),
+              ATTNJIT_INVALID_ARGUMENT)
+        << attnjit_last_error();
+    for (const char* fragment : fragments) EXPECT_THAT(attnjit_last_error(), HasSubstr(fragment));
+    EXPECT_TRUE(std::isnan(p_.dq_data[0])) << "a refused run wrote";
+  }
+  // attnjit_run_backward of a plan that was prepared before `change` refuses.
+  void expect_run(const std::function<void()>& change, std::initializer_list<const char*> fragments) {
+    const PlanPtr plan = prepare_backward(context_, p_);
+    ASSERT_TRUE(plan);
+    change();
+    ASSERT_EQ(attnjit_run_backward(plan.get(), &p_.attention, &p_.gradients, nullptr, 0, nullptr),
+              ATTNJIT_INVALID_ARGUMENT);
+    for (const char* fragment : fragments) EXPECT_THAT(attnjit_last_error(), HasSubstr(fragment));
+    EXPECT_TRUE(std::isnan(p_.dq_data[0])) << "a refused run wrote";
+  }
+
+  ContextPtr context_ = make_context();
+  GradientProblem p_;
+};
+
+TEST_F(BackwardErrors, NullHandles) {
+  attnjit_context* const context = context_.get();
+  attnjit_plan* forward = reinterpret_cast<attnjit_plan*>(this);
+  attnjit_plan* backward = reinterpret_cast<attnjit_plan*>(this);
+  EXPECT_EQ(attnjit_prepare_backward(nullptr, &p_.attention, &p_.gradients, &forward, &backward),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "context is NULL");
+  EXPECT_EQ(forward, nullptr);
+  EXPECT_EQ(backward, nullptr);
+  EXPECT_EQ(attnjit_prepare_backward(context, &p_.attention, &p_.gradients, &forward, nullptr),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "backward is NULL");
+  EXPECT_EQ(attnjit_prepare_backward(context, nullptr, &p_.gradients, nullptr, &backward), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "attention is NULL");
+  EXPECT_EQ(attnjit_prepare_backward(context, &p_.attention, nullptr, nullptr, &backward), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "gradients is NULL");
+  EXPECT_EQ(attnjit_backward(context, &p_.attention, nullptr, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "gradients is NULL");
+  EXPECT_EQ(attnjit_backward(nullptr, &p_.attention, &p_.gradients, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "context is NULL");
+  EXPECT_EQ(attnjit_run_backward(nullptr, &p_.attention, &p_.gradients, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "plan is NULL");
+  p_.remove_keys();
+  const PlanPtr plan = prepare_backward(context_, p_);
+  EXPECT_EQ(attnjit_run_backward(plan.get(), &p_.attention, nullptr, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "gradients is NULL");
+}
+
+TEST_F(BackwardErrors, StructSize) {
+  for (const std::size_t size : {std::size_t{8}, std::size_t{0}, std::size_t{0xcdcdcdcdcdcd}}) {
+    p_.gradients.struct_size = size;
+    expect_prepare({"gradients.struct_size is", "ATTNJIT_GRADIENTS_INIT"});
+  }
+  struct {
+    attnjit_gradients known;
+    void* later;
+  } longer = {p_.gradients, &longer};
+  longer.known.struct_size = sizeof(longer);
+  attnjit_plan* plan = nullptr;
+  EXPECT_EQ(attnjit_prepare_backward(context_.get(), &p_.attention, &longer.known, nullptr, &plan),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("gradients sets a field that this library"));
+}
+
+TEST_F(BackwardErrors, MissingTensor) {
+  p_.attention.lse = nullptr;
+  expect_prepare({"lse is NULL; a tensor is needed"});
+  p_.attention.lse = &p_.lse.dl;
+  p_.attention.o = nullptr;
+  expect_prepare({"o is NULL; a tensor is needed"});
+  p_.attention.o = &p_.o.dl;
+  p_.gradients.grad_out = nullptr;
+  expect_prepare({"grad_out is NULL; a tensor is needed"});
+  p_.gradients.grad_out = &p_.grad_out.dl;
+  p_.gradients.dq = p_.gradients.dk = p_.gradients.dv = nullptr;
+  expect_prepare({"gradients asks for none; at least one of dq, dk, dv and captures is needed"});
+}
+
+TEST_F(BackwardErrors, Device) {
+  for (const auto& [tensor, name] : {std::pair(&p_.grad_out, "grad_out"), std::pair(&p_.grad_lse, "grad_lse"),
+                                     std::pair(&p_.dq, "dq"), std::pair(&p_.dk, "dk"), std::pair(&p_.dv, "dv")}) {
+    tensor->dl.device = {kDLCUDA, 0};
+    expect_prepare({name, " is on CUDA device 0 and q on the CPU; all tensors of a call are on one device"});
+    tensor->dl.device = {kDLCPU, 0};
+  }
+  // A captured scalar of a CUDA call may stay on the CPU; its gradient may not.
+  float slope = 1, gradient = NAN;
+  p_.attention.score_mod = "score * slope";
+  p_.capture("slope", &slope, {});
+  p_.gradient("slope", &gradient, {});
+  for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o, &p_.lse, &p_.grad_out, &p_.grad_lse, &p_.dq, &p_.dk, &p_.dv}) {
+    tensor->dl.device = {kDLCUDA, 0};
+  }
+  expect_prepare(
+      {"the gradient of slope is on the CPU and q on CUDA device 0; all tensors of a call are on one device"});
+  EXPECT_THAT(attnjit_last_error(), testing::Not(HasSubstr("scalar")));
+}
+
+TEST_F(BackwardErrors, RankDtypeShapeAndStrides) {
+  p_.grad_out.shape = {2, 40, 24};
+  p_.grad_out.sync();
+  expect_prepare({"grad_out has 3 dimensions; it needs 4: (batch, heads, seqlen_q, head_dim_v)"});
+  p_.grad_out.shape = {2, 4, 40, 16};
+  p_.grad_out.sync();
+  expect_prepare({"grad_out has shape (2, 4, 40, 16)", "(batch, heads, seqlen_q, head_dim_v) = (2, 4, 40, 24)"});
+  p_.grad_out.shape[3] = 24;
+  p_.grad_out.dl.dtype = {kDLFloat, 16, 1};
+  expect_prepare({"grad_out has dtype float16; it needs q's, float32"});
+  p_.grad_out.dl.dtype = kF32;
+  p_.grad_out.strides = {3840, 960, 24, 2};
+  p_.grad_out.sync();
+  expect_prepare({"grad_out has strides (3840, 960, 24, 2); the innermost one must be 1"});
+  p_.grad_out.strides.clear();
+  p_.grad_out.sync();
+
+  p_.grad_lse.dl.dtype = {kDLBfloat, 16, 1};
+  expect_prepare({"grad_lse has dtype bfloat16; allowed: float32"});
+  p_.grad_lse.dl.dtype = kF32;
+  p_.grad_lse.shape[2] = 41;
+  expect_prepare({"grad_lse has shape (2, 4, 41); it needs (batch, heads, seqlen_q) = (2, 4, 40) from q"});
+  p_.grad_lse.shape[2] = 40;
+
+  p_.dq.shape[3] = 24;
+  expect_prepare({"dq has shape (2, 4, 40, 24); it needs (batch, heads, sequence, head_dim) = (2, 4, 40, 16), q's"});
+  p_.dq.shape[3] = 16;
+  p_.dk.shape[1] = 4;
+  expect_prepare({"dk has shape (2, 4, 50, 16)", " = (2, 2, 50, 16), k's"});
+  p_.dk.shape[1] = 2;
+  p_.dv.shape[3] = 16;
+  expect_prepare({"dv has shape (2, 2, 50, 16)", " = (2, 2, 50, 24), v's"});
+  p_.dv.shape[3] = 24;
+  p_.dv.dl.dtype = {kDLBfloat, 16, 1};
+  expect_prepare({"dv has dtype bfloat16; it needs q's, float32"});
+  p_.dv.dl.dtype = kF32;
+  p_.dk.strides = {1600, 800, 1, 50};
+  p_.dk.sync();
+  expect_prepare({"dk has strides (1600, 800, 1, 50); the innermost one must be 1"});
+  p_.dk.strides = {0, 800, 16, 1};
+  p_.dk.sync();
+  expect_prepare({"dk has shape (2, 2, 50, 16) and strides (0, 800, 16, 1): its elements overlap"});
+}
+
+TEST_F(BackwardErrors, Deterministic) {
+  for (const int bad : {-1, 2}) {
+    p_.gradients.deterministic = bad;
+    expect_prepare({"gradients.deterministic is ", "; allowed: 0 and 1"});
+  }
+}
+
+TEST_F(BackwardErrors, CapturedGradients) {
+  float table[8] = {}, slope = 1, gradient[8] = {};
+  std::int32_t ids[4] = {};
+  p_.attention.score_mod = "score * slope + table[h] + ids[h]";
+  p_.capture("table", table, {4});
+  p_.capture("ids", ids, {4}, kI32);
+  p_.capture("slope", &slope, {});
+  Tensor& tensor = p_.gradient("tabel", gradient, {4});
+  expect_prepare({"gradients.captures has 'tabel', which captures lacks; allowed: slope, table"});
+  p_.wanted[0].name = "ids";
+  expect_prepare({"gradients.captures has 'ids', which is captured as int32; allowed, of float32, float16, bfloat16: ",
+                  "slope, table"});
+  p_.wanted[0].name = nullptr;
+  expect_prepare({"gradients.captures[0].name is NULL"});
+  p_.wanted[0].name = "table";
+  p_.wanted[0].tensor = nullptr;
+  expect_prepare({"the gradient of table is NULL; a tensor is needed"});
+  p_.wanted[0].tensor = &tensor.dl;
+  tensor.shape = {2, 2};
+  tensor.sync();
+  expect_prepare({"the gradient of table has shape (2, 2); it needs the captured tensor's, (4,)"});
+  tensor.shape = {3};
+  tensor.sync();
+  expect_prepare({"the gradient of table has shape (3,); it needs the captured tensor's, (4,)"});
+  tensor.shape = {4};
+  tensor.dl.dtype = {kDLBfloat, 16, 1};
+  expect_prepare({"the gradient of table has dtype bfloat16; it needs the captured tensor's, float32"});
+  tensor.dl.dtype = kI32;
+  expect_prepare({"the gradient of table has dtype int32; allowed: float32, float16, bfloat16"});
+  tensor.dl.dtype = kF32;
+  tensor.strides = {0};
+  tensor.sync();
+  expect_prepare({"the gradient of table has shape (4,) and strides (0,): its elements overlap"});
+  tensor.strides = {-1};
+  expect_prepare({"the gradient of table has strides (-1,); a negative one is not allowed"});
+  tensor.strides.clear();
+  tensor.sync();
+  p_.gradient("table", gradient, {4});
+  expect_prepare({"gradients.captures has 'table' twice"});
+  p_.wanted[1].name = "slope";
+  expect_prepare({"the gradient of slope has shape (4,); it needs the captured tensor's, ()"});
+  p_.gradients.num_captures = 17;
+  expect_prepare({"gradients.num_captures is 17; allowed: 0 to 16"});
+  p_.gradients.captures = nullptr;
+  p_.gradients.num_captures = 1;
+  expect_prepare({"gradients.captures is NULL, but gradients.num_captures is 1"});
+
+  GradientProblem none;
+  none.gradient("table", gradient, {4});
+  attnjit_plan* plan = nullptr;
+  EXPECT_EQ(attnjit_prepare_backward(context_.get(), &none.attention, &none.gradients, nullptr, &plan),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "gradients.captures has 'table', which captures lacks; allowed: none");
+}
+
+TEST_F(BackwardErrors, LongNamesAreShortened) {
+  const std::string name(60'000, 'x'), start = name.substr(0, 57) + "...", text = "score + " + name + "[h]";
+  float table[4] = {}, gradient[4] = {};
+  p_.attention.score_mod = text.c_str();
+  p_.capture(name.c_str(), table, {4});
+  Tensor& tensor = p_.gradient(name.c_str(), gradient, {3});
+  const auto expect_short = [&](const std::string& fragment) {
+    EXPECT_THAT(attnjit_last_error(), HasSubstr(fragment));
+    EXPECT_LT(std::strlen(attnjit_last_error()), 300U);
+  };
+  expect_prepare({"the gradient of "});
+  expect_short("the gradient of " + start + " has shape (3,)");
+  tensor.shape = {4};
+  tensor.dl.data = p_.dq_data.data();
+  expect_call({"shares memory"});
+  expect_short("the gradient of " + start + " shares memory with dq");
+}
+
+TEST_F(BackwardErrors, Data) {
+  for (const auto& [tensor, name] : {std::pair(&p_.lse, "lse"), std::pair(&p_.o, "o"),
+                                     std::pair(&p_.grad_out, "grad_out"), std::pair(&p_.grad_lse, "grad_lse"),
+                                     std::pair(&p_.dq, "dq"), std::pair(&p_.dk, "dk"), std::pair(&p_.dv, "dv")}) {
+    void* const data = std::exchange(tensor->dl.data, nullptr);
+    expect_call({name, " has a NULL data pointer"});
+    tensor->dl.data = data;
+    tensor->dl.byte_offset = 2;
+    expect_call({name, " has data at 0x", "byte_offset included", "multiple of 4 bytes"});
+    tensor->dl.byte_offset = 0;
+  }
+  float table[4] = {};
+  p_.attention.score_mod = "score + table[h]";
+  p_.capture("table", table, {4});
+  p_.gradient("table", nullptr, {4});
+  expect_call({"the gradient of table has a NULL data pointer"});
+}
+
+TEST_F(BackwardErrors, Overlap) {
+  float table[4] = {}, gradient[4] = {};
+  p_.attention.score_mod = "score + table[h]";
+  p_.capture("table", table, {4});
+  Tensor& of_table = p_.gradient("table", gradient, {4});
+  // Each output at the place of each input, and of each other output, in memory that nothing else is near.
+  std::vector<float> place(10'000);
+  const struct Named {
+    Tensor& tensor;
+    const char* name;
+  } outputs[] = {{p_.dq, "dq"}, {p_.dk, "dk"}, {p_.dv, "dv"}, {of_table, "the gradient of table"}},
+    inputs[] = {{p_.q, "q"},
+                {p_.k, "k"},
+                {p_.v, "v"},
+                {p_.o, "o"},
+                {p_.lse, "lse"},
+                {p_.grad_out, "grad_out"},
+                {p_.grad_lse, "grad_lse"},
+                {*p_.captured[0], "table"}};
+  const auto expect_overlap = [&](const Named& output, const Named& other) {
+    void* const data[] = {output.tensor.dl.data, other.tensor.dl.data};
+    output.tensor.dl.data = other.tensor.dl.data = place.data();
+    expect_call({output.name, " shares memory with ", other.name, "; an output must lie apart"});
+    output.tensor.dl.data = data[0];
+    other.tensor.dl.data = data[1];
+  };
+  for (const Named& output : outputs) {
+    for (const Named& input : inputs) expect_overlap(output, input);
+    for (const Named* other = outputs; other != &output; ++other) expect_overlap(output, *other);
+  }
+}
+
+TEST_F(BackwardErrors, WorkspaceAndStream) {
+  p_.remove_keys();
+  const PlanPtr plan = prepare_backward(context_, p_);
+  ASSERT_TRUE(plan);
+  EXPECT_EQ(attnjit_run_backward(plan.get(), &p_.attention, &p_.gradients, nullptr, 0, this), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "stream is not NULL; a CPU plan runs on the calling thread");
+}
+
+TEST_F(BackwardErrors, PlanOfTheOtherKind) {
+  p_.remove_keys();
+  const PlanPtr forward = prepare(context_, p_.attention);
+  const PlanPtr backward = prepare_backward(context_, p_);
+  ASSERT_TRUE(forward && backward);
+  EXPECT_EQ(attnjit_run(backward.get(), &p_.attention, nullptr, 0, nullptr), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "plan is a backward's; attnjit_run takes one of attnjit_prepare");
+  EXPECT_EQ(attnjit_run_backward(forward.get(), &p_.attention, &p_.gradients, nullptr, 0, nullptr),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "plan is a forward's; attnjit_run_backward takes one of attnjit_prepare_backward");
+}
+
+TEST_F(BackwardErrors, RunOfAnotherProblem) {
+  p_.remove_keys();
+  float table[4] = {}, slope = 0, gradient[4] = {};
+  p_.attention.score_mod = "score * slope + table[h]";
+  p_.capture("table", table, {4});
+  p_.capture("slope", &slope, {});
+  p_.gradient("table", gradient, {4});
+  for (const auto& [field, name] :
+       {std::pair(&p_.gradients.dq, "dq"), std::pair(&p_.gradients.dk, "dk"), std::pair(&p_.gradients.dv, "dv")}) {
+    DLTensor* const given = *field;
+    expect_run([&] { *field = nullptr; },
+               {name, " was given when the plan was prepared and is NULL now; prepare again"});
+    expect_run([&] { *field = given; }, {name, " was NULL when the plan was prepared and is given now; prepare again"});
+  }
+  expect_run([&] { p_.gradients.grad_lse = nullptr; },
+             {"grad_lse was given when the plan was prepared and is NULL now"});
+  expect_run([&] { p_.gradients.deterministic = 1; },
+             {"gradients.deterministic was 0 when the plan was prepared and is 1 now; prepare again"});
+  expect_run([&] { p_.gradients.num_captures = 0; },
+             {"the gradient of table was wanted when the plan was prepared and is not wanted now; prepare again"});
+  float of_slope = 0;
+  expect_run([&] { p_.gradient("slope", &of_slope, {}); },
+             {"the gradient of slope was not wanted when the plan was prepared and is wanted now"});
+  expect_run([&] { p_.attention.score_mod = "score * slope - table[h]"; }, {"score_mod was "});
+  // What a forward has beyond a backward does not tell plans apart.
+  const PlanPtr plan = prepare_backward(context_, p_);
+  p_.attention.row_max = nullptr;
+  p_.attention.max_autotune = 1;
+  EXPECT_EQ(attnjit_run_backward(plan.get(), &p_.attention, &p_.gradients, nullptr, 0, nullptr), ATTNJIT_OK)
+      << attnjit_last_error();
 }
 
 TEST(ErrorNames, StatusAndBackend) {

@@ -102,6 +102,49 @@ struct Problem {
   }
 };
 
+// The same problem's backward: every gradient of q, k and v is wanted, and those of captures that are asked for.
+// Outputs hold NaN. o and lse are filled in by a forward().
+struct GradientProblem : Problem {
+  std::vector<float> grad_out_data, grad_lse_data, dq_data, dk_data, dv_data;
+  Tensor grad_out, grad_lse, dq, dk, dv;
+  std::vector<std::unique_ptr<Tensor>> capture_gradients;
+  std::vector<attnjit_capture_gradient> wanted;
+  attnjit_gradients gradients = ATTNJIT_GRADIENTS_INIT;
+
+  GradientProblem()
+      : grad_out_data(pattern(kB * kHq * kSq * kDv, 4)),
+        grad_lse_data(pattern(kB * kHq * kSq, 5)),
+        dq_data(q_data.size(), NAN),
+        dk_data(k_data.size(), NAN),
+        dv_data(v_data.size(), NAN),
+        grad_out(grad_out_data.data(), {kB, kHq, kSq, kDv}),
+        grad_lse(grad_lse_data.data(), {kB, kHq, kSq}),
+        dq(dq_data.data(), {kB, kHq, kSq, kD}),
+        dk(dk_data.data(), {kB, kHkv, kSkv, kD}),
+        dv(dv_data.data(), {kB, kHkv, kSkv, kDv}) {
+    gradients.grad_out = &grad_out.dl;
+    gradients.grad_lse = &grad_lse.dl;
+    gradients.dq = &dq.dl;
+    gradients.dk = &dk.dl;
+    gradients.dv = &dv.dl;
+  }
+
+  // `name` must outlive the problem.
+  Tensor& gradient(const char* name, void* data, std::vector<std::int64_t> extents, DLDataType dtype = kF32,
+                   std::vector<std::int64_t> strides = {}) {
+    capture_gradients.push_back(std::make_unique<Tensor>(data, std::move(extents), dtype, std::move(strides)));
+    wanted.push_back({name, &capture_gradients.back()->dl});
+    gradients.captures = wanted.data();
+    gradients.num_captures = wanted.size();
+    return *capture_gradients.back();
+  }
+
+  // Without keys: nothing is compiled.
+  void remove_keys() {
+    for (Tensor* tensor : {&k, &v, &dk, &dv}) tensor->shape[2] = 0;
+  }
+};
+
 // Scratch for `plan`, aligned as it needs.
 class Scratch {
  public:
@@ -124,6 +167,13 @@ class Scratch {
 inline PlanPtr prepare(const ContextPtr& context, const attnjit_attention& attention) {
   attnjit_plan* plan = nullptr;
   EXPECT_EQ(attnjit_prepare(context.get(), &attention, &plan), ATTNJIT_OK) << attnjit_last_error();
+  return PlanPtr(plan);
+}
+
+inline PlanPtr prepare_backward(const ContextPtr& context, const GradientProblem& p) {
+  attnjit_plan* plan = nullptr;
+  EXPECT_EQ(attnjit_prepare_backward(context.get(), &p.attention, &p.gradients, nullptr, &plan), ATTNJIT_OK)
+      << attnjit_last_error();
   return PlanPtr(plan);
 }
 
