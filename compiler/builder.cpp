@@ -108,12 +108,14 @@ class Builder {
     return values.front();
   }
 
-  // The rule of dropped elements looks through sums, minima and choices of the text, not through those that a function
-  // is made of.
-  Value opaque(Value result) {
-    result.getDefiningOp()->setAttr(kOpaqueAttr, b_.getUnitAttr());
+  Value marked(llvm::StringRef mark, Value result) {
+    result.getDefiningOp()->setAttr(mark, b_.getUnitAttr());
     return result;
   }
+
+  // The rule of dropped elements looks through sums, minima and choices of the text, not through those that a function
+  // is made of.
+  Value opaque(Value result) { return marked(kOpaqueAttr, result); }
 
   Value compare(Op op, Value a, Value b, Type operand) {
     if (operand == Type::kFloat) {
@@ -186,9 +188,15 @@ class Builder {
       case Function::kMax:
         return is_float ? Value(arith::MaximumFOp::create(b_, loc_, x, args[1]))
                         : Value(arith::MaxSIOp::create(b_, loc_, x, args[1]));
-      case Function::kClamp:
-        return opaque(
-            call(Function::kMin, {call(Function::kMax, {x, args[1]}, operand, result), args[2]}, operand, result));
+      case Function::kClamp: {
+        const Value raised = call(Function::kMax, {x, args[1]}, operand, result);
+        const Value clamped = call(Function::kMin, {raised, args[2]}, operand, result);
+        if (is_float) {
+          const mlir::IntegerAttr number = b_.getI64IntegerAttr(clamps_++);
+          for (const Value half : {raised, clamped}) half.getDefiningOp()->setAttr(kClampAttr, number);
+        }
+        return opaque(clamped);
+      }
       case Function::kAbs:
         // The smallest integer stays itself; math.absi leaves that open.
         return is_float ? Value(math::AbsFOp::create(b_, loc_, x))
@@ -216,7 +224,7 @@ class Builder {
       case Function::kGelu:
         return GeluOp::create(b_, loc_, b_.getF32Type(), x);
       case Function::kRelu:
-        return is_float ? Value(arith::MaximumFOp::create(b_, loc_, x, f32(0.0)))
+        return is_float ? marked(kReluAttr, arith::MaximumFOp::create(b_, loc_, x, f32(0.0)))
                         : Value(arith::MaxSIOp::create(b_, loc_, x, i64(0)));
       case Function::kErf:
         return math::ErfOp::create(b_, loc_, x);
@@ -234,7 +242,8 @@ class Builder {
         const Value zero = is_float ? f32(0.0) : i64(0);
         // What is neither is itself: a zero or NaN.
         const Value above = select(compare(Op::kGt, x, zero, operand), is_float ? f32(1.0) : i64(1), x);
-        return opaque(select(compare(Op::kLt, x, zero, operand), is_float ? f32(-1.0) : i64(-1), above));
+        const Value sign = select(compare(Op::kLt, x, zero, operand), is_float ? f32(-1.0) : i64(-1), above);
+        return opaque(is_float ? marked(kFlatAttr, sign) : sign);
       }
       case Function::kToFloat:
         if (is_float) return x;
@@ -337,6 +346,7 @@ class Builder {
   mlir::Location loc_;
   const ModProblem& problem_;
   Value score_;
+  std::int64_t clamps_ = 0;
 };
 
 }  // namespace

@@ -11,7 +11,22 @@ def DroppedElements : Pass<"attnjit-dropped-elements", "::mlir::func::FuncOp"> {
     where the condition does; elsewhere it means nothing. Runs on what the builder made, before anything is folded:
     the rule speaks of the expression as it was written.
   }];
+  let options = [Option<"kinks", "kinks", "bool", /*default=*/"false", "Keep the marks of attnjit-differentiate">];
   let dependentDialects = ["::mlir::arith::ArithDialect"];
+}
+
+def Differentiate : Pass<"attnjit-differentiate", "::mlir::func::FuncOp"> {
+  let summary = "Add the gradients of the score and of captured tensors";
+  let description = [{
+    Rewrites what attnjit-dropped-elements leaves to
+    `(f32 score, f32 grad) -> (f32 value, i1 keep, f32 dscore, f32 sinks...)` as docs/backward.md says, in reverse mode.
+    What a choice did not choose and what has a `grad` of 0 adds exactly 0: a gradient is followed as a chain of products
+    beside the choices that lead to it, and one select at its end keeps out the rest. Gradients that are the same along
+    a row are kept apart from others and end in sinks of their own, marked `row_shift`.
+  }];
+  let options = [Option<"gradients", "gradients", "uint32_t", /*default=*/"0",
+                        "The captured tensors whose gradient is wanted, a bit by number">];
+  let dependentDialects = ["::mlir::arith::ArithDialect", "::mlir::math::MathDialect"];
 }
 
 def CanonicalOrder : Pass<"attnjit-canonical-order", "::mlir::func::FuncOp"> {
@@ -33,6 +48,8 @@ def ScoreInLog2 : Pass<"attnjit-score-in-log2", "::mlir::func::FuncOp"> {
     score comes plain, or times a literal: where only tanh sees `score / c` or `score * c`, the literal goes into the
     scale. `attnjit.score_factor` says what the score is multiplied by.
   }];
+  let options = [Option<"natural", "natural", "bool", /*default=*/"false",
+                        "Set the class and leave all units, as the backward has them">];
   let dependentDialects = ["::mlir::arith::ArithDialect"];
 }
 

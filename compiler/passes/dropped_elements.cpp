@@ -114,6 +114,10 @@ class Splitter {
 };
 
 class DroppedElements : public impl::DroppedElementsBase<DroppedElements> {
+ public:
+  using DroppedElementsBase::DroppedElementsBase;
+
+ private:
   void runOnOperation() override {
     mlir::func::FuncOp function = getOperation();
     const mlir::FunctionType type = function.getFunctionType();
@@ -122,6 +126,8 @@ class DroppedElements : public impl::DroppedElementsBase<DroppedElements> {
       function.emitOpError("is no score_mod: expected one block and the type (f32) -> f32, got ") << type;
       return signalPassFailure();
     }
+    if (!kinks)
+      for (mlir::Operation& op : function.front()) take_kink_marks(op);
     mlir::OpBuilder builder(function);
     Splitter splitter(builder, function.getLoc());
     for (mlir::Operation& op : llvm::make_early_inc_range(function.front().without_terminator())) splitter.visit(op);

@@ -42,12 +42,18 @@ class ProveBounds : public impl::ProveBoundsBase<ProveBounds> {
   void runOnOperation() override {
     mlir::DataFlowSolver solver;
     if (mlir::failed(solve(solver, getOperation()))) return signalPassFailure();
-    getOperation().walk([&](ReadOp read) {
-      llvm::SmallVector<bool> in_bounds;
-      for (const auto& [index, extent] : llvm::zip(read.getIndices(), read.getExtents()))
-        in_bounds.push_back(within(solver, index, 0, extent - 1));
-      read.setInBoundsAttr(mlir::DenseBoolArrayAttr::get(&getContext(), in_bounds));
+    getOperation().walk([&](mlir::Operation* op) {
+      if (auto read = llvm::dyn_cast<ReadOp>(op)) prove(solver, read);
+      if (auto sink = llvm::dyn_cast<SinkOp>(op)) prove(solver, sink);
     });
+  }
+
+  template <typename T>
+  void prove(mlir::DataFlowSolver& solver, T op) {
+    llvm::SmallVector<bool> in_bounds;
+    for (const auto& [index, extent] : llvm::zip(op.getIndices(), op.getExtents()))
+      in_bounds.push_back(within(solver, index, 0, extent - 1));
+    op.setInBoundsAttr(mlir::DenseBoolArrayAttr::get(&getContext(), in_bounds));
   }
 };
 
@@ -68,7 +74,7 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
     mlir::OpBuilder builder(function);
     for (mlir::Operation& op : llvm::make_early_inc_range(block->without_terminator())) {
       const Value result = op.getResult(0);
-      if (auto read = llvm::dyn_cast<ReadOp>(op)) narrow_indices(builder, read);
+      if (llvm::isa<ReadOp, SinkOp>(op)) narrow_indices(builder, op);
       builder.setInsertionPointAfter(&op);
       if (result.getType().isInteger(64)) {
         if (fits(solver, result)) {
@@ -132,13 +138,14 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
     for (mlir::OpOperand& operand : op.getOpOperands()) operand.set(narrow_[operand.get()]);
   }
 
-  void narrow_indices(mlir::OpBuilder& builder, ReadOp read) {
+  // Of a read or a sink.
+  void narrow_indices(mlir::OpBuilder& builder, mlir::Operation& op) {
     if (!addresses) return;
-    builder.setInsertionPoint(read);
-    for (mlir::OpOperand& index : read->getOpOperands()) {
+    builder.setInsertionPoint(&op);
+    for (mlir::OpOperand& index : op.getOpOperands()) {
       const auto found = narrow_.find(index.get());
       if (found != narrow_.end())
-        index.set(arith::ExtSIOp::create(builder, read.getLoc(), builder.getI64Type(), found->second));
+        index.set(arith::ExtSIOp::create(builder, op.getLoc(), builder.getI64Type(), found->second));
     }
   }
 

@@ -21,6 +21,10 @@ void build_canonical_pipeline(mlir::OpPassManager& passes);
 void build_fact_pipeline(mlir::OpPassManager& passes);
 // The same for CUDA, whose addresses are sums of 32-bit offsets and whose conversions are dear.
 void build_cuda_fact_pipeline(mlir::OpPassManager& passes);
+// The same three for the backward; `gradients` is attnjit-differentiate's option.
+void build_gradient_pipeline(mlir::OpPassManager& passes, std::uint32_t gradients);
+void build_gradient_fact_pipeline(mlir::OpPassManager& passes);
+void build_cuda_gradient_fact_pipeline(mlir::OpPassManager& passes);
 
 // The captured reads that attnjit-stage-reads numbered, in the order of their numbers.
 llvm::SmallVector<ReadOp> staged_reads(mlir::func::FuncOp function);
@@ -33,6 +37,16 @@ void erase_dead(mlir::Block& block);
 
 // On an operation: attnjit-dropped-elements does not look through it (and takes the mark away).
 inline constexpr llvm::StringLiteral kOpaqueAttr = "attnjit.opaque";
+// Kinks that are not those of the operation alone, for attnjit-differentiate, which takes the marks away; so does
+// attnjit-dropped-elements where nothing is to be differentiated.
+// On both halves of a clamp, minimum(maximum(x, lo), hi) with the operands in this order: the clamp's number. Clamps
+// that differ in which operand is x stay apart.
+inline constexpr llvm::StringLiteral kClampAttr = "attnjit.clamp";
+// On maximum(x, 0): relu.
+inline constexpr llvm::StringLiteral kReluAttr = "attnjit.relu";
+// The derivative is 0.
+inline constexpr llvm::StringLiteral kFlatAttr = "attnjit.flat";
+void take_kink_marks(mlir::Operation& op);
 
 // Facts, as attributes of the function.
 // attnjit-score-in-log2: "identity", "affine" or "nonlinear".

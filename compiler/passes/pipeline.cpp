@@ -19,9 +19,13 @@ void erase_dead(mlir::Block& block) {
   }
 }
 
-void build_canonical_pipeline(mlir::OpPassManager& passes) {
-  mlir::OpPassManager& function = passes.nest<mlir::func::FuncOp>();
-  function.addPass(createDroppedElements());
+void take_kink_marks(mlir::Operation& op) {
+  for (const llvm::StringRef mark : {kClampAttr, kReluAttr, kFlatAttr}) op.removeAttr(mark);
+}
+
+namespace {
+
+void add_canonical_form(mlir::OpPassManager& function) {
   // What ordering brings together folds, and folding changes the order: twice is enough for what people write, and a
   // difference that stayed would cost a shared hash only.
   for (int round = 0; round < 2; ++round) {
@@ -32,19 +36,40 @@ void build_canonical_pipeline(mlir::OpPassManager& passes) {
   function.addPass(createCanonicalOrder());
 }
 
-void build_fact_pipeline(mlir::OpPassManager& passes) {
-  mlir::OpPassManager& function = passes.nest<mlir::func::FuncOp>();
-  function.addPass(createScoreInLog2());
+// `natural`: the score stays in natural units, as the backward has it.
+void add_facts(mlir::OpPassManager& function, bool natural, bool cuda) {
+  function.addPass(createScoreInLog2({.natural = natural}));
   function.addPass(createProveBounds());
-  function.addPass(createNarrowIntegers());
+  function.addPass(createNarrowIntegers({.addresses = cuda}));
+  if (cuda) function.addPass(createSplitConversions());
 }
 
-void build_cuda_fact_pipeline(mlir::OpPassManager& passes) {
+}  // namespace
+
+void build_canonical_pipeline(mlir::OpPassManager& passes) {
   mlir::OpPassManager& function = passes.nest<mlir::func::FuncOp>();
-  function.addPass(createScoreInLog2());
-  function.addPass(createProveBounds());
-  function.addPass(createNarrowIntegers({.addresses = true}));
-  function.addPass(createSplitConversions());
+  function.addPass(createDroppedElements());
+  add_canonical_form(function);
+}
+
+void build_gradient_pipeline(mlir::OpPassManager& passes, std::uint32_t gradients) {
+  mlir::OpPassManager& function = passes.nest<mlir::func::FuncOp>();
+  function.addPass(createDroppedElements({.kinks = true}));
+  // What is read twice has one gradient.
+  function.addPass(mlir::createCSEPass());
+  function.addPass(createDifferentiate({.gradients = gradients}));
+  add_canonical_form(function);
+}
+
+void build_fact_pipeline(mlir::OpPassManager& passes) { add_facts(passes.nest<mlir::func::FuncOp>(), false, false); }
+void build_cuda_fact_pipeline(mlir::OpPassManager& passes) {
+  add_facts(passes.nest<mlir::func::FuncOp>(), false, true);
+}
+void build_gradient_fact_pipeline(mlir::OpPassManager& passes) {
+  add_facts(passes.nest<mlir::func::FuncOp>(), true, false);
+}
+void build_cuda_gradient_fact_pipeline(mlir::OpPassManager& passes) {
+  add_facts(passes.nest<mlir::func::FuncOp>(), true, true);
 }
 
 }  // namespace attnjit::compiler

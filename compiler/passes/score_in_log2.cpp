@@ -30,11 +30,17 @@ constexpr double kSmallest = -0x1.62e42ep127;
 enum class Dependence { kFree, kAffine, kNonlinear };
 
 class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
+ public:
+  using ScoreInLog2Base::ScoreInLog2Base;
+
+ private:
   void runOnOperation() override {
     mlir::func::FuncOp function = getOperation();
     const mlir::FunctionType type = function.getFunctionType();
-    if (function.isExternal() || !function.getBody().hasOneBlock() || type.getNumInputs() != 1 ||
-        type.getNumResults() != 2 || !type.getResult(0).isF32() || !type.getResult(1).isInteger(1)) {
+    const bool of_backward = natural && type.getNumInputs() == 2 && type.getNumResults() > 2;
+    const bool of_forward = type.getNumInputs() == 1 && type.getNumResults() == 2;
+    if (function.isExternal() || !function.getBody().hasOneBlock() || !(of_forward || of_backward) ||
+        !type.getResult(0).isF32() || !type.getResult(1).isInteger(1)) {
       function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), got ") << type;
       return signalPassFailure();
     }
@@ -58,6 +64,7 @@ class ScoreInLog2 : public impl::ScoreInLog2Base<ScoreInLog2> {
                                                              : affine       ? "affine"
                                                                             : "nonlinear"));
     if (mask_reads_score) function->setAttr(kMaskReadsScoreAttr, builder.getUnitAttr());
+    if (natural) return;
     // A condition on the score wants the plain score: scaling back would move the place where it jumps.
     if (affine && !mask_reads_score) {
       function->setAttr(kScoreFactorAttr, builder.getF64FloatAttr(kLog2E));
