@@ -69,6 +69,16 @@ class CompiledTile : public CpuTile {
   CompiledMod compiled_;
 };
 
+CompileResult<ModFacts> facts_of(const Frontend& frontend, bool ran) {
+  CompileResult<ModFacts> result;
+  if (ran) {
+    result.value = frontend.facts();
+  } else {
+    result.error = CompileError{frontend.error()};
+  }
+  return result;
+}
+
 }  // namespace
 
 CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileOptions& options,
@@ -112,13 +122,13 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
 CompileResult<ModFacts> analyze(const ModProblem& problem, const CompileOptions& options) {
   PhaseTimes phases;
   Frontend frontend(phases);
-  CompileResult<ModFacts> result;
-  if (frontend.run(problem, options, Target::kCpu)) {
-    result.value = frontend.facts();
-  } else {
-    result.error = CompileError{frontend.error()};
-  }
-  return result;
+  return facts_of(frontend, frontend.run(problem, options, Target::kCpu));
+}
+
+CompileResult<ModFacts> analyze_gradients(const ModProblem& problem, const CompileOptions& options) {
+  PhaseTimes phases;
+  Frontend frontend(phases);
+  return facts_of(frontend, frontend.run_backward(problem, options, Target::kCpu));
 }
 
 CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,

@@ -2,9 +2,11 @@
 #include "compiler/frontend.h"
 
 #include <chrono>
+#include <limits>
 
 #include "compiler/builder.h"
 #include "compiler/dialect/dialect.h"
+#include "compiler/gradient_facts.h"
 #include "compiler/passes/passes.h"
 #include "llvm/Support/raw_ostream.h"
 #include "llvm/Support/xxhash.h"
@@ -31,6 +33,7 @@ std::string shapeless(mlir::ModuleOp module) {
   copy->walk([](mlir::Operation* op) {
     if (auto index = llvm::dyn_cast<IndexOp>(op)) index.removeExtentAttr();
     if (auto read = llvm::dyn_cast<ReadOp>(op)) read.setExtents(std::vector<std::int64_t>(read.getExtents().size(), 1));
+    if (auto sink = llvm::dyn_cast<SinkOp>(op)) sink.setExtents(std::vector<std::int64_t>(sink.getExtents().size(), 1));
   });
   return printed(*copy);
 }
@@ -52,12 +55,25 @@ std::string problem_error(const ModProblem& problem) {
   };
   std::string error = check(problem.score_mod, dsl::Type::kFloat, "score_mod");
   if (error.empty() && problem.mask_mod) error = check(*problem.mask_mod, dsl::Type::kBool, "mask_mod");
+  for (std::size_t i = 0; error.empty() && i < std::numeric_limits<std::uint32_t>::digits; ++i) {
+    if (((problem.gradients >> i) & 1) == 0) continue;
+    if (i >= problem.captures.size() || dsl::value_type(problem.captures[i].dtype) != dsl::Type::kFloat)
+      error = "the gradient of capture " + std::to_string(i) + " is wanted, which is no floating tensor";
+  }
   return error;
 }
 
 }  // namespace
 
 bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Target target) {
+  return run(problem, options, target, false);
+}
+
+bool Frontend::run_backward(const ModProblem& problem, const CompileOptions& options, Target target) {
+  return run(problem, options, target, true);
+}
+
+bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Target target, bool backward) {
   error_ = problem_error(problem);
   if (!error_.empty()) return false;
   {
@@ -69,8 +85,10 @@ bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Tar
     module_ = build_module(session_->context(), problem);
   }
   {
-    const PhaseTimer timer(phases_, "canonicalize");
-    if (!session_->canonicalize(*module_)) return failed("canonical form");
+    const PhaseTimer timer(phases_, backward ? "differentiate" : "canonicalize");
+    const bool done =
+        backward ? session_->differentiate(*module_, problem.gradients) : session_->canonicalize(*module_);
+    if (!done) return failed(backward ? "differentiation" : "canonical form");
     facts_.canonical_mlir = printed(*module_);
     const std::string text = shapeless(*module_);
     const llvm::XXH128_hash_t hash =
@@ -80,8 +98,14 @@ bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Tar
   }
   if (options.dump) options.dump("mlir", facts_.canonical_mlir);
   const PhaseTimer timer(phases_, "facts");
-  if (!session_->find_facts(*module_, target)) return failed("facts");
+  const bool found =
+      backward ? session_->find_gradient_facts(*module_, target) : session_->find_facts(*module_, target);
+  if (!found) return failed("facts");
   collect_facts();
+  if (backward) {
+    facts_.gradient_need = gradient_need(function());
+    facts_.sinks = sink_facts(function(), problem);
+  }
   return true;
 }
 

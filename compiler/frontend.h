@@ -19,6 +19,8 @@ class Frontend {
 
   // False with error() set.
   bool run(const ModProblem& problem, const CompileOptions& options, Target target);
+  // The same for the backward; facts() have gradient_need and sinks, and are of the function with the gradients in it.
+  bool run_backward(const ModProblem& problem, const CompileOptions& options, Target target);
   // For the CPU; null with error() set.
   std::unique_ptr<llvm::Module> lower(const ModProblem& problem, bool stage_reads, llvm::LLVMContext& context);
 
@@ -26,10 +28,11 @@ class Frontend {
   double score_factor() const { return score_factor_; }  // see CpuTile
   const std::vector<dsl::DType>& staged() const { return staged_; }
   const std::string& error() const { return error_; }
-  // The `(f32) -> (f32, i1)` after the passes.
+  // The `(f32) -> (f32, i1)` after the passes; for the backward `(f32, f32) -> (f32, i1, f32, f32...)`.
   mlir::func::FuncOp function();
 
  private:
+  bool run(const ModProblem& problem, const CompileOptions& options, Target target, bool backward);
   bool failed(const char* step);
   void collect_facts();
 

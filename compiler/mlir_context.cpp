@@ -56,6 +56,22 @@ bool MlirSession::find_facts(mlir::ModuleOp module, Target target) {
   return mlir::succeeded(passes.run(module));
 }
 
+bool MlirSession::differentiate(mlir::ModuleOp module, std::uint32_t gradients) {
+  mlir::PassManager passes(&context_);
+  build_gradient_pipeline(passes, gradients);
+  return mlir::succeeded(passes.run(module));
+}
+
+bool MlirSession::find_gradient_facts(mlir::ModuleOp module, Target target) {
+  mlir::PassManager passes(&context_);
+  if (target == Target::kCuda) {
+    build_cuda_gradient_fact_pipeline(passes);
+  } else {
+    build_gradient_fact_pipeline(passes);
+  }
+  return mlir::succeeded(passes.run(module));
+}
+
 bool MlirSession::stage_reads(mlir::ModuleOp module) {
   mlir::PassManager passes(&context_);
   passes.addNestedPass<mlir::func::FuncOp>(createStageReads());

@@ -26,6 +26,9 @@ class MlirSession {
   // The pipelines and passes of passes/passes.h; false with errors() set where a pass failed.
   bool canonicalize(mlir::ModuleOp module);
   bool find_facts(mlir::ModuleOp module, Target target);
+  // The same two for the backward; `gradients` as in ModProblem.
+  bool differentiate(mlir::ModuleOp module, std::uint32_t gradients);
+  bool find_gradient_facts(mlir::ModuleOp module, Target target);
   bool stage_reads(mlir::ModuleOp module);
   // Lowers to the LLVM dialect and translates. Null with errors() set on failure.
   std::unique_ptr<llvm::Module> to_llvm(mlir::ModuleOp module, llvm::LLVMContext& llvm_context);

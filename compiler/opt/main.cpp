@@ -2,6 +2,7 @@
 //   attnjit-opt --attnjit-canonical-order in.mlir
 //   attnjit-opt --expr 'score + bias[h]' --shape 1,8,128,128 --capture bias=bfloat16,8 | attnjit-opt ...
 //   attnjit-opt --expr 'score + bias[h]' --cuda bfloat16
+//   attnjit-opt --expr 'score + bias[h]' --backward --gradients bias
 #include <CLI/CLI.hpp>
 #include <map>
 #include <sstream>
@@ -96,10 +97,24 @@ int print_cuda(const compiler::ModProblem& problem, const std::string& dtype) {
   return mod.error.empty() ? 0 : 1;
 }
 
+// The function with the gradients in it, after the passes.
+int print_backward(const compiler::ModProblem& problem) {
+  compiler::PhaseTimes phases;
+  compiler::Frontend frontend(phases);
+  if (!frontend.run_backward(problem, {}, compiler::Target::kCpu)) {
+    llvm::errs() << frontend.error() << "\n";
+    return 1;
+  }
+  frontend.function()->print(llvm::outs());
+  llvm::outs() << "\n";
+  return 0;
+}
+
 int print_expression(int argc, char** argv) {
   std::string text, mask, cuda;
   std::vector<std::int64_t> shape{1, 8, 1024, 1024};
-  std::vector<std::string> captures;
+  std::vector<std::string> captures, gradients;
+  bool backward = false;
   CLI::App app("Prints the MLIR that the compiler builds from an expression");
   app.add_option("--expr", text, "score_mod")->required();
   app.add_option("--mask", mask, "mask_mod");
@@ -107,6 +122,8 @@ int print_expression(int argc, char** argv) {
   app.add_option("--capture", captures, "name=dtype,extent,...");
   app.add_option("--cuda", cuda, "print the CUDA instead, for inputs of this type")
       ->check(CLI::IsMember({"float32", "float16", "bfloat16"}));
+  app.add_flag("--backward", backward, "print the function with the gradients in it, after the passes");
+  app.add_option("--gradients", gradients, "captured tensors whose gradient is wanted: name,...")->delimiter(',');
   CLI11_PARSE(app, argc, argv);
 
   std::map<std::string, compiler::CaptureInfo> infos;
@@ -136,6 +153,15 @@ int print_expression(int argc, char** argv) {
     problem.captures.push_back(info);
     problem.score_mod.captures.push_back({.name = name, .rank = static_cast<int>(info.extent.size())});
   }
+  for (const std::string& name : gradients) {
+    const auto found = infos.find(name);
+    if (found == infos.end()) {
+      llvm::errs() << "--gradients " << name << ": no such captured tensor\n";
+      return 1;
+    }
+    problem.gradients |= 1u << std::distance(infos.begin(), found);
+  }
+  if (backward) return print_backward(problem);
   if (!cuda.empty()) return print_cuda(problem, cuda);
   compiler::MlirSession session;
   compiler::build_module(session.context(), problem)->print(llvm::outs());
