@@ -182,6 +182,9 @@ CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, const Compi
 // The rest of the eager path, kernels_templates/math/kernels.cuh behind a definition of math::kConfig: softmax and what
 // the products need around it. `dtype`: of q, k, v and o. The expression is not in it: one binary per type.
 CudaSource cuda_math_kernels(dsl::DType dtype);
+// Gradients of captured tensors from sums to their types, kernels_templates/cuda/finish_gradients.cuh; entry
+// `attnjit_finish_gradient(cuda::FinishParams)`. One binary for all.
+CudaSource cuda_finish_gradients();
 // Runs NVRTC. Nothing is cached here. Appends its phases to `phases` where given.
 CompileResult<CudaBinary> compile_cuda(const Nvrtc& nvrtc, const CudaSource& source, CudaArch arch,
                                        const CompileOptions& options = {}, PhaseTimes* phases = nullptr);

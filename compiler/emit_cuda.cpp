@@ -160,7 +160,7 @@ CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm
   finish(result.value,
          prelude() + template_file("sm80/config.h") + "\n" + in_namespace("cuda", mod) +
              in_namespace("sm80", "constexpr ForwardConfig kConfig = " + values + ";\n") +
-             template_file("sm80/forward.cuh"),
+             template_file("sm80/tile.cuh") + "\n" + template_file("sm80/forward.cuh"),
          options);
   return result;
 }
@@ -185,6 +185,15 @@ CudaSource cuda_math_kernels(dsl::DType dtype) {
   source.text = template_file("cuda/params.h") + "\n" + template_file("math/config.h") + "\n" +
                 in_namespace("math", std::string("constexpr Config kConfig = {.element = ") + element + "};\n") +
                 template_file("math/kernels.cuh");
+  source.entries = entries(source.text);
+  return source;
+}
+
+CudaSource cuda_finish_gradients() {
+  CudaSource source;
+  source.header = comment("gradients of captured tensors: from sums to elements");
+  source.text = template_file("cuda/params.h") + "\n" + template_file("cuda/gradients.cuh") + "\n" +
+                template_file("cuda/finish_gradients.cuh");
   source.entries = entries(source.text);
   return source;
 }

@@ -34,11 +34,29 @@ struct ForwardParams {
   CapturedView captured[kMaxCaptures];
 };
 
-// Where a captured tensor's gradient is added up: packed, in the extents of the tensor, float32 or, in deterministic
-// runs, accumulators (cuda/gradients.cuh). Zero before the kernels run.
+// Where a captured tensor's gradient is added up: packed, in the extents of the tensor. Floats, or, in deterministic
+// runs, accumulators (cuda/gradients.cuh), but for a tensor whose sink is injective: that is stored to, as floats. Zero
+// before the kernels run.
 struct GradientView {
   void* data;                         // null where it is not wanted
   long long stride[kMaxCaptureRank];  // in elements
+};
+
+// 64-bit words of an accumulator.
+inline constexpr int kAccumulatorWords = 10;
+
+// Of a captured gradient's final type.
+enum class GradientType : int { kF32, kF16, kBF16 };
+
+// Converts sums to a tensor's type and strides.
+struct FinishParams {
+  const void* sums;  // packed; floats or accumulators
+  void* to;
+  long long elements;
+  long long stride[kMaxCaptureRank];  // of `to`, in elements
+  int extent[kMaxCaptureRank];
+  GradientType type;
+  bool accumulators;
 };
 
 // One backward call. What ForwardParams has too means the same; there o and lse are inputs.

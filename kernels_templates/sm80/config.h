@@ -22,14 +22,19 @@ struct ForwardConfig {
   int store_bytes = 16;         // likewise for o
 };
 
-// Likewise of the backward. A block owns tile_n keys of a key/value head and walks over the queries of its group.
+// Likewise of the backward. A block owns tile_n keys of a key/value head and walks over the queries of its group. Where
+// head dims are too large for its accumulators, a block computes the gradients of one of `slices` parts of them.
 struct BackwardConfig {
   Element element = Element::kBF16;
-  int head_dim = 128;
-  int head_dim_v = 128;
-  int tile_m = 64;   // queries of one step; a multiple of 16
-  int tile_n = 128;  // keys of a block; a multiple of 16 * warps
+  int head_dim = 128;    // of q, k, dq and dk
+  int head_dim_v = 128;  // of v, o, grad_out and dv
+  int tile_m = 64;       // queries of one step; a multiple of step_m
+  int tile_n = 128;      // keys of a block; a multiple of 16 * warps
   int warps = 8;
+  int step_m = 64;  // queries whose scores a warp has in registers at once; a multiple of 16
+  int stages = 2;   // buffers for Q and for grad_out each: 1, or 2 for a step's load to have a whole step's time
+  int slices = 1;
+  int min_blocks = 1;
   int load_bytes = 16;   // as ForwardConfig's, of q, k, v, o and grad_out
   int store_bytes = 16;  // of dq, dk and dv
   bool wants_dq = true, wants_dk = true, wants_dv = true;

@@ -2,18 +2,11 @@
 //
 // Follows FlashAttention-2 (arXiv 2307.08691): a block owns tile_m queries of one head and walks over the keys, each
 // warp owning whole rows, so that the softmax needs no more than the four lanes that share a row. Scores never leave
-// the registers (f32 elements: probabilities pass through shared memory). Compiled behind params.h, mod_defaults.cuh,
-// config.h, the emitted Mod and kConfig.
+// the registers (f32 elements: probabilities pass through shared memory). Compiled behind tile.cuh.
 namespace attnjit::sm80 {
 
-using cuda::exp2_approx;
 using cuda::ForwardParams;
-using cuda::Mod;
 
-constexpr Element kElement = kConfig.element;
-constexpr int kBytes = bytes_of(kElement);
-constexpr int kWarps = kConfig.warps;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kTileM = kConfig.tile_m;
 constexpr int kTileN = kConfig.tile_n;
 constexpr int kD = padded(kConfig.head_dim);
@@ -31,7 +24,6 @@ constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp
 constexpr int kRows = 2 * kMTiles;       // rows of a thread: lane / 4 + 8 * r of its warp's
 constexpr int kNTiles = kTileN / 8;      // n8 tiles of the scores; a thread has two neighbouring columns of each
 constexpr int kDvTiles = kDv / 8;        // n8 tiles of the output
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 constexpr float kLn2 = 0.693147180559945309f;
 
 static_assert(kTileM % (16 * kWarps) == 0 && kTileN % 16 == 0);
@@ -54,129 +46,6 @@ __device__ __forceinline__ Place place_of_block(const ForwardParams& params) {
   return {b, head - b * params.num_heads, (index - head * m_tiles) * kTileM};
 }
 
-// ---- Shared memory and global memory
-
-using Address = unsigned;  // in the shared window
-
-__device__ __forceinline__ Address shared_address(const void* pointer) {
-  return static_cast<Address>(__cvta_generic_to_shared(pointer));
-}
-
-template <int kWidth>
-__device__ __forceinline__ void async_copy(Address to, const char* from, int valid) {
-  if constexpr (kWidth == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid));
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kWidth), "r"(valid));
-  }
-}
-__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;"); }
-template <int kPending>
-__device__ __forceinline__ void async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// 16 bytes to shared memory, of which the first `valid` come from `from` and the rest are zero. Nothing is read behind
-// `valid`, wherever `from` points.
-__device__ __forceinline__ void copy_chunk(Address to, const char* from, int valid) {
-  constexpr int kWidth = kConfig.load_bytes < kBytes ? kBytes : kConfig.load_bytes;
-  if constexpr (kWidth >= 4) {
-#pragma unroll
-    for (int i = 0; i < 16; i += kWidth) {
-      const int left = valid - i;
-      async_copy<kWidth>(to + i, from + i, left < 0 ? 0 : left > kWidth ? kWidth : left);
-    }
-  } else {
-    unsigned word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned short low = 4 * i < valid ? *reinterpret_cast<const unsigned short*>(from + 4 * i) : 0;
-      const unsigned short high = 4 * i + 2 < valid ? *reinterpret_cast<const unsigned short*>(from + 4 * i + 2) : 0;
-      word[i] = low | static_cast<unsigned>(high) << 16;
-    }
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]),
-                 "r"(word[3])
-                 : "memory");
-  }
-}
-
-// Copies tile after tile of `kTileRows` rows. Rows that do not exist, and columns that pad the head dim, become zero.
-template <int kTileRows, int kHeadDim, int kRowBytes>
-class Loader {
- public:
-  __device__ __forceinline__ Loader(const char* from, long long stride_bytes)
-      : source_(from + (kEven ? static_cast<int>(threadIdx.x) / kChunks * stride_bytes +
-                                    static_cast<int>(threadIdx.x) % kChunks * 16
-                              : 0)),
-        stride_(stride_bytes) {}
-
-  // The next tile, of which `rows` rows exist.
-  __device__ __forceinline__ void load(Address to, int rows) {
-    if constexpr (kEven) {
-      const int row = static_cast<int>(threadIdx.x) / kChunks;
-      const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-      to += row * kRowBytes + 16 * chunk;
-#pragma unroll
-      for (int i = 0; i < kTotal / kThreads; ++i) {
-        copy_chunk(to + i * kStep * kRowBytes, source_, valid_bytes(row + i * kStep, chunk, rows));
-        source_ += kStep * stride_;
-      }
-    } else {
-#pragma unroll
-      for (int first = 0; first < kTotal; first += kThreads) {
-        const int i = first + static_cast<int>(threadIdx.x);
-        if (kTotal % kThreads != 0 && i >= kTotal) break;
-        const int row = i / kChunks;
-        const int chunk = i % kChunks;
-        copy_chunk(to + row * kRowBytes + 16 * chunk, source_ + row * stride_ + 16 * chunk,
-                   valid_bytes(row, chunk, rows));
-      }
-      source_ += kTileRows * stride_;
-    }
-  }
-
- private:
-  static constexpr int kChunks = kRowBytes / 16 - 1;
-  static constexpr int kTotal = kTileRows * kChunks;
-  // A thread keeps to its chunk and walks down the rows where that comes out even.
-  static constexpr bool kEven = kThreads % kChunks == 0 && kTotal % kThreads == 0;
-  static constexpr int kStep = kThreads / kChunks;
-  static constexpr bool kUnpadded = kHeadDim * kBytes == 16 * kChunks;
-
-  static __device__ __forceinline__ int valid_bytes(int row, int chunk, int rows) {
-    int valid = kHeadDim * kBytes - 16 * chunk;
-    valid = kUnpadded || valid > 16 ? 16 : valid < 0 ? 0 : valid;
-    return row < rows ? valid : 0;
-  }
-
-  const char* source_;
-  const long long stride_;
-};
-
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], Address address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], Address address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-__device__ __forceinline__ float4 load_float4(Address address) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
-  return x;
-}
-__device__ __forceinline__ float2 load_float2(Address address) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
-  return x;
-}
-__device__ __forceinline__ void store_float2(Address address, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
-
 // ---- Arithmetic
 
 // A sum of exponentials is never subnormal unless it is 0: unlike cuda::log2_approx, without the steps for those.
@@ -186,51 +55,15 @@ __device__ __forceinline__ float log2_flushed(float x) {
   return y;
 }
 
-// Two values rounded to the element type, the first in the low half.
-__device__ __forceinline__ unsigned pack(float low, float high) {
-  unsigned word;
-  if constexpr (kElement == Element::kBF16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  }
-  return word;
-}
+// ---- The two products
 
-// c += a * b for an m16n8k16 tile.
-__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  if constexpr (kElement == Element::kBF16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
-        "%2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
-        "%2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
-// Accumulators as mma leaves them: of m tile m and n tile j, element 2 * r + e is row lane / 4 + 8 * r, column
-// 2 * (lane % 4) + e. The f32 loops keep to the same places.
-using Scores = float[kMTiles][kNTiles][4];
-using Output = float[kMTiles][kDvTiles][4];
-
-// ---- The two products, 16-bit elements
+using Scores = Accumulators<kMTiles, kNTiles>;
+using Output = Accumulators<kMTiles, kDvTiles>;
 
 constexpr int kKSteps = kD / 16;
 constexpr bool kQInRegisters = kConfig.q_in_registers && kElement != Element::kF32;
 // Q's fragments of all steps, or none.
 using QFragments = unsigned[kQInRegisters ? kMTiles : 1][kQInRegisters ? kKSteps : 1][4];
-
-// Where this lane points ldmatrix to for the left operand: rows 0 to 15 by chunks 0 and 1.
-__device__ __forceinline__ Address left_operand(Address tile, int row, int row_bytes) {
-  const int lane = threadIdx.x % 32;
-  return tile + (row + lane % 16) * row_bytes + lane / 16 * 16;
-}
 
 __device__ __forceinline__ void load_q(QFragments& fragments, Address q) {
   if constexpr (kQInRegisters) {
@@ -242,122 +75,32 @@ __device__ __forceinline__ void load_q(QFragments& fragments, Address q) {
   }
 }
 
-// s = Q K^T. `q` points to this warp's rows as left_operand says, `k` to the tile.
+// s = Q K^T. `q` points to this warp's rows as left_operand says, or to the first of this thread's; `k` to the tile.
 __device__ __forceinline__ void multiply_qk(Scores& s, const QFragments& fragments, Address q, Address k) {
-  const int lane = threadIdx.x % 32;
-  // Two n tiles of 8 keys by two chunks.
-  const Address keys = k + (lane % 8 + lane / 16 * 8) * kQRowBytes + lane / 8 % 2 * 16;
-#pragma unroll
-  for (int step = 0; step < kKSteps; ++step) {
-    unsigned a[kMTiles][4];
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
+  if constexpr (kElement == Element::kF32) {
+    multiply_transposed_f32<kD, kQRowBytes>(s, q, k);
+  } else {
+    const auto left = [&](unsigned (&a)[4], int m, int step) {
       if constexpr (kQInRegisters) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = fragments[m][step][i];
+        for (int i = 0; i < 4; ++i) a[i] = fragments[m][step][i];
       } else {
-        load_matrices(a[m], q + m * 16 * kQRowBytes + step * 32);
+        load_matrices(a, q + m * 16 * kQRowBytes + step * 32);
       }
-    }
-#pragma unroll
-    for (int j = 0; j < kNTiles; j += 2) {
-      unsigned b[4];
-      load_matrices(b, keys + j * 8 * kQRowBytes + step * 32);
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        multiply(s[m][j], a[m], b[0], b[1]);
-        multiply(s[m][j + 1], a[m], b[2], b[3]);
-      }
-    }
+    };
+    multiply_transposed<kKSteps, kQRowBytes>(s, left, k);
   }
 }
 
-// o += P V, P in the registers that held the scores: two n tiles of it are one left operand.
-__device__ __forceinline__ void multiply_pv(Output& o, const Scores& p, Address v) {
-  const int lane = threadIdx.x % 32;
-  const Address values = v + lane % 16 * kVRowBytes + lane / 16 * 16;
-#pragma unroll
-  for (int j = 0; j < kNTiles; j += 2) {
-    unsigned a[kMTiles][4];
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-      a[m][0] = pack(p[m][j][0], p[m][j][1]);
-      a[m][1] = pack(p[m][j][2], p[m][j][3]);
-      a[m][2] = pack(p[m][j + 1][0], p[m][j + 1][1]);
-      a[m][3] = pack(p[m][j + 1][2], p[m][j + 1][3]);
-    }
-#pragma unroll
-    for (int i = 0; i < kDvTiles; i += 2) {
-      unsigned b[4];
-      load_matrices_transposed(b, values + j * 8 * kVRowBytes + i * 16);
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        multiply(o[m][i], a[m], b[0], b[1]);
-        multiply(o[m][i + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// ---- The two products, f32: fused multiply-adds, exact to f32 for every input, infinities included
-
-// `q` is the first of this thread's rows.
-__device__ __forceinline__ void multiply_qk_f32(Scores& s, Address q, Address k) {
-  const int lane = threadIdx.x % 32;
-  const Address keys = k + lane % 4 * 2 * kQRowBytes;
-#pragma unroll 1
-  for (int d = 0; d < kD; d += 4) {
-    float4 a[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) a[r] = load_float4(q + r * 8 * kQRowBytes + d * 4);
-#pragma unroll
-    for (int j = 0; j < kNTiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float4 b = load_float4(keys + (j * 8 + e) * kQRowBytes + d * 4);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          float& sum = s[r / 2][j][r % 2 * 2 + e];
-          sum = fmaf(a[r].w, b.w, fmaf(a[r].z, b.z, fmaf(a[r].y, b.y, fmaf(a[r].x, b.x, sum))));
-        }
-      }
-    }
-  }
-}
-
-// Passes P through this warp's part of shared memory; `p_rows` is the first of this thread's rows there.
-__device__ __forceinline__ void multiply_pv_f32(Output& o, const Scores& p, Address p_rows, Address v) {
-  const int lane = threadIdx.x % 32;
-  __syncwarp();
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int j = 0; j < kNTiles; ++j) {
-      store_float2(p_rows + r * 8 * kPRowBytes + (j * 8 + lane % 4 * 2) * 4, p[r / 2][j][r % 2 * 2],
-                   p[r / 2][j][r % 2 * 2 + 1]);
-    }
-  }
-  __syncwarp();
-#pragma unroll 1
-  for (int kv = 0; kv < kTileN; kv += 4) {
-    float4 a[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) a[r] = load_float4(p_rows + r * 8 * kPRowBytes + kv * 4);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const Address values = v + (kv + n) * kVRowBytes + lane % 4 * 8;
-#pragma unroll
-      for (int i = 0; i < kDvTiles; ++i) {
-        const float2 b = load_float2(values + i * 32);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const float x = n == 0 ? a[r].x : n == 1 ? a[r].y : n == 2 ? a[r].z : a[r].w;
-          float* const sum = &o[r / 2][i][r % 2 * 2];
-          sum[0] = fmaf(x, b.x, sum[0]);
-          sum[1] = fmaf(x, b.y, sum[1]);
-        }
-      }
-    }
+// o += P V. Of f32, P passes through this warp's part of shared memory; `p_rows` is the first of this thread's rows.
+__device__ __forceinline__ void multiply_pv(Output& o, const Scores& p, Address p_rows, Address v) {
+  if constexpr (kElement == Element::kF32) {
+    __syncwarp();
+    store_accumulators<kPRowBytes>(p_rows, p);
+    __syncwarp();
+    multiply_plain_f32<kTileN, kPRowBytes, kVRowBytes>(o, p_rows, v);
+  } else {
+    multiply_plain<kTileN / 16, kVRowBytes>(o, [&](unsigned (&a)[4], int m, int step) { pack_left(a, p, m, step); }, v);
   }
 }
 
@@ -475,23 +218,6 @@ __device__ __forceinline__ void softmax(Scores& s, Output& o, RowState (&state)[
 }
 
 // ---- Epilogue
-
-template <int kWidth>
-__device__ __forceinline__ void store_pieces(char* to, const unsigned (&word)[4], int valid) {
-#pragma unroll
-  for (int i = 0; i < 16; i += kWidth) {
-    if (i >= valid) break;
-    if constexpr (kWidth == 16) {
-      *reinterpret_cast<uint4*>(to) = {word[0], word[1], word[2], word[3]};
-    } else if constexpr (kWidth == 8) {
-      *reinterpret_cast<uint2*>(to + i) = {word[i / 4], word[i / 4 + 1]};
-    } else if constexpr (kWidth == 4) {
-      *reinterpret_cast<unsigned*>(to + i) = word[i / 4];
-    } else {
-      *reinterpret_cast<unsigned short*>(to + i) = static_cast<unsigned short>(word[i / 4] >> i % 4 * 8);
-    }
-  }
-}
 
 // Normalises this warp's rows, passes them through its part of Q's memory, and writes o, lse and row_max.
 __device__ __forceinline__ void store_output(const ForwardParams& params, Output& o, RowState (&state)[kRows],
@@ -629,11 +355,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
 
     Scores s = {};
     const Address k_tile = k_tiles + tile % kConfig.stages * kKTileBytes;
-    if constexpr (kElement == Element::kF32) {
-      multiply_qk_f32(s, q_row, k_tile);
-    } else {
-      multiply_qk(s, q_fragments, q_fragment, k_tile);
-    }
+    multiply_qk(s, q_fragments, kElement == Element::kF32 ? q_row : q_fragment, k_tile);
     apply_mod(s, params, block, rows, first_row, tile * kTileN);
 
     if constexpr (kConfig.stages == 1) {
@@ -644,11 +366,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
     }
     softmax(s, o, state, factor);
     const Address v_tile = v_tiles + tile % kConfig.stages * kVTileBytes;
-    if constexpr (kElement == Element::kF32) {
-      multiply_pv_f32(o, s, p_row, v_tile);
-    } else {
-      multiply_pv(o, s, v_tile);
-    }
+    multiply_pv(o, s, p_row, v_tile);
   }
   // Q's memory becomes O's; each warp writes over rows of Q that others may read where O's rows are longer.
   async_wait<0>();
