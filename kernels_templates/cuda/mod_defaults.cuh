@@ -14,8 +14,8 @@
 //   kCapture, kLevel, kRowShift, kInjective
 //   value(captured, s, grad, block, row, column, diagonal): what the element adds; of a row shift, what the row adds,
 //       given the gradient of its lse as `grad` (s, column and diagonal are not looked at)
-//   offset(captured, gradients, block, row, column, diagonal): where in GradientView::data, in elements, an int or a
-//       long long; of the four only what kLevel names, and block, are looked at
+//   offset(captured, gradients, s, block, row, column, diagonal): where in GradientView::data, in elements, an int or a
+//       long long; besides block only what kLevel names is looked at, and with kElement all of it
 namespace attnjit::cuda {
 
 // What decides a sink's offset: compiler::SinkLevel.
