@@ -56,9 +56,8 @@ struct GradientTileParams {
 using TileFn = void (*)(const TileParams*);
 using GradientTileFn = void (*)(const GradientTileParams*);
 // Writes to offsets[sink], for every sink, the place in a packed gradient tensor of the captured tensor's extents that
-// the element (b, h, q_idx, kv_idx) with that scaled score contributes to (`table[int(score)]` is one that depends on
-// the score). Of what a sink's level leaves open any value may be given.
-using SinkOffsetsFn = void (*)(float score, long long b, long long h, long long q_idx, long long kv_idx,
+// the element (b, h, q_idx, kv_idx) contributes to. Of what a sink's level leaves open any value may be given.
+using SinkOffsetsFn = void (*)(long long b, long long h, long long q_idx, long long kv_idx,
                                const CapturedView* captured, long long* offsets);
 // Writes to values[sink], for the sinks that are row shifts, what the row (b, h, q_idx) contributes, given the gradient
 // of its lse.
