@@ -258,7 +258,108 @@ Interval call_int(const Node& node, const Interval& a, const Interval& b, const 
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 double gelu(double x) { return x * 0.5 * (1.0 + std::erf(x * std::numbers::sqrt2 / 2.0)); }
 
-Interval call_float(const Node& node, const Interval& a, const Interval& b, const Interval& c) {
+// ---- Derivatives ----
+
+bool is_nothing(const Interval& x) { return !x.unsure && x.lo == 0.0 && x.hi == 0.0; }
+
+// A gradient times a derivative. Compilers group these products as they like: two roundings for each. Where a gradient
+// is 0 and the derivative is not finite a kernel may do the product or leave it out.
+Interval times(const Interval& gradient, const Interval& derivative, double roundings = 2.0) {
+  const double value = gradient.value == 0.0 ? 0.0 : gradient.value * derivative.value;
+  if (gradient.unsure || derivative.unsure) return anything(value);
+  const Interval product = hull(value, {gradient.lo * derivative.lo, gradient.lo * derivative.hi,
+                                        gradient.hi * derivative.lo, gradient.hi * derivative.hi});
+  return is_nothing(product) ? product : inflate(product, roundings * kUnit);
+}
+
+Interval over(const Interval& gradient, const Interval& divisor) {
+  Interval result = divide(gradient, divisor);
+  if (gradient.value == 0.0 && result.value != 0.0) return anything(0.0);
+  return result.unsure || is_nothing(result) ? result : inflate(result, kUnit);
+}
+
+Interval sum(const Interval& a, const Interval& b) {
+  const Interval result = corners(a, b, [](double x, double y) { return x + y; });
+  return is_nothing(result) ? result : inflate(result, kUnit);
+}
+
+// The image of x under a function with one extremum.
+template <typename F>
+Interval image(const Interval& x, F f, double extremum_at, double extremum, double error) {
+  if (x.unsure) return anything(f(x.value));
+  Interval result = hull(f(x.value), {f(x.lo), f(x.hi)});
+  if (x.lo < extremum_at && x.hi > extremum_at) result = hull(result.value, {result.lo, result.hi, extremum});
+  return inflate(result, 0.0, error);
+}
+
+Interval logarithm(const Interval& x) {
+  return monotone(x, [](double y) { return std::log(y); }, kFunction * kUnit, kFunction * kUnit);
+}
+
+double sign(double x) { return std::isnan(x) ? x : static_cast<double>((x > 0) - (x < 0)); }
+
+Interval negated(const Interval& x) { return {-x.value, -x.hi, -x.lo, 0, x.unsure}; }
+
+// What the condition lets through.
+Interval where(const Interval& condition, const Interval& x) {
+  const bool chosen = condition.integer != 0;
+  if (!condition.unsure) return chosen ? x : exactly(0.0);
+  const double value = chosen ? x.value : 0.0;
+  if (x.unsure || std::isnan(x.lo)) return anything(value);
+  return {value, std::min(x.lo, 0.0), std::max(x.hi, 0.0), 0, false};
+}
+
+Interval conjunction(const Interval& a, const Interval& b) {
+  for (const Interval* side : {&a, &b}) {
+    if (!side->unsure && side->integer == 0) return truth(false);
+  }
+  return truth(a.integer != 0 && b.integer != 0, a.unsure || b.unsure);
+}
+
+Interval negation(const Interval& a) { return truth(a.integer == 0, a.unsure); }
+
+Interval disjunction(const Interval& a, const Interval& b) { return negation(conjunction(negation(a), negation(b))); }
+
+}  // namespace
+
+Float32Interval::Float32Interval(const Expr& bound, std::span<const CaptureView> captures, double tanh_error)
+    : expr_(bound),
+      captures_(captures.begin(), captures.end()),
+      tanh_error_(tanh_error),
+      values_(bound.nodes.size()),
+      differentiable_(bound.nodes.size()),
+      adjoints_(bound.nodes.size()),
+      reached_(bound.nodes.size()) {
+  for (std::size_t i = 0; i < bound.nodes.size(); ++i) {
+    const Node& node = bound.nodes[i];
+    if (node.type != Type::kFloat) continue;
+    differentiable_[i] = node.op == Op::kScore || node.op == Op::kRead;
+    for (const NodeId arg : node.args) {
+      differentiable_[i] = differentiable_[i] || differentiable_[static_cast<std::size_t>(arg)];
+    }
+  }
+}
+
+const Interval& Float32Interval::arg(const Node& node, int number) const {
+  return values_[static_cast<std::size_t>(node.args[static_cast<std::size_t>(number)])];
+}
+
+Interval Float32Interval::evaluate(const Point& point, double score_error) {
+  point_ = point;
+  score_error_ = score_error;
+  for (std::size_t i = 0; i < expr_.nodes.size(); ++i) {
+    values_[i] = node(expr_.nodes[i]);
+    if (expr_.nodes[i].type == Type::kFloat) values_[i].slack = slack(expr_.nodes[i], values_[i]);
+  }
+  Interval result = values_[static_cast<std::size_t>(expr_.root)];
+  if (std::isfinite(result.slack)) {
+    result.lo -= result.slack;
+    result.hi += result.slack;
+  }
+  return result;
+}
+
+Interval Float32Interval::call_float(const Node& node, const Interval& a, const Interval& b, const Interval& c) const {
   constexpr double kError = kFunction * kUnit;
   const auto nan_outside = [](auto f, double least) {
     return [f, least](double x) { return x < least ? kNan : f(x); };
@@ -285,7 +386,7 @@ Interval call_float(const Node& node, const Interval& a, const Interval& b, cons
       return monotone(a, [](double x) { return std::exp2(x); }, kError);
     // Near one a logarithm loses its relative precision, not its absolute one.
     case Function::kLog:
-      return monotone(a, [](double x) { return std::log(x); }, kError, kError);
+      return logarithm(a);
     case Function::kLog2:
       return monotone(a, [](double x) { return std::log2(x); }, kError, kError);
     case Function::kLog1p:
@@ -296,7 +397,7 @@ Interval call_float(const Node& node, const Interval& a, const Interval& b, cons
       if (!a.unsure && a.lo <= 0.0 && a.hi >= 0.0) return anything(1.0 / std::sqrt(a.value));
       return monotone(a, nan_outside([](double x) { return 1.0 / std::sqrt(x); }, 0.0), kError);
     case Function::kTanh:
-      return monotone(a, [](double x) { return std::tanh(x); }, kError);
+      return monotone(a, [](double x) { return std::tanh(x); }, kError + tanh_error_);
     case Function::kSigmoid:
       return monotone(a, sigmoid, kError);
     case Function::kErf:
@@ -317,34 +418,10 @@ Interval call_float(const Node& node, const Interval& a, const Interval& b, cons
     case Function::kRound:
       return exact_step(a, [](double x) { return std::nearbyint(x); });
     case Function::kSign:
-      return exact_step(a, [](double x) { return std::isnan(x) ? x : static_cast<double>((x > 0) - (x < 0)); });
+      return exact_step(a, sign);
     default:
       return anything(kNan);
   }
-}
-
-}  // namespace
-
-Float32Interval::Float32Interval(const Expr& bound, std::span<const CaptureView> captures)
-    : expr_(bound), captures_(captures.begin(), captures.end()), values_(bound.nodes.size()) {}
-
-const Interval& Float32Interval::arg(const Node& node, int number) const {
-  return values_[static_cast<std::size_t>(node.args[static_cast<std::size_t>(number)])];
-}
-
-Interval Float32Interval::evaluate(const Point& point, double score_error) {
-  point_ = point;
-  score_error_ = score_error;
-  for (std::size_t i = 0; i < expr_.nodes.size(); ++i) {
-    values_[i] = node(expr_.nodes[i]);
-    if (expr_.nodes[i].type == Type::kFloat) values_[i].slack = slack(expr_.nodes[i], values_[i]);
-  }
-  Interval result = values_[static_cast<std::size_t>(expr_.root)];
-  if (std::isfinite(result.slack)) {
-    result.lo -= result.slack;
-    result.hi += result.slack;
-  }
-  return result;
 }
 
 // A kernel may multiply the modified score by log2(e) at its end or, where it is a sum of multiples, in every term:
@@ -522,6 +599,199 @@ Interval Float32Interval::node(const Node& node) const {
     }
   }
   return anything(kNan);
+}
+
+Interval Float32Interval::differentiate() {
+  std::fill(reached_.begin(), reached_.end(), false);
+  reads_.clear();
+  Interval score = exactly(0.0);
+  const auto root = static_cast<std::size_t>(expr_.root);
+  adjoints_[root] = exactly(1.0);
+  reached_[root] = differentiable_[root];
+  for (std::size_t i = expr_.nodes.size(); i-- > 0;) {
+    if (!reached_[i]) continue;
+    const Node& node = expr_.nodes[i];
+    if (node.op == Op::kScore) {
+      score = is_nothing(score) ? adjoints_[i] : sum(score, adjoints_[i]);
+    } else if (node.op == Op::kRead) {
+      propagate_read(node, adjoints_[i]);
+    } else if (node.op == Op::kCall) {
+      propagate_call(node, values_[i], adjoints_[i]);
+    } else {
+      propagate(node, values_[i], adjoints_[i]);
+    }
+  }
+  return score;
+}
+
+void Float32Interval::add(NodeId arg, const Interval& contribution) {
+  const auto i = static_cast<std::size_t>(arg);
+  if (!differentiable_[i]) return;
+  adjoints_[i] = reached_[i] ? sum(adjoints_[i], contribution) : contribution;
+  reached_[i] = true;
+}
+
+void Float32Interval::propagate_read(const Node& node, const Interval& adjoint) {
+  const CaptureView& tensor = captures_[static_cast<std::size_t>(node.capture)];
+  ReadDerivative read{.capture = node.capture, .derivative = adjoint};
+  for (std::size_t i = 0; i < node.args.size(); ++i) {
+    const Interval& position = arg(node, static_cast<int>(i));
+    read.place_unsure = read.place_unsure || (position.unsure && tensor.extent[i] > 1);
+    read.place = read.place * tensor.extent[i] + std::clamp<std::int64_t>(position.integer, 0, tensor.extent[i] - 1);
+  }
+  reads_.push_back(read);
+}
+
+void Float32Interval::propagate(const Node& node, const Interval& result, const Interval& adjoint) {
+  const auto to = [&](std::size_t number, const Interval& contribution) { add(node.args[number], contribution); };
+  switch (node.op) {
+    case Op::kNeg:
+      to(0, negated(adjoint));
+      break;
+    case Op::kAdd:
+      to(0, adjoint);
+      to(1, adjoint);
+      break;
+    case Op::kSub:
+      to(0, adjoint);
+      to(1, negated(adjoint));
+      break;
+    case Op::kMul:
+      to(0, times(adjoint, arg(node, 1)));
+      to(1, times(adjoint, arg(node, 0)));
+      break;
+    case Op::kDiv:
+      to(0, over(adjoint, arg(node, 1)));
+      if (wants(node, 1)) to(1, negated(over(over(times(adjoint, arg(node, 0)), arg(node, 1)), arg(node, 1))));
+      break;
+    case Op::kMod:
+      to(0, adjoint);
+      if (wants(node, 1)) to(1, negated(times(adjoint, floor_divide(arg(node, 0), arg(node, 1)))));
+      break;
+    case Op::kPow: {
+      const Interval &a = arg(node, 0), &b = arg(node, 1);
+      const Interval zero = exactly(0.0);
+      if (wants(node, 0)) {
+        const Interval less = rounded(corners(b, exactly(1.0), [](double x, double y) { return x - y; }), is_point(b));
+        to(0, where(compare_floats(Op::kNe, b, zero), times(adjoint, times(b, power(a, less)))));
+      }
+      if (wants(node, 1)) {
+        const Interval none = conjunction(compare_floats(Op::kEq, a, zero), compare_floats(Op::kGe, b, zero));
+        to(1, where(negation(none), times(adjoint, times(result, logarithm(a)))));
+      }
+      break;
+    }
+    case Op::kSelect: {
+      // What was surely not chosen is not even reached: it contributes nothing, whatever its derivative is.
+      const Interval& condition = arg(node, 0);
+      if (condition.unsure || condition.integer != 0) to(1, where(condition, adjoint));
+      if (condition.unsure || condition.integer == 0) to(2, where(negation(condition), adjoint));
+      break;
+    }
+    default:
+      break;  // floored division
+  }
+}
+
+void Float32Interval::propagate_call(const Node& node, const Interval& result, const Interval& adjoint) {
+  constexpr double kError = kFunction * kUnit;
+  const Interval& a = arg(node, 0);
+  const Interval& b = node.args.size() > 1 ? arg(node, 1) : a;
+  const Interval zero = exactly(0.0);
+  const auto to = [&](std::size_t number, const Interval& contribution) { add(node.args[number], contribution); };
+  // Likewise.
+  const auto to_where = [&](std::size_t number, const Interval& condition, const Interval& contribution) {
+    if (condition.unsure || condition.integer != 0) to(number, where(condition, contribution));
+  };
+  switch (node.function) {
+    case Function::kMin:
+    case Function::kMax: {
+      const bool minimum = node.function == Function::kMin;
+      if (is_point(a) && is_point(b) && a.value == b.value) {
+        for (const std::size_t number : {0u, 1u}) to(number, times(adjoint, exactly(0.5), 0.0));
+        break;
+      }
+      // Near a tie anything up to the whole.
+      const Interval a_wins = compare_floats(minimum ? Op::kLt : Op::kGt, a, b);
+      const Interval b_wins = compare_floats(minimum ? Op::kLt : Op::kGt, b, a);
+      for (const std::size_t number : {0u, 1u}) {
+        Interval condition = negation(number == 0 ? b_wins : a_wins);
+        Interval contribution = adjoint;
+        if (a.value == b.value) contribution.value /= 2.0;
+        to_where(number, condition, contribution);
+      }
+      break;
+    }
+    case Function::kClamp: {
+      const Interval& hi = arg(node, 2);
+      to_where(0, conjunction(compare_floats(Op::kGe, a, b), compare_floats(Op::kLe, a, hi)), adjoint);
+      to_where(1, conjunction(compare_floats(Op::kLt, a, b), compare_floats(Op::kLt, b, hi)), adjoint);
+      to_where(2, disjunction(compare_floats(Op::kGt, a, hi), compare_floats(Op::kLt, hi, b)), adjoint);
+      break;
+    }
+    case Function::kRelu:
+      to_where(0, compare_floats(Op::kGt, a, zero), adjoint);
+      break;
+    case Function::kAbs:
+      to(0, times(adjoint, exact_step(a, sign), 0.0));
+      break;
+    case Function::kExp:
+      to(0, times(adjoint, result));
+      break;
+    case Function::kExp2:
+      to(0, times(adjoint, times(result, exactly(std::numbers::ln2))));
+      break;
+    case Function::kLog:
+      to(0, over(adjoint, a));
+      break;
+    case Function::kLog2:
+      to(0, over(adjoint, times(a, exactly(std::numbers::ln2))));
+      break;
+    case Function::kLog1p:
+      to(0, over(adjoint, rounded(corners(a, exactly(1.0), [](double x, double y) { return x + y; }), false)));
+      break;
+    case Function::kSqrt:
+      to(0, over(adjoint, times(result, exactly(2.0))));
+      break;
+    case Function::kRsqrt:
+      to(0, times(adjoint, times(times(result, result), times(result, exactly(-0.5)), kFunction)));
+      break;
+    case Function::kTanh:
+      // 1 - t * t, from the kernel's t.
+      to(0, times(adjoint, image(result, [](double t) { return 1.0 - t * t; }, 0.0, 1.0, 4.0 * kUnit)));
+      break;
+    case Function::kSigmoid:
+      to(0, times(adjoint, image(result, [](double s) { return s * (1.0 - s); }, 0.5, 0.25, 4.0 * kUnit)));
+      break;
+    // From bounds of their own derivatives.
+    case Function::kSilu: {
+      const double s = sigmoid(a.value);
+      to(0, times(adjoint, lipschitz(a, s * (1.0 + a.value * sigmoid(-a.value)), 0.5,
+                                     2.0 * kError * (1.0 + std::fabs(a.value)))));
+      break;
+    }
+    case Function::kGelu: {
+      const double density = std::exp(-0.5 * a.value * a.value) * std::numbers::inv_sqrtpi / std::numbers::sqrt2;
+      to(0, times(adjoint, lipschitz(a, 0.5 * (1.0 + std::erf(a.value / std::numbers::sqrt2)) + a.value * density, 0.8,
+                                     2.0 * kError)));
+      break;
+    }
+    case Function::kErf:
+      to(0, times(adjoint,
+                  lipschitz(a, 2.0 * std::numbers::inv_sqrtpi * std::exp(-a.value * a.value), 0.97, 2.0 * kError)));
+      break;
+    case Function::kSin:
+      to(0, times(adjoint, lipschitz(a, std::cos(a.value), 1.0, kError * (1.0 + std::fabs(a.value)))));
+      break;
+    case Function::kCos:
+      to(0, times(adjoint, lipschitz(a, -std::sin(a.value), 1.0, kError * (1.0 + std::fabs(a.value)))));
+      break;
+    case Function::kToFloat:
+      to(0, adjoint);
+      break;
+    default:
+      break;  // floor, ceil, round, sign
+  }
 }
 
 }  // namespace attnjit::dsl

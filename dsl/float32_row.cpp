@@ -15,15 +15,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // A row is left out when float32 may move this share of its probability.
 constexpr double kUndecided = 0x1p-7;
 
-// The smallest float16: what is below may be rounded to zero.
-constexpr double kSurelyPositive = 0x1p-24;
-
-double unit_roundoff(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : dtype == DType::kBF16 ? 0x1p-8 : kUnit; }
-
-// Where a type has no more relative precision: half a step of float16's subnormal numbers; those of the other types
-// may be flushed to zero.
-double smallest(DType dtype) { return dtype == DType::kF16 ? 0x1p-25 : 0x1p-126; }
-
 // Only a condition drops, so without one that depends on the score `keep` does not, either.
 bool condition_reads_score(const Expr& expr) {
   std::vector<bool> depends(expr.nodes.size(), false);
@@ -40,8 +31,12 @@ bool same(double a, double b) {
   return (std::isnan(a) && std::isnan(b)) || a == b || std::fabs(a - b) <= 1e-9 * (1.0 + std::fabs(a));
 }
 
-// The standard deviation of a float32 sum of `terms`, in roundings of `sum`: independent ones grow like a square root.
-// Terms that differ by less than the sum's last place round alike, so theirs add up.
+}  // namespace
+
+double unit_roundoff(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : dtype == DType::kBF16 ? 0x1p-8 : kUnit; }
+
+double underflow(DType dtype) { return dtype == DType::kF16 ? 0x1p-25 : 0x1p-126; }
+
 double summation_roundoffs(std::span<const double> terms, double sum) {
   std::map<std::int64_t, double> alike;
   for (const double term : terms) {
@@ -52,12 +47,12 @@ double summation_roundoffs(std::span<const double> terms, double sum) {
   return std::sqrt(squares);
 }
 
-}  // namespace
-
 ModifiedScores::ModifiedScores(const Expr& score_mod, std::span<const CaptureView> score_captures, const Expr* mask_mod,
-                               std::span<const CaptureView> mask_captures)
-    : score_mod_(score_mod, score_captures), condition_reads_score_(condition_reads_score(score_mod)) {
-  if (mask_mod) mask_mod_.emplace(*mask_mod, mask_captures);
+                               std::span<const CaptureView> mask_captures, double approximation)
+    // The PTX manual promises half of it.
+    : score_mod_(score_mod, score_captures, approximation / 2.0),
+      condition_reads_score_(condition_reads_score(score_mod)) {
+  if (mask_mod) mask_mod_.emplace(*mask_mod, mask_captures, 0.0);
 }
 
 // Whether an element's `keep` changes within the score's error.
@@ -168,7 +163,7 @@ double Float32Row::o_bound(DType dtype, const FeatureSums& sums) const {
   if (empty()) return 0.0;
   const double u = unit_roundoff(dtype);
   const double rounding = 2.0 * (u + u) + 2.0 * roundoffs * kUnit;
-  return rounding * sums.magnitude / sum + scatter(sums) + smallest(dtype) * (1.0 + sums.plain / sum);
+  return rounding * sums.magnitude / sum + scatter(sums) + underflow(dtype) * (1.0 + sums.plain / sum);
 }
 
 }  // namespace attnjit::dsl

@@ -11,6 +11,16 @@
 
 namespace attnjit::dsl {
 
+double unit_roundoff(DType dtype);
+// Where a type has no more relative precision: half a step of float16's subnormal numbers; those of the other types
+// may be flushed to zero.
+double underflow(DType dtype);
+// The smallest float16: what is below may be rounded to zero.
+inline constexpr double kSurelyPositive = 0x1p-24;
+// The standard deviation of a float32 sum of `terms`, in roundings of `sum`: independent ones grow like a square root.
+// Terms that differ by less than the sum's last place round alike, so theirs add up. Terms of 0 do not count.
+double summation_roundoffs(std::span<const double> terms, double sum);
+
 // One modified score, and where a kernel's that computes in float32 may lie.
 struct ModifiedScore {
   double value = 0.0;         // exact; -inf where dropped
@@ -23,17 +33,21 @@ struct ModifiedScore {
 // Evaluates bound expressions, which must outlive it; not safe for concurrent use of one object.
 class ModifiedScores {
  public:
-  // `mask_mod` null: none.
+  // `mask_mod` null: none. `approximation`: see function_approximation.
   ModifiedScores(const Expr& score_mod, std::span<const CaptureView> score_captures, const Expr* mask_mod,
-                 std::span<const CaptureView> mask_captures);
+                 std::span<const CaptureView> mask_captures, double approximation = 0.0);
   // `magnitude`: |scale| sum_d |q_d k_jd|, what the rounding errors of the score are proportional to.
   ModifiedScore at(const Point& point, double magnitude);
+  // Of the score_mod at the last point: Float32Interval's.
+  Interval differentiate() { return score_mod_.interval.differentiate(); }
+  std::span<const ReadDerivative> read_derivatives() const { return score_mod_.interval.read_derivatives(); }
 
  private:
   bool keep_varies(Point point, double error, bool keep);
 
   struct Mod {
-    Mod(const Expr& expr, std::span<const CaptureView> captures) : value(expr, captures), interval(expr, captures) {}
+    Mod(const Expr& expr, std::span<const CaptureView> captures, double tanh_error)
+        : value(expr, captures), interval(expr, captures, tanh_error) {}
     Interpreter value;
     Float32Interval interval;
   };

@@ -15,6 +15,7 @@
 
 #include "dsl/derivative.h"
 #include "tests/support/expression_text.h"
+#include "tests/support/finite_differences.h"
 #include "tests/support/random_expression.h"
 #include "tests/support/random_inputs.h"
 
@@ -225,33 +226,6 @@ TEST(DslDerivative, GoesToTheElementThatWasRead) {
   EXPECT_EQ(dcaptured("score * g", point, 3.0, scalar), (std::vector<double>{1.5}));
 }
 
-// Central differences of the interpreter. `move` evaluates at a distance from the point, a power of two.
-struct Differences {
-  bool usable = false;  // finite, and without a kink or a jump in reach
-  double value = 0.0;
-  double tolerance = 0.0;
-};
-
-template <typename Move>
-Differences differences(Move move) {
-  constexpr double kStep = 0x1p-10;
-  double largest = 0.0;
-  double f[5];
-  for (int i = 0; i < 5; ++i) {
-    f[i] = move((i - 2) * kStep, &largest);
-    if (!std::isfinite(f[i])) return {};
-  }
-  Differences result{.usable = true, .value = (f[3] - f[1]) / (2 * kStep)};
-  const double wide = (f[4] - f[0]) / (4 * kStep);
-  // A smooth function's second difference shrinks with the square of the step, a kink's with the step, a jump's not.
-  const double bend = std::fabs(f[3] - 2 * f[2] + f[1]), wide_bend = std::fabs(f[4] - 2 * f[2] + f[0]);
-  const double rounding = 64.0 * 0x1p-52 * largest;
-  result.usable = bend <= 0.3 * wide_bend + rounding && wide_bend <= 0.05 * kStep * (1.0 + std::fabs(wide)) + rounding;
-  // The truncation error t of `value` is a quarter of that of `wide`, to first order: they differ by 3 t.
-  result.tolerance = std::fabs(result.value - wide) + rounding / kStep;
-  return result;
-}
-
 TEST(DslDerivative, AgreesWithFiniteDifferences) {
   std::mt19937_64 random(11);
   int compared = 0, skipped = 0, sharp = 0, captured_sharp = 0;
@@ -295,7 +269,8 @@ TEST(DslDerivative, AgreesWithFiniteDifferences) {
         }
         return result;
       };
-      const auto compare = [&](const Differences& expected, double ours, const std::string& what, int* sharp_ones) {
+      const auto compare = [&](const test::Differences& expected, double ours, const std::string& what,
+                               int* sharp_ones) {
         if (!expected.usable || !std::isfinite(ours)) {
           ++skipped;
           return;
@@ -307,7 +282,7 @@ TEST(DslDerivative, AgreesWithFiniteDifferences) {
             << " kv_idx " << point.kv_idx << " b " << point.b << " h " << point.h;
       };
       const double score = point.score;
-      compare(differences([&](double distance, double* largest) {
+      compare(test::differences([&](double distance, double* largest) {
                 point.score = score + distance;
                 const double result = value(largest);
                 point.score = score;
@@ -321,7 +296,7 @@ TEST(DslDerivative, AgreesWithFiniteDifferences) {
           float original;
           std::memcpy(&original, &tensor.bytes[i], 4);
           const auto at = found.find({static_cast<int>(c), static_cast<std::int64_t>(i / 4)});
-          compare(differences([&](double distance, double* largest) {
+          compare(test::differences([&](double distance, double* largest) {
                     const float moved = original + static_cast<float>(distance);
                     std::memcpy(&tensor.bytes[i], &moved, 4);
                     const double result = value(largest);

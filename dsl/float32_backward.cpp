@@ -1,0 +1,550 @@
+// The backward of one key/value head: rows in parallel, which give P, dS and their errors, then columns.
+#include "dsl/float32_backward.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "dsl/derivative.h"
+
+namespace attnjit::dsl {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// As many elements' P and dS are kept at a time.
+constexpr std::int64_t kCells = std::int64_t{1} << 20;
+
+struct Format {
+  int precision;
+  int min_exponent;
+  double max;
+};
+
+Format format_of(DType dtype) {
+  if (dtype == DType::kF16) return {.precision = 11, .min_exponent = -14, .max = 65504.0};
+  if (dtype == DType::kBF16) return {.precision = 8, .min_exponent = -126, .max = 0x1.fep127};
+  return {.precision = 24, .min_exponent = -126, .max = std::numeric_limits<float>::max()};
+}
+
+double rounded_to(DType dtype, double x) {
+  if (!std::isfinite(x) || x == 0.0) return x;
+  const Format format = format_of(dtype);
+  const double ulp = std::ldexp(1.0, std::max(std::ilogb(x), format.min_exponent) - (format.precision - 1));
+  const double rounded = std::nearbyint(x / ulp) * ulp;
+  return std::fabs(rounded) > format.max ? std::copysign(kInfinity, x) : rounded;
+}
+
+// What is multiplied by nothing is nothing, an infinite bound included.
+double product(double a, double b) { return a == 0.0 || b == 0.0 ? 0.0 : a * b; }
+
+double finite_magnitude(double x) { return std::isfinite(x) ? std::fabs(x) : 0.0; }
+
+std::size_t index_of(std::int64_t i) { return static_cast<std::size_t>(i); }
+
+// A value, what an ideal fused kernel has in its place, and what float32 may be off by: `scatter`, and `error`, which
+// also has what the roundings of what the kernel is given make of it.
+struct Term {
+  double value = 0.0, ideal = 0.0;
+  double scatter = 0.0, error = 0.0;
+
+  bool is_nothing() const { return value == 0.0 && error == 0.0; }
+};
+
+// Of one element: what enters the products.
+struct Cell {
+  Term p, ds;
+};
+
+struct CapturedTerm {
+  int capture = 0;
+  std::int64_t place = 0;  // negative: any
+  Term term;
+};
+
+// Sums of terms, each times a factor, with what rounding does to the terms.
+class Sums {
+ public:
+  Sums() = default;
+  explicit Sums(std::size_t size) : gradient_{.value = zeros(size)}, magnitude_(size), touched_(size) {
+    gradient_.ideal = gradient_.bound = gradient_.scatter = gradient_.value;
+  }
+
+  // Of `count` neighbours, from `at`. `rounding`: of a term, relative, and `least`, absolute.
+  void add(std::size_t at, const Term& term, std::span<const double> factors, double rounding, double least) {
+    const double error = term.error + rounding * (finite_magnitude(term.value) + term.error) + least;
+    const double magnitude = finite_magnitude(term.value);
+    for (std::size_t d = 0; d < factors.size(); ++d) {
+      const double factor = factors[d];
+      // Marked by the caller: one that is not finite makes the whole unspecified.
+      if (!std::isfinite(factor)) continue;
+      gradient_.value[at + d] += term.value * factor;
+      gradient_.ideal[at + d] += term.ideal * factor;
+      gradient_.bound[at + d] += product(error, std::fabs(factor));
+      gradient_.scatter[at + d] += product(term.scatter, std::fabs(factor));
+      magnitude_[at + d] += magnitude * std::fabs(factor);
+      touched_[at + d] = true;
+    }
+  }
+
+  void add(std::size_t at, const Term& term) {
+    gradient_.value[at] += term.value;
+    gradient_.ideal[at] += term.ideal;
+    gradient_.bound[at] += term.error;
+    gradient_.scatter[at] += term.scatter;
+    magnitude_[at] += finite_magnitude(term.value);
+    touched_[at] = true;
+  }
+
+  void unspecified(std::size_t at) {
+    touched_[at] = true;
+    gradient_.bound[at] = kInfinity;
+  }
+
+  // The sum in float32, of terms whose sum has `roundoffs`, times `scale`, in the type `dtype`. `partial`: partial sums
+  // may have been rounded to that type, too.
+  void finish(std::size_t at, double roundoffs, double scale, DType dtype, bool partial) {
+    double& value = gradient_.value[at];
+    double& bound = gradient_.bound[at];
+    double& scatter = gradient_.scatter[at];
+    value *= scale;
+    gradient_.ideal[at] = rounded_to(dtype, gradient_.ideal[at] * scale);
+    const double summing = 2.0 * roundoffs * kUnit * magnitude_[at];
+    bound = product(bound + summing + (partial ? unit_roundoff(dtype) * magnitude_[at] : 0.0), std::fabs(scale));
+    bound += unit_roundoff(dtype) * (finite_magnitude(value) + bound);
+    scatter = product(scatter + summing, std::fabs(scale));
+    if (touched_[at]) bound += underflow(dtype);
+    // Just past the type's range a result is infinite, or just not yet.
+    if (std::isfinite(value) && !(std::fabs(value) + bound <= format_of(dtype).max)) bound = kInfinity;
+    if (bound == kInfinity) scatter = 0.0;
+  }
+
+  const JudgedGradient& gradient() const { return gradient_; }
+  JudgedGradient take() { return std::move(gradient_); }
+
+ private:
+  static std::vector<double> zeros(std::size_t size) { return std::vector<double>(size); }
+
+  JudgedGradient gradient_;
+  std::vector<double> magnitude_;
+  std::vector<char> touched_;
+};
+
+// A captured tensor's: its elements have as many terms each as elements of the problem read them.
+struct CapturedSums {
+  Sums sums;
+  std::vector<std::int64_t> terms;  // of each element
+  DType dtype = DType::kF32;
+  bool everywhere = false;  // some term may go to any element
+};
+
+}  // namespace
+
+struct Float32Backward::State {
+  // What one thread evaluates with.
+  struct Worker {
+    Worker(const BackwardOptions& options, const Expr& score_mod, std::span<const CaptureView> score_captures,
+           const Expr* mask_mod, std::span<const CaptureView> mask_captures)
+        : scores(score_mod, score_captures, mask_mod, mask_captures, options.approximation),
+          derivative(score_mod, score_captures) {
+      // Whether float32 decides a row is not asked of approximate functions.
+      if (options.approximation > 0.0) exact.emplace(score_mod, score_captures, mask_mod, mask_captures);
+    }
+    ModifiedScores scores;
+    std::optional<ModifiedScores> exact;
+    Derivative derivative;
+    // Of a row.
+    std::vector<ModifiedScore> reach, exact_reach;
+    std::vector<dsl::Point> points;
+    std::vector<Interval> derivatives;
+    std::vector<ReadDerivative> reads;
+    std::vector<std::size_t> reads_end;  // of each element
+    std::vector<FeatureSums> features;
+    std::vector<double> magnitudes;
+    bool agree = true;
+  };
+
+  // Rows of one head, which are in work.
+  struct Chunk {
+    std::int64_t begin = 0, end = 0;                  // of (num_heads, seqlen_q)
+    std::vector<Cell> cells;                          // (rows, seqlen_kv)
+    std::vector<std::vector<CapturedTerm>> captured;  // of each row
+  };
+
+  BackwardOptions options;
+  const Expr& score_mod;
+  std::vector<CaptureView> captures;
+  std::vector<std::unique_ptr<Worker>> workers;
+  std::vector<CapturedSums> captured;  // by number; empty where not wanted
+
+  State(const BackwardOptions& wanted, const Expr& expr, std::span<const CaptureView> views)
+      : options(wanted), score_mod(expr), captures(views.begin(), views.end()), captured(views.size()) {}
+
+  void parallel(std::int64_t tasks, const std::function<void(std::int64_t, Worker&)>& function) {
+    const auto task = [&](std::int64_t number, int thread) { function(number, *workers[index_of(thread)]); };
+    if (options.parallel_for) {
+      options.parallel_for(tasks, task);
+    } else {
+      for (std::int64_t number = 0; number < tasks; ++number) task(number, 0);
+    }
+  }
+
+  void score_row(const BackwardHead& head, std::int64_t row, Worker* worker) const;
+  void row(const BackwardHead& head, std::int64_t row, Chunk* chunk, Worker* worker, HeadGradients* result, Sums* dq);
+};
+
+namespace {
+
+std::span<const double> slice(std::span<const double> values, std::int64_t row, std::int64_t length) {
+  return values.subspan(index_of(row * length), index_of(length));
+}
+
+// A dot product and the sum of its terms' magnitudes.
+std::pair<double, double> dot(std::span<const double> a, std::span<const double> b) {
+  double sum = 0.0, magnitude = 0.0;
+  for (std::size_t d = 0; d < a.size(); ++d) {
+    sum += a[d] * b[d];
+    magnitude += std::fabs(a[d] * b[d]);
+  }
+  return {sum, magnitude};
+}
+
+// Features in which some row is not finite: a tile multiplies it by a zero of another row.
+std::vector<std::size_t> unspecified_features(std::span<const double> rows, std::int64_t length) {
+  std::vector<std::size_t> result;
+  for (std::size_t d = 0; d < index_of(length); ++d) {
+    for (std::size_t at = d; at < rows.size(); at += index_of(length)) {
+      if (std::isfinite(rows[at])) continue;
+      result.push_back(d);
+      break;
+    }
+  }
+  return result;
+}
+
+// A term times a derivative that lies in an interval.
+Term scaled(const Term& term, double exact, const Interval& derivative) {
+  const double width = derivative.unsure ? kInfinity
+                       : std::isnan(derivative.lo)
+                           ? 0.0
+                           : std::max({derivative.hi - derivative.value, derivative.value - derivative.lo, 0.0});
+  const double reach = finite_magnitude(exact) + width;
+  const double moved = product(finite_magnitude(term.value), width) + (width == 0.0 && exact == 0.0 ? 0.0 : 0x1p-126);
+  return {.value = product(term.value, exact),
+          .ideal = product(term.ideal, exact),
+          .scatter = moved + product(term.scatter, reach),
+          .error = moved + product(term.error, reach)};
+}
+
+bool same(double a, double b, const Interval& reach) {
+  if (reach.unsure || (std::isnan(a) && std::isnan(b)) || a == b) return true;
+  return std::fabs(a - b) <= 1e-9 * (1.0 + std::fabs(a)) || (a >= reach.lo && a <= reach.hi);
+}
+
+// Whether the derivative of one element and the intervals' agree.
+bool agree(const ElementGradient& gradient, const Interval& score, std::span<const ReadDerivative> reads,
+           std::span<const CaptureView> captures) {
+  bool result = same(gradient.dscore, score.value, score);
+  for (const ReadDerivative& read : reads) {
+    if (read.place_unsure) return result;
+    Interval total{};
+    for (const ReadDerivative& each : reads) {
+      if (each.capture != read.capture || each.place != read.place) continue;
+      total = {total.value + each.derivative.value, total.lo + each.derivative.lo, total.hi + each.derivative.hi, 0,
+               total.unsure || each.derivative.unsure};
+    }
+    double found = 0.0;
+    for (const Contribution& each : gradient.contributions) {
+      const CaptureView& view = captures[index_of(each.capture)];
+      std::int64_t place = 0;
+      for (int i = 0; i < view.rank; ++i) place = place * view.extent[i] + each.index[i];
+      if (each.capture == read.capture && place == read.place) found += each.value;
+    }
+    result = result && same(found, total.value, total);
+  }
+  return result;
+}
+
+}  // namespace
+
+// Modified scores of a row, where float32 may put them, and their derivatives.
+void Float32Backward::State::score_row(const BackwardHead& head, std::int64_t row, Worker* worker) const {
+  const std::size_t keys = index_of(head.seqlen_kv);
+  worker->reach.resize(keys);
+  worker->points.resize(keys);
+  worker->derivatives.resize(keys);
+  worker->reads_end.resize(keys);
+  worker->reads.clear();
+  if (worker->exact) worker->exact_reach.resize(keys);
+  const auto q = slice(head.q, row, head.head_dim);
+  for (std::size_t j = 0; j < keys; ++j) {
+    const auto kv_idx = static_cast<std::int64_t>(j);
+    const auto [product, magnitude] = dot(q, slice(head.k, kv_idx, head.head_dim));
+    const dsl::Point point{.score = options.scale * product,
+                           .b = head.b,
+                           .h = head.h + row / head.seqlen_q,
+                           .q_idx = row % head.seqlen_q,
+                           .kv_idx = kv_idx};
+    const ModifiedScore score = worker->scores.at(point, std::fabs(options.scale) * magnitude);
+    worker->points[j] = point;
+    worker->reach[j] = score;
+    worker->agree = worker->agree && score.agree;
+    if (worker->exact) worker->exact_reach[j] = worker->exact->at(point, std::fabs(options.scale) * magnitude);
+    worker->derivatives[j] = {};
+    if (score.keep || score.hi != -kInfinity) {
+      worker->derivatives[j] = worker->scores.differentiate();
+      for (const ReadDerivative& read : worker->scores.read_derivatives()) {
+        if (options.captures >> read.capture & 1) worker->reads.push_back(read);
+      }
+    }
+    worker->reads_end[j] = worker->reads.size();
+  }
+}
+
+void Float32Backward::State::row(const BackwardHead& head, std::int64_t row, Chunk* chunk, Worker* worker,
+                                 HeadGradients* result, Sums* dq) {
+  const std::size_t keys = index_of(head.seqlen_kv), features = index_of(head.head_dim_v);
+  Cell* const cells = &chunk->cells[index_of(row - chunk->begin) * keys];
+  std::fill_n(cells, keys, Cell());
+  std::vector<CapturedTerm>& captured_terms = chunk->captured[index_of(row - chunk->begin)];
+  captured_terms.clear();
+  score_row(head, row, worker);
+  const std::vector<ModifiedScore>& reach = worker->reach;
+  const Float32Row decision(worker->exact ? worker->exact_reach : reach, options.approximation);
+  result->decided[index_of(row)] = !decision.undecided;
+  // NaN in double precision, where float32 need not be.
+  const bool infinite = !decision.poisoned && std::any_of(reach.begin(), reach.end(), [](const ModifiedScore& score) {
+    return score.keep && (std::isnan(score.value) || score.value == kInfinity);
+  });
+  const bool poisoned = decision.poisoned || infinite;
+  const bool empty = !poisoned && decision.maximum == -kInfinity;
+
+  // ---- What the forward gives, and what of it the kernel is given.
+  double* const o = &result->o[index_of(row) * features];
+  double sum = 0.0;
+  std::fill_n(o, features, 0.0);
+  for (std::size_t j = 0; j < keys && !empty; ++j) {
+    if (!reach[j].keep) continue;
+    const double p = poisoned ? kNan : std::exp(reach[j].value - decision.maximum);
+    sum += p;
+    const auto v = slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v);
+    for (std::size_t d = 0; d < features; ++d) o[d] += p * v[d];
+  }
+  for (std::size_t d = 0; d < features && !empty; ++d) o[d] /= sum;
+  const double lse = poisoned ? kNan : empty ? -kInfinity : decision.maximum + std::log(sum);
+  result->lse[index_of(row)] = lse;
+  // Given an lse of -inf a kernel does nothing.
+  const bool nothing = empty && (!options.own_forward || !decision.undecided);
+  const double ideal_lse = static_cast<double>(static_cast<float>(lse));
+  const auto grad_out = slice(head.grad_out, row, head.head_dim_v);
+  const double grad_lse = head.grad_lse.empty() ? 0.0 : head.grad_lse[index_of(row)];
+  double lse_error = 5.0 * kUnit * finite_magnitude(lse);
+  double delta = -grad_lse, ideal_delta = -grad_lse, delta_magnitude = std::fabs(grad_lse), delta_given = 0.0;
+  if (options.own_forward && !poisoned) {
+    lse_error += decision.undecided ? kInfinity : decision.lse_bound();
+    worker->features.assign(features, {});
+    for (std::size_t j = 0; j < keys && !decision.undecided && !empty; ++j) {
+      const auto v = slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v);
+      for (std::size_t d = 0; d < features; ++d) {
+        worker->features[d].add(decision.p[j], decision.change[j], v[d], o[d]);
+      }
+    }
+  }
+  for (std::size_t d = 0; d < features; ++d) {
+    const double term = grad_out[d] * o[d];
+    delta += term;
+    delta_magnitude += std::fabs(term);
+    ideal_delta += grad_out[d] * rounded_to(options.dtype, o[d]);
+    if (options.own_forward && !poisoned) {
+      const double bound = decision.undecided ? kInfinity : decision.o_bound(options.dtype, worker->features[d]);
+      delta_given += product(std::fabs(grad_out[d]), bound);
+    } else {
+      delta_given += unit_roundoff(options.dtype) * std::fabs(term) + underflow(options.dtype) * std::fabs(grad_out[d]);
+    }
+  }
+
+  // ---- The elements.
+  const auto unspecified = [](Term* term) { term->error = term->scatter = kInfinity; };
+  for (std::size_t j = 0; j < keys && !nothing; ++j) {
+    const ModifiedScore& score = reach[j];
+    if (!score.keep && score.hi == -kInfinity) continue;
+    Cell& cell = cells[j];
+    Term dm;
+    const auto [dp, dp_magnitude] = dot(grad_out, slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v));
+    if (poisoned) {
+      // NaN, whatever is computed from it.
+      if (score.keep) cell.p.value = cell.p.ideal = dm.value = dm.ideal = kNan;
+      if (infinite || !score.keep) {
+        unspecified(&cell.p);
+        unspecified(&dm);
+      }
+    } else {
+      const double p = score.keep && !empty ? std::exp(score.value - lse) : 0.0;
+      const double ideal_p = score.keep && !empty ? std::exp(score.value - ideal_lse) : 0.0;
+      // Up to what exp makes of the largest score in reach; what is very small may be flushed.
+      const double change =
+          score.hi == kInfinity || lse_error == kInfinity
+              ? kInfinity
+              : std::max(std::exp(score.hi - lse + lse_error) - p, p - std::exp(score.lo - lse - lse_error)) + 0x1p-126;
+      cell.p = {.value = p, .ideal = rounded_to(options.dtype, ideal_p), .scatter = change, .error = change};
+      const double difference = dp - delta;
+      const double arithmetic = 8.0 * kUnit * (dp_magnitude + delta_magnitude) + 4.0 * kUnit * std::fabs(difference);
+      dm = {.value = product(p, difference),
+            .ideal = product(ideal_p, dp - ideal_delta),
+            .scatter = product(change, std::fabs(difference)) + product(p + change, arithmetic)};
+      dm.error = dm.scatter + product(p + change, delta_given);
+      if (options.own_forward) dm.scatter = dm.error;
+      if (!std::isfinite(dm.value)) unspecified(&dm);
+    }
+    ElementGradient gradient;
+    if (score.keep) {
+      gradient = worker->derivative.at(worker->points[j], 1.0);
+    }
+    const std::size_t reads_begin = j == 0 ? 0 : worker->reads_end[j - 1];
+    const std::span<const ReadDerivative> reads(worker->reads.data() + reads_begin, worker->reads_end[j] - reads_begin);
+    if (score.keep && score.lo != -kInfinity) {
+      worker->agree = worker->agree && agree(gradient, worker->derivatives[j], reads, captures);
+    }
+    cell.ds = scaled(dm, score.keep ? gradient.dscore : 0.0, worker->derivatives[j]);
+    if (!poisoned && !std::isfinite(cell.ds.value)) unspecified(&cell.ds);
+    if (std::fabs(cell.ds.value) + cell.ds.error > format_of(options.dtype).max) unspecified(&cell.ds);
+    cell.ds.ideal = rounded_to(options.dtype, cell.ds.ideal);
+    for (const ReadDerivative& read : reads) {
+      Term term = scaled(dm, score.keep ? read.derivative.value : 0.0, read.derivative);
+      if (!poisoned && !std::isfinite(term.value)) unspecified(&term);
+      captured_terms.push_back({.capture = read.capture, .place = read.place_unsure ? -1 : read.place, .term = term});
+    }
+  }
+
+  // ---- dQ of the row.
+  worker->magnitudes.clear();
+  double total = 0.0;
+  const double u = unit_roundoff(options.dtype), least = underflow(options.dtype);
+  const std::size_t at = index_of(row * head.head_dim);
+  for (std::size_t j = 0; j < keys; ++j) {
+    const Term& ds = cells[j].ds;
+    if (ds.is_nothing()) continue;
+    dq->add(at, ds, slice(head.k, static_cast<std::int64_t>(j), head.head_dim), u, least);
+    worker->magnitudes.push_back(finite_magnitude(ds.value));
+    total += worker->magnitudes.back();
+  }
+  const double roundoffs = total > 0.0 ? summation_roundoffs(worker->magnitudes, total) : 0.0;
+  for (std::size_t d = 0; d < index_of(head.head_dim); ++d) {
+    if (decision.undecided) dq->unspecified(at + d);
+    dq->finish(at + d, roundoffs, options.scale, options.dtype, true);
+  }
+}
+
+Float32Backward::Float32Backward(const BackwardOptions& options, const Expr& score_mod,
+                                 std::span<const CaptureView> score_captures, const Expr* mask_mod,
+                                 std::span<const CaptureView> mask_captures)
+    : state_(std::make_unique<State>(options, score_mod, score_captures)) {
+  for (int i = 0; i < std::max(options.threads, 1); ++i) {
+    state_->workers.push_back(
+        std::make_unique<State::Worker>(options, score_mod, score_captures, mask_mod, mask_captures));
+  }
+  for (std::size_t number = 0; number < score_captures.size(); ++number) {
+    if (!(options.captures >> number & 1)) continue;
+    std::int64_t size = 1;
+    for (int i = 0; i < score_captures[number].rank; ++i) size *= score_captures[number].extent[i];
+    state_->captured[number] = {.sums = Sums(index_of(size)),
+                                .terms = std::vector<std::int64_t>(index_of(size)),
+                                .dtype = score_captures[number].dtype};
+  }
+}
+
+Float32Backward::~Float32Backward() = default;
+
+HeadGradients Float32Backward::run(const BackwardHead& head) {
+  State& state = *state_;
+  const BackwardOptions& options = state.options;
+  const std::int64_t rows = head.num_heads * head.seqlen_q, keys = head.seqlen_kv;
+  HeadGradients result;
+  result.o.resize(index_of(rows * head.head_dim_v));
+  result.lse.resize(index_of(rows));
+  result.decided.resize(index_of(rows));
+  Sums dq(index_of(rows * head.head_dim)), dk(index_of(keys * head.head_dim)), dv(index_of(keys * head.head_dim_v));
+  std::vector<double> dk_roundoffs(index_of(keys)), dv_roundoffs(index_of(keys));
+  const double u = unit_roundoff(options.dtype), least = underflow(options.dtype);
+
+  // A product with a value that is not finite is unspecified where some other row's zero meets it.
+  const auto spoil = [](Sums* sums, std::int64_t count, std::int64_t length, const std::vector<std::size_t>& features) {
+    for (std::int64_t at = 0; at < count; ++at) {
+      for (const std::size_t d : features) sums->unspecified(index_of(at * length) + d);
+    }
+  };
+  spoil(&dq, rows, head.head_dim, unspecified_features(head.k, head.head_dim));
+  spoil(&dk, keys, head.head_dim, unspecified_features(head.q, head.head_dim));
+  spoil(&dv, keys, head.head_dim_v, unspecified_features(head.grad_out, head.head_dim_v));
+
+  State::Chunk chunk;
+  const std::int64_t chunk_rows =
+      std::clamp<std::int64_t>(kCells / std::max<std::int64_t>(keys, 1), 1, std::max<std::int64_t>(rows, 1));
+  chunk.cells.resize(index_of(chunk_rows * keys));
+  chunk.captured.resize(index_of(chunk_rows));
+  for (chunk.begin = 0; chunk.begin < rows; chunk.begin = chunk.end) {
+    chunk.end = std::min(chunk.begin + chunk_rows, rows);
+    const std::int64_t count = chunk.end - chunk.begin;
+    state.parallel(count, [&](std::int64_t task, State::Worker& worker) {
+      state.row(head, chunk.begin + task, &chunk, &worker, &result, &dq);
+    });
+    state.parallel(keys, [&](std::int64_t j, State::Worker& worker) {
+      for (const bool of_values : {true, false}) {
+        Sums& sums = of_values ? dv : dk;
+        const std::int64_t length = of_values ? head.head_dim_v : head.head_dim;
+        worker.magnitudes.clear();
+        double total = 0.0;
+        for (std::int64_t i = 0; i < count; ++i) {
+          const Cell& cell = chunk.cells[index_of(i * keys + j)];
+          const Term& term = of_values ? cell.p : cell.ds;
+          if (term.is_nothing()) continue;
+          sums.add(index_of(j * length), term, slice(of_values ? head.grad_out : head.q, chunk.begin + i, length), u,
+                   least);
+          worker.magnitudes.push_back(finite_magnitude(term.value));
+          total += worker.magnitudes.back();
+        }
+        // As if the errors of one chunk were all like those of the next.
+        if (total > 0.0) {
+          (of_values ? dv_roundoffs : dk_roundoffs)[index_of(j)] += summation_roundoffs(worker.magnitudes, total);
+        }
+      }
+    });
+    for (std::int64_t i = 0; i < count; ++i) {
+      for (const CapturedTerm& each : chunk.captured[index_of(i)]) {
+        CapturedSums& captured = state.captured[index_of(each.capture)];
+        if (each.place < 0) {
+          captured.everywhere = true;
+        } else {
+          captured.sums.add(index_of(each.place), each.term);
+          ++captured.terms[index_of(each.place)];
+        }
+      }
+    }
+  }
+  for (std::int64_t j = 0; j < keys; ++j) {
+    for (std::int64_t d = 0; d < head.head_dim; ++d) {
+      dk.finish(index_of(j * head.head_dim + d), dk_roundoffs[index_of(j)], options.scale, options.dtype, true);
+    }
+    for (std::int64_t d = 0; d < head.head_dim_v; ++d) {
+      dv.finish(index_of(j * head.head_dim_v + d), dv_roundoffs[index_of(j)], 1.0, options.dtype, true);
+    }
+  }
+  result.dq = dq.take();
+  result.dk = dk.take();
+  result.dv = dv.take();
+  for (const auto& worker : state.workers) result.agree = result.agree && worker->agree;
+  return result;
+}
+
+JudgedGradient Float32Backward::captured(int capture) const {
+  CapturedSums captured = state_->captured[index_of(capture)];
+  for (std::size_t at = 0; at < captured.terms.size(); ++at) {
+    if (captured.everywhere) captured.sums.unspecified(at);
+    captured.sums.finish(at, std::sqrt(static_cast<double>(captured.terms[at])), 1.0, captured.dtype, false);
+  }
+  return captured.sums.take();
+}
+
+}  // namespace attnjit::dsl
