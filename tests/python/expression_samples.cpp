@@ -1,9 +1,13 @@
-// Prints random expressions with inputs and the interpreter's values, one JSON object per line.
+// Prints random expressions with inputs, the interpreter's values and their derivatives, one JSON object per line.
 // Usage: attnjit_expression_samples COUNT SEED
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
 
+#include "dsl/derivative.h"
 #include "tests/support/expression_text.h"
 #include "tests/support/random_expression.h"
 #include "tests/support/random_inputs.h"
@@ -27,6 +31,21 @@ std::string hex(const std::vector<std::uint8_t>& bytes) {
     text += byte;
   }
   return text;
+}
+
+// By the score, and by each captured element by its name and its place in the packed tensor.
+nlohmann::json gradients(const dsl::ElementGradient& gradient, const dsl::Expr& expr,
+                         const std::vector<dsl::CaptureView>& views) {
+  std::map<std::string, double> sums = {{"score", gradient.dscore}};
+  for (const dsl::Contribution& each : gradient.contributions) {
+    const auto capture = static_cast<std::size_t>(each.capture);
+    std::int64_t place = 0;
+    for (int i = 0; i < views[capture].rank; ++i) place = place * views[capture].extent[i] + each.index[i];
+    sums[expr.captures[capture].name + "[" + std::to_string(place) + "]"] += each.value;
+  }
+  nlohmann::json result = nlohmann::json::object();
+  for (const auto& [name, value] : sums) result[name] = hex(value);
+  return result;
 }
 
 }  // namespace
@@ -54,7 +73,9 @@ int main(int argc, char** argv) {
       line["captures"][name] = {
           {"dtype", dsl::dtype_name(tensor.dtype)}, {"shape", tensor.extent}, {"bytes", hex(tensor.bytes)}};
     }
-    dsl::Interpreter interpreter(*bound, test::views(*bound, captures));
+    const auto views = test::views(*bound, captures);
+    dsl::Interpreter interpreter(*bound, views);
+    dsl::Derivative derivative(*bound, views);
     for (int p = 0; p < 6; ++p) {
       const dsl::Point point = test::random_point(random);
       nlohmann::json sample = {{"score", hex(point.score)}, {"indices", {point.b, point.h, point.q_idx, point.kv_idx}}};
@@ -64,6 +85,7 @@ int main(int argc, char** argv) {
         const dsl::Element element = interpreter.score_mod(point);
         sample["value"] = hex(element.value);
         sample["keep"] = element.keep;
+        sample["gradients"] = gradients(derivative.at(point, 1.0), *bound, views);
       }
       line["points"].push_back(sample);
     }
