@@ -3,18 +3,22 @@
 #include "compiler/cuda_mod.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <numbers>
 #include <optional>
 #include <set>
+#include <span>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
 #include "llvm/ADT/DenseMap.h"
+#include "llvm/ADT/DenseSet.h"
 #include "llvm/ADT/SmallString.h"
 #include "llvm/ADT/TypeSwitch.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
@@ -40,7 +44,14 @@ const char* type_name(CType type) {
 // Where a value is known, and so which hook computes it. What is known anywhere (literals, the parameters' strides and
 // extents) is written out at each use.
 enum class Level : std::uint8_t { kAnywhere, kBlock, kRow, kColumn, kDiagonal, kElement };
-enum Dependence : unsigned { kOnBlock = 1, kOnQuery = 2, kOnKey = 4, kOnDifference = 8, kOnScore = 16 };
+enum Dependence : unsigned {
+  kOnBlock = 1,
+  kOnQuery = 2,
+  kOnKey = 4,
+  kOnDifference = 8,
+  kOnScore = 16,      // or on the gradient that the caller gives
+  kOnGradients = 32,  // a layout that only a sink's offset() is given
+};
 Level level_of(unsigned depends) {
   switch (depends & ~kOnBlock) {
     case 0:
@@ -117,11 +128,7 @@ std::string float_text(float value) {
   if (std::abs(value) == std::numeric_limits<float>::max()) return value < 0 ? "-kMaxFloat" : "kMaxFloat";
   // The fewest digits that read back.
   char text[32];
-  for (int digits = 1; digits <= 9; ++digits) {
-    std::snprintf(text, sizeof(text), "%.*g", digits, static_cast<double>(value));
-    if (std::strtof(text, nullptr) == value) break;
-  }
-  std::string result = text;
+  std::string result(text, std::to_chars(text, text + sizeof(text), value).ptr);
   if (result.find_first_of(".e") == std::string::npos) result += ".0";
   return result + "f";
 }
@@ -142,6 +149,17 @@ struct Reach {
   bool jumps = false;
 };
 
+// Where a captured read's gradient goes.
+struct Sink {
+  int capture = 0;
+  NodeId value = -1, offset = -1;
+  SinkLevel level = SinkLevel::kElement;
+  bool row_shift = false;
+};
+
+// Whether attnjit-differentiate made it.
+bool is_backward(mlir::func::FuncOp function) { return function.getNumArguments() == 2; }
+
 class Lowering {
  public:
   Lowering(Graph& graph, mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy)
@@ -151,24 +169,53 @@ class Lowering {
   bool run() {
     find_reach();
     nodes_[function_.getArgument(0)] = g_.leaf("s", CType::kFloat, kOnScore);
-    for (mlir::Operation& op : function_.front().without_terminator()) {
-      const NodeId node = lower(op);
-      if (node < 0) {
-        error = "'" + op.getName().getStringRef().str() + "' has no CUDA spelling";
-        return false;
+    if (is_backward(function_)) {
+      nodes_[function_.getArgument(1)] = g_.leaf("grad", CType::kFloat, kOnScore);
+      if (accuracy_ != CudaAccuracy::kFull) {
+        const CudaAccuracy wanted = std::exchange(accuracy_, CudaAccuracy::kFull);
+        if (!lower_all()) return false;
+        exact_ = nodes_;
+        accuracy_ = wanted;
       }
-      nodes_[op.getResult(0)] = node;
     }
+    if (!lower_all()) return false;
     mlir::Operation* const ret = function_.front().getTerminator();
     value = nodes_[ret->getOperand(0)];
     keep = nodes_[ret->getOperand(1)];
+    if (!is_backward(function_)) return true;
+    dscore = nodes_[ret->getOperand(2)];
+    for (const Value result : ret->getOperands().drop_front(3)) {
+      auto sink = result.getDefiningOp<SinkOp>();
+      if (!sink) {
+        error = "the function returns more than its sinks";
+        return false;
+      }
+      sinks.push_back(place(sink));
+    }
     return true;
   }
 
   NodeId value = -1, keep = -1;
+  // Of the backward only.
+  NodeId dscore = -1;
+  std::vector<Sink> sinks;
   std::string error;
 
  private:
+  bool lower_all() {
+    for (mlir::Operation& op : function_.front().without_terminator()) {
+      const Value result = op.getResult(0);
+      const NodeId exact = jumps_in_derivative_only(op) ? exact_.lookup_or(result, NodeId{-1}) : -1;
+      const NodeId node = exact >= 0 ? exact : lower(op);
+      if (node < 0) {
+        error = "'" + op.getName().getStringRef().str() + "' has no CUDA spelling";
+        return false;
+      }
+      nodes_[result] = node;
+    }
+    return true;
+  }
+
   NodeId node(Value v) { return nodes_.lookup(v); }
   NodeId arg(mlir::Operation& op, unsigned i) { return node(op.getOperand(i)); }
   NodeId f32(float x) { return literal(float_text(x), CType::kFloat); }
@@ -207,12 +254,18 @@ class Lowering {
     return true;
   }
 
+  // Of the value alone, whatever a derivative makes of the same operations: the backward has to compute the very value
+  // that the forward summed up in LSE.
   void find_reach() {
     mlir::Block& block = function_.front();
     constexpr double kUnknown = std::numeric_limits<double>::infinity();
-    reach_[block.getTerminator()->getOperand(0)] = {1.0, false};
+    const mlir::OperandRange results = block.getTerminator()->getOperands();
+    in_value_ = {results[0], results[1]};
+    reach_[results[0]] = {1.0, false};
     for (mlir::Operation& op : llvm::reverse(block.without_terminator())) {
       const Value result = op.getResult(0);
+      if (!in_value_.contains(result)) continue;
+      in_value_.insert(op.operand_begin(), op.operand_end());
       const Reach reach = result.getType().isF32() ? reach_.lookup(result) : Reach{kUnknown, true};
       for (unsigned i = 0; i < op.getNumOperands(); ++i) {
         Reach through = reach;
@@ -238,6 +291,13 @@ class Lowering {
     }
   }
 
+  // A jump that the value does not have, as of a minimum's derivative: it is to be where exact operands put it, also
+  // where the value's own are approximate.
+  bool jumps_in_derivative_only(mlir::Operation& op) const {
+    return !in_value_.contains(op.getResult(0)) &&
+           llvm::isa<arith::CmpFOp, math::FloorOp, math::CeilOp, math::RoundEvenOp, arith::RemFOp, ToIntOp>(op);
+  }
+
   // Whether `op` depends on the score, which is rounded more than an approximation of a few last places is off, and
   // nothing behind it jumps.
   bool approximate(mlir::Operation& op) {
@@ -246,9 +306,10 @@ class Lowering {
   }
 
   NodeId tanh(mlir::Operation& op) {
-    // Absolute errors count: those of soft caps that people use.
-    constexpr double kLargestGain = 128 * std::numbers::log2e;
-    const bool coarse = approximate(op) && reach_.lookup(op.getResult(0)).gain <= kLargestGain;
+    // Absolute errors count: those of soft caps that people use. The forward's value comes in log2 units.
+    const double largest_gain = is_backward(function_) ? 128 : 128 * std::numbers::log2e;
+    const Value result = op.getResult(0);
+    const bool coarse = approximate(op) && in_value_.contains(result) && reach_.lookup(result).gain <= largest_gain;
     const char* const function = !coarse                                ? "tanhf"
                                  : accuracy_ == CudaAccuracy::kBFloat16 ? "tanh_approx"
                                                                         : "tanh_by_exp2";
@@ -508,34 +569,92 @@ class Lowering {
     const std::string function = std::string("load<") + stored + ">";
     if (op.getIndices().empty()) return g_.call(function, {view_node}, type, kOnBlock, capture_name(capture));
 
-    // One sum per level, so that what is known early is added early.
-    std::map<Level, NodeId> sums;
+    Sums offset(*this);
     const llvm::SmallVector<bool> unproven(op.getIndices().size(), false);
     const llvm::ArrayRef<bool> in_bounds = op.getInBounds().value_or(unproven);
     for (unsigned i = 0; i < op.getIndices().size(); ++i) {
       if (op.getStrides()[i] == 0 || op.getExtents()[i] == 1) continue;
-      NodeId term = node(op.getIndices()[i]);
-      if (g_[term].text == "0") continue;
-      const std::string dimension = "[" + std::to_string(i) + "]";
-      if (!in_bounds[i]) {
-        term = g_.call("clamped", {term, g_.leaf(std::string(view).append(".extent").append(dimension), CType::kInt)},
-                       CType::kInt);
-      } else {
-        term = to(term, CType::kInt);
-      }
-      if (op.getStrides()[i] != 1) {
-        const NodeId stride = fits_32 ? g_.call("stride32", {view_node, integer(i)}, CType::kInt)
-                                      : g_.leaf(std::string(view).append(".stride").append(dimension), CType::kLong);
-        term = same("*", term, stride, kProduct);
-      }
-      const Level level = g_.level(term);
-      const auto [found, is_new] = sums.try_emplace(level, term);
-      if (!is_new) found->second = same("+", found->second, term, kSum);
+      const NodeId index = bounded(view, i, node(op.getIndices()[i]), in_bounds[i]);
+      offset.add(index, op.getStrides()[i] == 1 ? -1 : stride(view, view_node, i, fits_32));
     }
-    NodeId offset = -1;
-    for (const auto& [level, sum] : sums) offset = offset < 0 ? sum : same("+", offset, sum, kSum);
-    if (offset < 0) offset = integer(0);
-    return g_.call(function, {view_node, offset}, type, kOnBlock, capture_name(capture));
+    return g_.call(function, {view_node, offset.total()}, type, kOnBlock, capture_name(capture));
+  }
+
+  // Index number `i` of a captured tensor, within its extent.
+  NodeId bounded(const std::string& view, unsigned i, NodeId index, bool in_bounds) {
+    if (in_bounds) return to(index, CType::kInt);
+    const std::string extent = view + ".extent[" + std::to_string(i) + "]";
+    return g_.call("clamped", {index, g_.leaf(extent, CType::kInt)}, CType::kInt);
+  }
+  NodeId stride(const std::string& view, NodeId view_node, unsigned i, bool fits_32) {
+    if (fits_32) return g_.call("stride32", {view_node, integer(i)}, CType::kInt);
+    return g_.leaf(view + ".stride[" + std::to_string(i) + "]", CType::kLong, g_[view_node].depends);
+  }
+
+  // The terms of an offset, one sum per level, so that what is known early is added early.
+  class Sums {
+   public:
+    explicit Sums(Lowering& lowering) : l_(lowering) {}
+    // `stride` -1: of 1.
+    void add(NodeId index, NodeId stride) {
+      if (l_.g_[index].text == "0") return;
+      depends |= l_.g_[index].depends;
+      const NodeId term = stride < 0 ? index : l_.same("*", index, stride, kProduct);
+      const auto [found, is_new] = sums_.try_emplace(l_.g_.level(index), term);
+      if (!is_new) found->second = l_.same("+", found->second, term, kSum);
+    }
+    NodeId total() {
+      NodeId offset = -1;
+      for (const auto& [level, sum] : sums_) offset = offset < 0 ? sum : l_.same("+", offset, sum, kSum);
+      return offset < 0 ? l_.integer(0) : offset;
+    }
+
+    unsigned depends = 0;  // of the indices
+
+   private:
+    Lowering& l_;
+    std::map<Level, NodeId> sums_;
+  };
+
+  // A gradient is packed, whatever the strides of its tensor are.
+  Sink place(SinkOp op) {
+    const auto capture = static_cast<unsigned>(op.getCapture());
+    const std::string number = "[" + std::to_string(capture) + "]";
+    const NodeId gradient = g_.leaf("gradients" + number, CType::kInt, kOnGradients);
+    std::int64_t elements = 1;
+    bool fits_32 = true;
+    for (const std::int64_t extent : op.getExtents())
+      fits_32 &= !llvm::MulOverflow(elements, extent, elements) && fits_int(elements);
+    Sums offset(*this);
+    const std::size_t rank = op.getIndices().size();
+    const llvm::SmallVector<bool> unproven(rank, false);
+    const llvm::ArrayRef<bool> in_bounds = op.getInBounds().value_or(unproven);
+    for (unsigned i = 0; i < rank; ++i) {
+      if (op.getExtents()[i] == 1) continue;
+      const NodeId index = bounded("captured" + number, i, node(op.getIndices()[i]), in_bounds[i]);
+      offset.add(index, i + 1 == rank ? -1 : stride("gradients" + number, gradient, i, fits_32));
+    }
+    return {.capture = static_cast<int>(capture),
+            .value = node(op.getValue()),
+            .offset = offset.total(),
+            .level = sink_level(level_of(offset.depends)),
+            .row_shift = op.getRowShift()};
+  }
+  static SinkLevel sink_level(Level level) {
+    switch (level) {
+      case Level::kAnywhere:
+      case Level::kBlock:
+        return SinkLevel::kBlock;
+      case Level::kRow:
+        return SinkLevel::kRow;
+      case Level::kColumn:
+        return SinkLevel::kColumn;
+      case Level::kDiagonal:
+        return SinkLevel::kDiagonal;
+      case Level::kElement:
+        return SinkLevel::kElement;
+    }
+    return SinkLevel::kElement;
   }
 
   // ---- Everything
@@ -630,6 +749,7 @@ class Lowering {
         .Case<arith::ConstantOp>([&](arith::ConstantOp o) { return constant(o); })
         .Case<IndexOp>([&](IndexOp o) { return index(o); })
         .Case<ReadOp>([&](ReadOp o) { return read(o); })
+        .Case<SinkOp>([&](SinkOp o) { return node(o.getValue()); })
         .Case<arith::SelectOp>([&](arith::SelectOp o) { return select(o); })
         .Case<arith::CmpIOp>([&](arith::CmpIOp o) { return compare_integers(o); })
         .Case<arith::CmpFOp>([&](arith::CmpFOp o) { return compare_floats(o); })
@@ -686,7 +806,9 @@ class Lowering {
   const ModProblem& problem_;
   CudaAccuracy accuracy_;
   llvm::DenseMap<Value, NodeId> nodes_;
+  llvm::DenseMap<Value, NodeId> exact_;  // without any approximation, where the others have some
   llvm::DenseMap<Value, Reach> reach_;
+  llvm::DenseSet<Value> in_value_;  // what the value or the condition to keep it is made of
   NodeId q_idx_ = -1, kv_idx_ = -1;
   std::map<NodeId, Linear> linear_;
 };
@@ -736,16 +858,33 @@ class Printer {
  public:
   explicit Printer(const Graph& graph) : g_(graph) {}
 
-  // `value`: of score(), or -1 where it returns its argument; `keep`: of keep(), or -1.
-  std::string run(NodeId value, NodeId keep, const std::vector<std::string>& traits) {
-    for (const NodeId root : {value, keep})
+  // A hook whose root is -1 is left to the defaults.
+  struct Roots {
+    NodeId value = -1, keep = -1, dscore = -1;
+    std::vector<Sink> sinks;
+  };
+
+  std::string run(const Roots& roots, const std::vector<std::string>& traits, const std::vector<bool>& injective) {
+    for (const NodeId root : {roots.value, roots.keep, roots.dscore})
       if (root >= 0) need(root, Level::kElement);
-    if (value < 0 && keep < 0) return "struct Mod : ModDefaults {};\n";
+    for (const Sink& sink : roots.sinks) {
+      need(sink.value, Level::kElement);
+      need(sink.offset, Level::kElement);
+    }
+    if (roots.value < 0 && roots.keep < 0 && traits.empty()) return "struct Mod : ModDefaults {};\n";
     std::string text = "struct Mod : ModDefaults {\n";
     for (const std::string& trait : traits) text += "  static constexpr bool " + trait + ";\n";
     for (const Hook& hook : kHooks) text += maker(hook);
-    if (value >= 0) text += element_function("float score", value);
-    if (keep >= 0) text += element_function("bool keep", keep);
+    if (roots.value >= 0) text += element_function("  ", "float score", kOfScore, roots.value);
+    if (roots.keep >= 0) text += element_function("  ", "bool keep", kOfScore, roots.keep);
+    if (roots.dscore >= 0) text += element_function("  ", "float dscore", kOfGradient, roots.dscore);
+    std::string list;
+    for (std::size_t i = 0; i < roots.sinks.size(); ++i) {
+      const std::string name = "Sink" + std::to_string(i);
+      text += sink(name, roots.sinks[i], injective[i]);
+      list += (i ? ", " : "") + name;
+    }
+    if (!list.empty()) text += "\n  using Sinks = SinkList<" + list + ">;\n";
     return wrapped(text + "};\n", kWidth);
   }
 
@@ -774,7 +913,8 @@ class Printer {
   // One function's text: what is used twice, long or better not evaluated twice gets a name.
   class Body {
    public:
-    Body(Printer& printer, Level level) : p_(printer), level_(level) {}
+    Body(Printer& printer, Level level, std::string indent = "    ")
+        : p_(printer), level_(level), indent_(std::move(indent)) {}
 
     void count(NodeId id) {
       if (++uses_[id] > 1 || p_.g_.level(id) != level_) return;
@@ -810,7 +950,7 @@ class Printer {
 
     std::string name(NodeId id, const std::string& text) {
       const std::string& chosen = p_.name_of(id);
-      statements += std::string("    const ") + type_name(p_.g_[id].type) + " " + chosen + " = " + text + ";\n";
+      statements += indent_ + "const " + type_name(p_.g_[id].type) + " " + chosen + " = " + text + ";\n";
       named_[id] = chosen;
       return chosen;
     }
@@ -875,6 +1015,7 @@ class Printer {
 
     Printer& p_;
     Level level_;
+    std::string indent_;
     std::map<NodeId, int> uses_;
     std::map<NodeId, std::string> named_;
   };
@@ -916,14 +1057,41 @@ class Printer {
     return text + (one_line ? "};\n  }\n" : "\n    };\n  }\n");
   }
 
-  std::string element_function(const std::string& head, NodeId root) {
-    const std::string start = "  static __device__ __forceinline__ " + head + "(";
-    std::string text = "\n" + start + "const CapturedView* captured, float s, const Block& block,\n";
-    text += std::string(start.size(), ' ') + "const Row& row, const Column& column, const Diagonal& diagonal) {\n";
-    Body body(*this, Level::kElement);
+  // Parameters, as their lines are broken.
+  static constexpr const char* kOfScore[] = {"const CapturedView* captured, float s, const Block& block,",
+                                             "const Row& row, const Column& column, const Diagonal& diagonal"};
+  static constexpr const char* kOfGradient[] = {
+      "const CapturedView* captured, float s, float grad, const Block& block,",
+      "const Row& row, const Column& column, const Diagonal& diagonal"};
+  static constexpr const char* kOfPlace[] = {"const CapturedView* captured, const GradientView* gradients,",
+                                             "float s, const Block& block, const Row& row,",
+                                             "const Column& column, const Diagonal& diagonal"};
+
+  std::string element_function(const std::string& indent, const std::string& head,
+                               std::span<const char* const> parameters, NodeId root) {
+    const std::string start = indent + "static __device__ __forceinline__ " + head + "(";
+    std::string text = "\n" + start;
+    for (const char* line : parameters)
+      text += std::string(line == parameters.front() ? "" : "\n" + std::string(start.size(), ' ')) + line;
+    Body body(*this, Level::kElement, indent + "  ");
     body.count(root);
     const std::string result = body.result(root);
-    return text + body.statements + "    return " + result + ";\n  }\n";
+    return text + ") {\n" + body.statements + indent + "  return " + result + ";\n" + indent + "}\n";
+  }
+
+  std::string sink(const std::string& name, const Sink& sink, bool injective) {
+    constexpr const char* kLevels[] = {"kBlock", "kRow", "kColumn", "kDiagonal", "kElement"};
+    std::string text = "\n  struct " + name + " {\n";
+    const auto constant = [&](const std::string& head, const std::string& value) {
+      text += "    static constexpr " + head + " = " + value + ";\n";
+    };
+    constant("int kCapture", std::to_string(sink.capture));
+    constant("SinkLevel kLevel", std::string("SinkLevel::") + kLevels[static_cast<int>(sink.level)]);
+    constant("bool kRowShift", sink.row_shift ? "true" : "false");
+    constant("bool kInjective", injective ? "true" : "false");
+    text += element_function("    ", "float value", kOfGradient, sink.value);
+    text += element_function("    ", std::string(type_name(g_[sink.offset].type)) + " offset", kOfPlace, sink.offset);
+    return text + "  };\n";
   }
 
   const Graph& g_;
@@ -934,7 +1102,8 @@ class Printer {
 
 }  // namespace
 
-CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy) {
+CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy,
+                      std::span<const SinkFacts> facts) {
   Graph graph;
   Lowering lowering(graph, function, problem, accuracy);
   if (!lowering.run()) return {.text = {}, .error = lowering.error};
@@ -943,22 +1112,38 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   const bool has_mask = !mlir::matchPattern(ret->getOperand(1), mlir::m_One());
   const auto factor = function->getAttrOfType<mlir::FloatAttr>(kScoreFactorAttr);
   const bool in_log2 = factor && factor.getValueAsDouble() == std::numbers::log2e;
+  const bool backward = is_backward(function);
+  const bool unit_derivative = !backward || ret->getOperand(2) == function.getArgument(1);
   bool reads = false;
   function.walk([&](ReadOp) { reads = true; });
   std::vector<std::string> traits;
   if (!in_log2) traits.emplace_back("kScoresInLog2 = false");
-  if (!is_score || !in_log2) traits.emplace_back("kIdentity = false");
+  if (!is_score || (!in_log2 && !backward)) traits.emplace_back("kIdentity = false");
   if (has_mask) traits.emplace_back("kHasMask = true");
-  if (function->hasAttr(kMaskReadsScoreAttr)) traits.emplace_back("kMaskReadsScore = true");
+  if (has_mask && (graph[lowering.keep].depends & kOnScore)) traits.emplace_back("kMaskReadsScore = true");
   if (reads) traits.emplace_back("kReadsCaptured = true");
-  ModDemand demand = has_mask ? ModDemand::kBusy : ModDemand::kNone;
+  if (!unit_derivative) traits.emplace_back("kUnitDerivative = false");
+
+  CudaMod mod;
+  mod.demand = has_mask || !unit_derivative ? ModDemand::kBusy : ModDemand::kNone;
   for (NodeId id = 0; id < graph.size(); ++id) {
     if (!graph[id].text.starts_with("load<")) continue;
-    demand = std::max(demand, graph.level(id) == Level::kElement ? ModDemand::kDense : ModDemand::kBusy);
+    mod.demand = std::max(mod.demand, graph.level(id) == Level::kElement ? ModDemand::kDense : ModDemand::kBusy);
   }
-  return {.text = Printer(graph).run(is_score ? -1 : lowering.value, has_mask ? lowering.keep : -1, traits),
-          .demand = demand,
-          .error = {}};
+  std::vector<bool> injective;
+  for (std::size_t i = 0; i < lowering.sinks.size(); ++i) {
+    const Sink& sink = lowering.sinks[i];
+    mod.sink_levels.push_back(sink.level);
+    injective.push_back(i < facts.size() && facts[i].injective);
+    if (sink.row_shift) continue;
+    mod.demand = std::max(mod.demand, sink.level == SinkLevel::kElement ? ModDemand::kDense : ModDemand::kBusy);
+  }
+  const Printer::Roots roots{.value = is_score ? -1 : lowering.value,
+                             .keep = has_mask ? lowering.keep : -1,
+                             .dscore = unit_derivative ? -1 : lowering.dscore,
+                             .sinks = std::move(lowering.sinks)};
+  mod.text = Printer(graph).run(roots, traits, injective);
+  return mod;
 }
 
 }  // namespace attnjit::compiler

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "compiler/compiler.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
@@ -20,10 +22,13 @@ enum class CudaAccuracy : std::uint8_t {
 struct CudaMod {
   std::string text;  // `struct Mod : ModDefaults` of kernels_templates/cuda/mod_defaults.cuh, in its namespace
   ModDemand demand = ModDemand::kNone;
-  std::string error;  // set where an operation has no spelling; `text` is then empty
+  std::vector<SinkLevel> sink_levels;  // what the text's sinks say
+  std::string error;                   // set where an operation has no spelling; `text` is then empty
 };
 
-// `function` as Target::kCuda's passes leave it. Same text for the same function and names.
-CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy);
+// `function` as Target::kCuda's passes leave it, for the forward or the backward; `sinks` are its facts. Same text for
+// the same function and names.
+CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy,
+                      std::span<const SinkFacts> sinks = {});
 
 }  // namespace attnjit::compiler

@@ -68,6 +68,14 @@ std::string extents(const CaptureInfo& info) {
   return text.empty() ? "a scalar" : text;
 }
 
+std::string describe(std::size_t number, const SinkFacts& sink) {
+  constexpr const char* kShared[] = {"batch and head", "query", "key", "difference of positions", "element"};
+  return "sink " + std::to_string(number) + ": the gradient of captured[" + std::to_string(sink.capture) +
+         "], a place per " + kShared[static_cast<int>(sink.level)] +
+         (sink.data_dependent ? ", from captured values" : "") + (sink.row_shift ? ", a row shift" : "") +
+         (sink.injective ? ", each of one element" : "");
+}
+
 std::string describe(const ModProblem& problem, const ModFacts& facts, const std::string& config) {
   std::string text = "score_mod: " + dsl::print(problem.score_mod) + "\n";
   if (problem.mask_mod) text += "mask_mod: " + dsl::print(*problem.mask_mod) + "\n";
@@ -78,6 +86,7 @@ std::string describe(const ModProblem& problem, const ModFacts& facts, const std
     text += "captured[" + std::to_string(i) + "]" + (i < names.size() ? " " + names[i].name : "") + ": " +
             std::string(dsl::dtype_name(problem.captures[i].dtype)) + ", " + extents(problem.captures[i]) + "\n";
   }
+  for (std::size_t i = 0; i < facts.sinks.size(); ++i) text += describe(i, facts.sinks[i]) + "\n";
   text += "reads: " + std::to_string(facts.reads_proven) + " in bounds, " + std::to_string(facts.reads_clamped) +
           " clamped; integers " + (facts.indices_fit_32 ? "fit 32 bits" : "need 64 bits");
   if (!config.empty()) text += "\nconfig: " + config;
@@ -98,40 +107,80 @@ const char* element_name(sm80::Element element) {
   return "";
 }
 
-std::string config_text(const sm80::ForwardConfig& c) {
-  std::string text = std::string("{.element = ") + element_name(c.element);
-  const auto field = [&](const char* name, const std::string& value) {
-    text += std::string(", .") + name + " = " + value;
-  };
-  field("head_dim", std::to_string(c.head_dim));
-  field("head_dim_v", std::to_string(c.head_dim_v));
-  field("tile_m", std::to_string(c.tile_m));
-  field("tile_n", std::to_string(c.tile_n));
-  field("warps", std::to_string(c.warps));
-  field("stages", std::to_string(c.stages));
-  field("q_in_registers", c.q_in_registers ? "true" : "false");
-  field("min_blocks", std::to_string(c.min_blocks));
-  field("load_bytes", std::to_string(c.load_bytes));
-  field("store_bytes", std::to_string(c.store_bytes));
+CudaAccuracy accuracy_for(sm80::Element element) {
+  switch (element) {
+    case sm80::Element::kF32:
+      return CudaAccuracy::kFull;
+    case sm80::Element::kF16:
+      return CudaAccuracy::kFloat16;
+    case sm80::Element::kBF16:
+      return CudaAccuracy::kBFloat16;
+  }
+  return CudaAccuracy::kFull;
+}
+
+const char* bool_text(bool value) { return value ? "true" : "false"; }
+
+std::string initializer(const std::vector<std::pair<const char*, std::string>>& fields) {
+  std::string text;
+  for (const auto& [name, value] : fields) text += std::string(text.empty() ? "{." : ", .") + name + " = " + value;
   return text + "}";
 }
 
+std::string config_text(const sm80::ForwardConfig& c) {
+  return initializer({{"element", element_name(c.element)},
+                      {"head_dim", std::to_string(c.head_dim)},
+                      {"head_dim_v", std::to_string(c.head_dim_v)},
+                      {"tile_m", std::to_string(c.tile_m)},
+                      {"tile_n", std::to_string(c.tile_n)},
+                      {"warps", std::to_string(c.warps)},
+                      {"stages", std::to_string(c.stages)},
+                      {"q_in_registers", bool_text(c.q_in_registers)},
+                      {"min_blocks", std::to_string(c.min_blocks)},
+                      {"load_bytes", std::to_string(c.load_bytes)},
+                      {"store_bytes", std::to_string(c.store_bytes)}});
+}
+
+std::string config_text(const sm80::BackwardConfig& c) {
+  return initializer({{"element", element_name(c.element)},
+                      {"head_dim", std::to_string(c.head_dim)},
+                      {"head_dim_v", std::to_string(c.head_dim_v)},
+                      {"tile_m", std::to_string(c.tile_m)},
+                      {"tile_n", std::to_string(c.tile_n)},
+                      {"warps", std::to_string(c.warps)},
+                      {"step_m", std::to_string(c.step_m)},
+                      {"stages", std::to_string(c.stages)},
+                      {"slices", std::to_string(c.slices)},
+                      {"min_blocks", std::to_string(c.min_blocks)},
+                      {"load_bytes", std::to_string(c.load_bytes)},
+                      {"store_bytes", std::to_string(c.store_bytes)},
+                      {"wants_dq", bool_text(c.wants_dq)},
+                      {"wants_dk", bool_text(c.wants_dk)},
+                      {"wants_dv", bool_text(c.wants_dv)},
+                      {"deterministic", bool_text(c.deterministic)}});
+}
+
+enum class Direction : std::uint8_t { kForward, kBackward };
+
 // Runs the passes and prints the mod; false with the result's error set.
-bool emit_mod(const ModProblem& problem, CudaAccuracy accuracy, const CompileOptions& options,
+bool emit_mod(const ModProblem& problem, Direction direction, CudaAccuracy accuracy, const CompileOptions& options,
               const std::string& config, CompileResult<EmittedCuda>& result, std::string& mod) {
   EmittedCuda& emitted = result.value;
   Frontend frontend(emitted.phases);
-  if (!frontend.run(problem, options, Target::kCuda)) {
+  const bool ran = direction == Direction::kForward ? frontend.run(problem, options, Target::kCuda)
+                                                    : frontend.run_backward(problem, options, Target::kCuda);
+  if (!ran) {
     result.error = CompileError{frontend.error()};
     return false;
   }
   const PhaseTimer timer(emitted.phases, "emit");
-  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy);
+  emitted.facts = frontend.facts();
+  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy, emitted.facts.sinks);
   if (!made.error.empty()) {
     result.error = CompileError{std::move(made.error)};
     return false;
   }
-  emitted.facts = frontend.facts();
+  for (std::size_t i = 0; i < made.sink_levels.size(); ++i) emitted.facts.sinks[i].level = made.sink_levels[i];
   emitted.demand = made.demand;
   emitted.source.score_factor = frontend.score_factor();
   emitted.source.header = describe(problem, emitted.facts, config);
@@ -151,12 +200,10 @@ void finish(EmittedCuda& emitted, std::string text, const CompileOptions& option
 CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm80::ForwardConfig& config,
                                              const CompileOptions& options) {
   CompileResult<EmittedCuda> result;
-  const CudaAccuracy accuracy = config.element == sm80::Element::kF32   ? CudaAccuracy::kFull
-                                : config.element == sm80::Element::kF16 ? CudaAccuracy::kFloat16
-                                                                        : CudaAccuracy::kBFloat16;
   std::string mod;
   const std::string values = config_text(config);
-  if (!emit_mod(problem, accuracy, options, "sm80 " + values, result, mod)) return result;
+  if (!emit_mod(problem, Direction::kForward, accuracy_for(config.element), options, "sm80 " + values, result, mod))
+    return result;
   finish(result.value,
          prelude() + template_file("sm80/config.h") + "\n" + in_namespace("cuda", mod) +
              in_namespace("sm80", "constexpr ForwardConfig kConfig = " + values + ";\n") +
@@ -165,11 +212,42 @@ CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm
   return result;
 }
 
+CompileResult<EmittedCuda> emit_sm80_backward(const ModProblem& problem, const sm80::BackwardConfig& config,
+                                              const CompileOptions& options) {
+  CompileResult<EmittedCuda> result;
+  std::string mod;
+  const std::string values = config_text(config);
+  if (!emit_mod(problem, Direction::kBackward, accuracy_for(config.element), options, "sm80 backward " + values, result,
+                mod))
+    return result;
+  finish(result.value,
+         prelude() + template_file("cuda/gradients.cuh") + "\n" + template_file("sm80/config.h") + "\n" +
+             in_namespace("cuda", mod) + in_namespace("sm80", "constexpr BackwardConfig kConfig = " + values + ";\n") +
+             template_file("sm80/tile.cuh") + "\n" + template_file("sm80/backward.cuh"),
+         options);
+  return result;
+}
+
+CompileResult<EmittedCuda> emit_cuda_math_backward(const ModProblem& problem, bool deterministic,
+                                                   const CompileOptions& options) {
+  CompileResult<EmittedCuda> result;
+  std::string mod;
+  const std::string constant = std::string("constexpr bool kDeterministic = ") + bool_text(deterministic) + ";\n";
+  if (!emit_mod(problem, Direction::kBackward, CudaAccuracy::kFull, options,
+                std::string("math backward") + (deterministic ? ", deterministic" : ""), result, mod))
+    return result;
+  finish(result.value,
+         prelude() + template_file("cuda/gradients.cuh") + "\n" + template_file("math/config.h") + "\n" +
+             in_namespace("cuda", mod) + in_namespace("math", constant) + template_file("math/mod_backward.cuh"),
+         options);
+  return result;
+}
+
 CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, const CompileOptions& options) {
   CompileResult<EmittedCuda> result;
   std::string mod;
   // Its scores are float32 whatever the inputs are, and it is what others are measured by.
-  if (!emit_mod(problem, CudaAccuracy::kFull, options, "math", result, mod)) return result;
+  if (!emit_mod(problem, Direction::kForward, CudaAccuracy::kFull, options, "math", result, mod)) return result;
   finish(result.value,
          prelude() + template_file("math/config.h") + "\n" + in_namespace("cuda", mod) + template_file("math/mod.cuh"),
          options);

@@ -81,17 +81,18 @@ bool bind_expression(const std::string& text, dsl::ModKind kind, std::map<std::s
   return true;
 }
 
-int print_cuda(const compiler::ModProblem& problem, const std::string& dtype) {
+int print_cuda(const compiler::ModProblem& problem, const std::string& dtype, bool backward) {
   compiler::PhaseTimes phases;
   compiler::Frontend frontend(phases);
-  if (!frontend.run(problem, {}, compiler::Target::kCuda)) {
+  if (!(backward ? frontend.run_backward(problem, {}, compiler::Target::kCuda)
+                 : frontend.run(problem, {}, compiler::Target::kCuda))) {
     llvm::errs() << frontend.error() << "\n";
     return 1;
   }
   const compiler::CudaAccuracy accuracy = dtype == "float32"   ? compiler::CudaAccuracy::kFull
                                           : dtype == "float16" ? compiler::CudaAccuracy::kFloat16
                                                                : compiler::CudaAccuracy::kBFloat16;
-  const compiler::CudaMod mod = compiler::emit_cuda_mod(frontend.function(), problem, accuracy);
+  const compiler::CudaMod mod = compiler::emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks);
   llvm::outs() << mod.text;
   llvm::errs() << mod.error;
   return mod.error.empty() ? 0 : 1;
@@ -161,8 +162,8 @@ int print_expression(int argc, char** argv) {
     }
     problem.gradients |= 1u << std::distance(infos.begin(), found);
   }
+  if (!cuda.empty()) return print_cuda(problem, cuda, backward);
   if (backward) return print_backward(problem);
-  if (!cuda.empty()) return print_cuda(problem, cuda);
   compiler::MlirSession session;
   compiler::build_module(session.context(), problem)->print(llvm::outs());
   llvm::outs() << "\n";

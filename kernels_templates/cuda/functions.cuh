@@ -161,7 +161,8 @@ __device__ __forceinline__ int clamped(long long index, int extent) {
   return static_cast<int>(max(min(index, extent - 1ll), 0ll));
 }
 // For tensors whose every offset fits in 32 bits.
-__device__ __forceinline__ int stride32(const CapturedView& view, int dimension) {
+template <typename View>
+__device__ __forceinline__ int stride32(const View& view, int dimension) {
   return static_cast<int>(view.stride[dimension]);
 }
 

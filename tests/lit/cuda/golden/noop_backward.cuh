@@ -1,0 +1,3 @@
+struct Mod : ModDefaults {
+  static constexpr bool kScoresInLog2 = false;
+};
