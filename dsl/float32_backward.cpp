@@ -72,21 +72,27 @@ class Sums {
     gradient_.ideal = gradient_.bound = gradient_.scatter = gradient_.value;
   }
 
-  // Of `count` neighbours, from `at`. `rounding`: of a term, relative, and `least`, absolute.
+  // Of neighbours, from `at`. `rounding`: of a term, relative, and `least`, absolute.
   void add(std::size_t at, const Term& term, std::span<const double> factors, double rounding, double least) {
-    const double error = term.error + rounding * (finite_magnitude(term.value) + term.error) + least;
     const double magnitude = finite_magnitude(term.value);
-    for (std::size_t d = 0; d < factors.size(); ++d) {
-      const double factor = factors[d];
-      // Marked by the caller: one that is not finite makes the whole unspecified.
-      if (!std::isfinite(factor)) continue;
-      gradient_.value[at + d] += term.value * factor;
-      gradient_.ideal[at + d] += term.ideal * factor;
-      gradient_.bound[at + d] += product(error, std::fabs(factor));
-      gradient_.scatter[at + d] += product(term.scatter, std::fabs(factor));
-      magnitude_[at + d] += magnitude * std::fabs(factor);
-      touched_[at + d] = true;
+    const double error = term.error + rounding * (magnitude + term.error) + least;
+    const std::size_t count = factors.size();
+    const double* const factor = factors.data();
+    double* const value = gradient_.value.data() + at;
+    double* const ideal = gradient_.ideal.data() + at;
+    double* const bound = gradient_.bound.data() + at;
+    double* const scatter = gradient_.scatter.data() + at;
+    double* const magnitudes = magnitude_.data() + at;
+    for (std::size_t d = 0; d < count; ++d) value[d] += term.value * factor[d];
+    for (std::size_t d = 0; d < count; ++d) ideal[d] += term.ideal * factor[d];
+    for (std::size_t d = 0; d < count; ++d) magnitudes[d] += magnitude * std::fabs(factor[d]);
+    if (std::isfinite(error)) {
+      for (std::size_t d = 0; d < count; ++d) bound[d] += error * std::fabs(factor[d]);
+      for (std::size_t d = 0; d < count; ++d) scatter[d] += term.scatter * std::fabs(factor[d]);
+    } else {
+      for (std::size_t d = 0; d < count; ++d) bound[d] += product(error, std::fabs(factor[d]));
     }
+    std::fill_n(touched_.begin() + static_cast<std::ptrdiff_t>(at), count, true);
   }
 
   void add(std::size_t at, const Term& term) {
@@ -192,7 +198,8 @@ struct Float32Backward::State {
   }
 
   void score_row(const BackwardHead& head, std::int64_t row, Worker* worker) const;
-  void row(const BackwardHead& head, std::int64_t row, Chunk* chunk, Worker* worker, HeadGradients* result, Sums* dq);
+  void row(const BackwardHead& head, std::span<const double> k, std::int64_t row, Chunk* chunk, Worker* worker,
+           HeadGradients* result, Sums* dq);
 };
 
 namespace {
@@ -209,6 +216,13 @@ std::pair<double, double> dot(std::span<const double> a, std::span<const double>
     magnitude += std::fabs(a[d] * b[d]);
   }
   return {sum, magnitude};
+}
+
+// What is not finite is 0: the features of it are unspecified, whatever is added to them.
+std::vector<double> finite(std::span<const double> values) {
+  std::vector<double> result(values.begin(), values.end());
+  for (double& value : result) value = std::isfinite(value) ? value : 0.0;
+  return result;
 }
 
 // Features in which some row is not finite: a tile multiplies it by a zero of another row.
@@ -303,8 +317,9 @@ void Float32Backward::State::score_row(const BackwardHead& head, std::int64_t ro
   }
 }
 
-void Float32Backward::State::row(const BackwardHead& head, std::int64_t row, Chunk* chunk, Worker* worker,
-                                 HeadGradients* result, Sums* dq) {
+// `k`: with what is finite of the keys, for the product.
+void Float32Backward::State::row(const BackwardHead& head, std::span<const double> k, std::int64_t row, Chunk* chunk,
+                                 Worker* worker, HeadGradients* result, Sums* dq) {
   const std::size_t keys = index_of(head.seqlen_kv), features = index_of(head.head_dim_v);
   Cell* const cells = &chunk->cells[index_of(row - chunk->begin) * keys];
   std::fill_n(cells, keys, Cell());
@@ -426,7 +441,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::int64_t row, Chu
   for (std::size_t j = 0; j < keys; ++j) {
     const Term& ds = cells[j].ds;
     if (ds.is_nothing()) continue;
-    dq->add(at, ds, slice(head.k, static_cast<std::int64_t>(j), head.head_dim), u, least);
+    dq->add(at, ds, slice(k, static_cast<std::int64_t>(j), head.head_dim), u, least);
     worker->magnitudes.push_back(finite_magnitude(ds.value));
     total += worker->magnitudes.back();
   }
@@ -478,6 +493,7 @@ HeadGradients Float32Backward::run(const BackwardHead& head) {
   spoil(&dq, rows, head.head_dim, unspecified_features(head.k, head.head_dim));
   spoil(&dk, keys, head.head_dim, unspecified_features(head.q, head.head_dim));
   spoil(&dv, keys, head.head_dim_v, unspecified_features(head.grad_out, head.head_dim_v));
+  const std::vector<double> q = finite(head.q), k = finite(head.k), grad_out = finite(head.grad_out);
 
   State::Chunk chunk;
   const std::int64_t chunk_rows =
@@ -488,7 +504,7 @@ HeadGradients Float32Backward::run(const BackwardHead& head) {
     chunk.end = std::min(chunk.begin + chunk_rows, rows);
     const std::int64_t count = chunk.end - chunk.begin;
     state.parallel(count, [&](std::int64_t task, State::Worker& worker) {
-      state.row(head, chunk.begin + task, &chunk, &worker, &result, &dq);
+      state.row(head, k, chunk.begin + task, &chunk, &worker, &result, &dq);
     });
     state.parallel(keys, [&](std::int64_t j, State::Worker& worker) {
       for (const bool of_values : {true, false}) {
@@ -500,8 +516,7 @@ HeadGradients Float32Backward::run(const BackwardHead& head) {
           const Cell& cell = chunk.cells[index_of(i * keys + j)];
           const Term& term = of_values ? cell.p : cell.ds;
           if (term.is_nothing()) continue;
-          sums.add(index_of(j * length), term, slice(of_values ? head.grad_out : head.q, chunk.begin + i, length), u,
-                   least);
+          sums.add(index_of(j * length), term, slice(of_values ? grad_out : q, chunk.begin + i, length), u, least);
           worker.magnitudes.push_back(finite_magnitude(term.value));
           total += worker.magnitudes.back();
         }

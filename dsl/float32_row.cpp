@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <map>
 
 namespace attnjit::dsl {
 namespace {
@@ -38,12 +37,19 @@ double unit_roundoff(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : dtyp
 double underflow(DType dtype) { return dtype == DType::kF16 ? 0x1p-25 : 0x1p-126; }
 
 double summation_roundoffs(std::span<const double> terms, double sum) {
-  std::map<std::int64_t, double> alike;
+  std::vector<std::int64_t> places;
+  places.reserve(terms.size());
   for (const double term : terms) {
-    if (term > 0.0) alike[static_cast<std::int64_t>(term / sum / (4.0 * kUnit))] += 1.0;
+    if (term > 0.0) places.push_back(static_cast<std::int64_t>(term / sum / (4.0 * kUnit)));
   }
+  std::sort(places.begin(), places.end());
   double squares = 0.0;
-  for (const auto& [bucket, count] : alike) squares += count * count;
+  for (auto begin = places.begin(); begin != places.end();) {
+    const auto end = std::upper_bound(begin, places.end(), *begin);
+    const auto alike = static_cast<double>(end - begin);
+    squares += alike * alike;
+    begin = end;
+  }
   return std::sqrt(squares);
 }
 

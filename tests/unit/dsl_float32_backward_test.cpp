@@ -159,5 +159,247 @@ TEST(DslFloat32Backward, GoldIsTheGradientOfTheForward) {
   EXPECT_GT(captured_sharp, 150);
 }
 
+// ---- A float32 kernel, which rounds P and dS to the input type.
+
+// A mod by hand: its value, and its derivatives by the score and by the captured element that it reads.
+struct HandMod {
+  const char* text;
+  struct Result {
+    float value, dscore, dcaptured;
+    std::int64_t place;
+  };
+  Result (*at)(float score, const Point& point, const std::vector<float>& captured);
+};
+
+constexpr float kDropped = -std::numeric_limits<float>::infinity();
+
+const HandMod kMods[] = {
+    {"score + 0 * t[h]",
+     [](float s, const Point& p, const std::vector<float>&) { return HandMod::Result{s, 1, 0, p.h}; }},
+    {"score + t[q_idx - kv_idx + 20]",
+     [](float s, const Point& p, const std::vector<float>& t) {
+       const auto place = std::clamp<std::int64_t>(p.q_idx - p.kv_idx + 20, 0, 39);
+       return HandMod::Result{s + t[static_cast<std::size_t>(place)], 1, 1, place};
+     }},
+    {"where(q_idx >= kv_idx, score * t[h], -inf)",
+     [](float s, const Point& p, const std::vector<float>& t) {
+       const float g = t[static_cast<std::size_t>(p.h)];
+       return HandMod::Result{p.q_idx >= p.kv_idx ? s * g : kDropped, g, s, p.h};
+     }},
+    {"3 * tanh(score * t[kv_idx] / 3)",
+     [](float s, const Point& p, const std::vector<float>& t) {
+       const float g = t[static_cast<std::size_t>(std::min<std::int64_t>(p.kv_idx, 39))];
+       const float r = std::tanh(s * g / 3.0f), d = 1.0f - r * r;
+       return HandMod::Result{3.0f * r, d * g, d * s, std::min<std::int64_t>(p.kv_idx, 39)};
+     }},
+    {"relu(score) + score * sigmoid(score + t[q_idx])",
+     [](float s, const Point& p, const std::vector<float>& t) {
+       const auto place = std::min<std::int64_t>(p.q_idx, 39);
+       const float g = 1.0f / (1.0f + std::exp(-(s + t[static_cast<std::size_t>(place)])));
+       const float d = s * (g * (1.0f - g));
+       return HandMod::Result{std::max(s, 0.0f) + s * g, (s > 0.0f ? 1.0f : 0.0f) + g + d, d, place};
+     }},
+};
+
+float round_float(DType dtype, double x) {
+  if (dtype == DType::kF32 || x == 0.0) return static_cast<float>(x);
+  const bool half = dtype == DType::kF16;
+  const double ulp = std::ldexp(1.0, std::max(std::ilogb(x), half ? -14 : -126) - (half ? 10 : 7));
+  return static_cast<float>(std::nearbyint(x / ulp) * ulp);
+}
+
+// `error`: dS is off by this share.
+struct KernelGradients {
+  std::vector<float> dq, dk, dv, captured;
+};
+KernelGradients kernel(const Head& head, const HeadGradients& gold, const HandMod& mod, const std::vector<float>& t,
+                       const BackwardOptions& options, float error) {
+  const BackwardHead& s = head.shape;
+  const auto dim = static_cast<std::size_t>(s.head_dim), dim_v = static_cast<std::size_t>(s.head_dim_v);
+  const auto keys = static_cast<std::size_t>(s.seqlen_kv);
+  KernelGradients result{.dq = std::vector<float>(head.q.size()),
+                         .dk = std::vector<float>(head.k.size()),
+                         .dv = std::vector<float>(head.v.size()),
+                         .captured = std::vector<float>(t.size())};
+  const auto dot = [](const double* a, const double* b, std::size_t count) {
+    float sum = 0.0f;
+    for (std::size_t d = 0; d < count; ++d) sum += static_cast<float>(a[d]) * static_cast<float>(b[d]);
+    return sum;
+  };
+  const float scale = static_cast<float>(options.scale);
+  for (std::size_t row = 0; row < head.q.size() / dim; ++row) {
+    const float lse = static_cast<float>(gold.lse[row]);
+    if (std::isinf(lse)) continue;
+    float delta = 0.0f;
+    for (std::size_t d = 0; d < dim_v; ++d) {
+      delta += static_cast<float>(head.grad_out[row * dim_v + d]) * round_float(options.dtype, gold.o[row * dim_v + d]);
+    }
+    delta -= static_cast<float>(head.grad_lse[row]);
+    for (std::size_t j = 0; j < keys; ++j) {
+      const auto i = static_cast<std::int64_t>(row);
+      const Point point{0.0, s.b, s.h + i / s.seqlen_q, i % s.seqlen_q, static_cast<std::int64_t>(j)};
+      const float score = dot(&head.q[row * dim], &head.k[j * dim], dim) * scale;
+      const HandMod::Result m = mod.at(score, point, t);
+      if (m.value == kDropped) continue;
+      const float p = std::exp2((m.value - lse) * 1.44269504f);
+      const float dm = p * (dot(&head.grad_out[row * dim_v], &head.v[j * dim_v], dim_v) - delta) * (1.0f + error);
+      const float rounded_p = round_float(options.dtype, p), ds = round_float(options.dtype, dm * m.dscore);
+      for (std::size_t d = 0; d < dim; ++d) {
+        result.dq[row * dim + d] += ds * static_cast<float>(head.k[j * dim + d]);
+        result.dk[j * dim + d] += ds * static_cast<float>(head.q[row * dim + d]);
+      }
+      for (std::size_t d = 0; d < dim_v; ++d) {
+        result.dv[j * dim_v + d] += rounded_p * static_cast<float>(head.grad_out[row * dim_v + d]);
+      }
+      result.captured[static_cast<std::size_t>(m.place)] += dm * m.dcaptured;
+    }
+  }
+  for (float& x : result.dq) x = round_float(options.dtype, x * scale);
+  for (float& x : result.dk) x = round_float(options.dtype, x * scale);
+  for (float& x : result.dv) x = round_float(options.dtype, x);
+  return result;
+}
+
+// The largest share of its bound that an error reaches, and by rule 1 of docs/numerics.md the mean error's share.
+struct Judged {
+  double worst = 0.0, ratio = 0.0;
+};
+Judged judge(const std::vector<float>& ours, const JudgedGradient& gold) {
+  Judged result;
+  double error_sum = 0.0, allowed = 0.0;
+  for (std::size_t i = 0; i < ours.size(); ++i) {
+    const double error = std::fabs(static_cast<double>(ours[i]) - gold.value[i]);
+    EXPECT_LT(gold.bound[i], kInfinity);
+    if (error > 0.0) result.worst = std::max(result.worst, error / gold.bound[i]);
+    error_sum += error;
+    allowed += 1.5 * std::fabs(gold.ideal[i] - gold.value[i]) + 2e-5 * std::fabs(gold.value[i]) + gold.scatter[i] / 8.0;
+  }
+  result.ratio = error_sum > 0.0 ? error_sum / allowed : 0.0;
+  return result;
+}
+
+void expect_right_kernel_only(DType dtype) {
+  std::mt19937_64 random(17);
+  for (const HandMod& mod : kMods) {
+    std::vector<float> t;
+    for (int i = 0; i < 40; ++i) t.push_back(static_cast<float>(static_cast<int>(random() % 512) - 128) / 256.0f);
+    const test::Captures captures = {{"t", test::captured<float>(DType::kF32, {40}, t)}};
+    const auto expr = test::bound(mod.text, captures);
+    ASSERT_TRUE(expr) << mod.text;
+    const Head head({.b = 0, .h = 2, .num_heads = 2, .seqlen_q = 70, .seqlen_kv = 90, .head_dim = 32, .head_dim_v = 24},
+                    random, 0x1p-5);
+    const BackwardOptions options{.dtype = dtype, .scale = 0.1767766922712326, .captures = 1};
+    Float32Backward backward(options, *expr, test::views(*expr, captures), nullptr, {});
+    const HeadGradients gold = backward.run(head.view());
+    ASSERT_TRUE(gold.agree) << mod.text;
+    EXPECT_EQ(std::ranges::count(gold.decided, 0), 0) << mod.text;
+    const JudgedGradient captured = backward.captured(0);
+    const KernelGradients right = kernel(head, gold, mod, t, options, 0.0f);
+    for (const auto& [name, judged] : {std::pair("dq", judge(right.dq, gold.dq)),
+                                       {"dk", judge(right.dk, gold.dk)},
+                                       {"dv", judge(right.dv, gold.dv)},
+                                       {"dt", judge(right.captured, captured)}}) {
+      EXPECT_LE(judged.worst, 1.0) << mod.text << ' ' << name;
+      EXPECT_LE(judged.ratio, 1.0) << mod.text << ' ' << name;
+    }
+    const KernelGradients wrong = kernel(head, gold, mod, t, options, 0.02f);
+    EXPECT_GT(judge(wrong.dq, gold.dq).ratio, 2.0) << mod.text;
+    EXPECT_GT(judge(wrong.dk, gold.dk).ratio, 2.0) << mod.text;
+    // Nor are the bounds wide.
+    double bounds = 0.0, values = 0.0;
+    for (std::size_t i = 0; i < gold.dq.value.size(); ++i) {
+      bounds += gold.dq.bound[i];
+      values += std::fabs(gold.dq.value[i]);
+    }
+    EXPECT_LT(bounds, (dtype == DType::kBF16 ? 0.08 : 0.01) * values) << mod.text;
+  }
+}
+
+TEST(DslFloat32Backward, AFloat32KernelIsWithinTheBoundsAndAWrongOneIsNot) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    SCOPED_TRACE(dtype_name(dtype));
+    expect_right_kernel_only(dtype);
+  }
+}
+
+// Where an element may be on either side of a jump its row's dq has no bound, nor has what else it may reach.
+TEST(DslFloat32Backward, JumpsLeaveOutWhatTheyMove) {
+  std::mt19937_64 random(9);
+  Head head({.num_heads = 1, .seqlen_q = 6, .seqlen_kv = 7, .head_dim = 2, .head_dim_v = 2}, random, 0x1p-4);
+  // Query 2 has a score of exactly 0.5 with key 3, and otherwise less than the edge.
+  for (std::size_t j = 0; j < 7; ++j) head.k[2 * j] = j == 3 ? 0.5 : 0.0, head.k[2 * j + 1] = 0.0;
+  for (std::size_t i = 0; i < 6; ++i) head.q[2 * i] = i == 2 ? 1.0 : 0.25;
+  const test::Captures captures = {{"t", test::captured<float>(DType::kF32, {7}, {0, 0, 0, 0, 0, 0, 0})}};
+  const auto expr = test::bound("where(score >= 0.5, score + 2, score) + t[kv_idx]", captures);
+  ASSERT_TRUE(expr);
+  Float32Backward backward({.dtype = DType::kF32, .captures = 1}, *expr, test::views(*expr, captures), nullptr, {});
+  const HeadGradients gold = backward.run(head.view());
+  for (std::size_t i = 0; i < 6; ++i) {
+    EXPECT_EQ(gold.decided[i], i != 2) << i;
+    EXPECT_EQ(gold.dq.bound[2 * i] == kInfinity, i == 2) << i;
+  }
+  // A hull is finite: what the row adds to dK, dV and the captured gradient is large, and has a bound.
+  for (std::size_t j = 0; j < 7; ++j) {
+    EXPECT_EQ(gold.dv.bound[2 * j] > 0.01, j == 3) << j << ' ' << gold.dv.bound[2 * j];
+    EXPECT_LT(gold.dv.bound[2 * j], kInfinity);
+    EXPECT_EQ(backward.captured(0).bound[j] > 0.01, j == 3) << j;
+  }
+}
+
+TEST(DslFloat32Backward, WhatIsDroppedIsExactlyZeroAndPoisonStaysInItsRow) {
+  std::mt19937_64 random(21);
+  const Head head({.num_heads = 2, .seqlen_q = 4, .seqlen_kv = 5, .head_dim = 3, .head_dim_v = 2}, random, 0x1p-4);
+  const auto expr = test::bound("where(q_idx == 1 and kv_idx == 2, nan, score * score)");
+  const auto mask = test::bound("q_idx != 3 and kv_idx != 4", {}, ModKind::kMaskMod);
+  ASSERT_TRUE(expr && mask);
+  Float32Backward backward({.dtype = DType::kBF16}, *expr, {}, &*mask, {});
+  const HeadGradients gold = backward.run(head.view());
+  EXPECT_TRUE(gold.agree);
+  for (std::size_t row = 0; row < 8; ++row) {
+    for (std::size_t d = 0; d < 3; ++d) {
+      const std::size_t at = row * 3 + d;
+      if (row % 4 == 3) {
+        EXPECT_EQ(gold.dq.value[at], 0.0);
+        EXPECT_EQ(gold.dq.bound[at], 0.0);
+      } else {
+        EXPECT_EQ(std::isnan(gold.dq.value[at]), row % 4 == 1);
+        EXPECT_LT(gold.dq.bound[at], kInfinity);
+      }
+    }
+    EXPECT_EQ(gold.lse[row] == -kInfinity, row % 4 == 3);
+  }
+  for (std::size_t j = 0; j < 5; ++j) {
+    for (std::size_t d = 0; d < 2; ++d) {
+      EXPECT_EQ(std::isnan(gold.dv.value[j * 2 + d]), j != 4);
+      EXPECT_LT(gold.dv.bound[j * 2 + d], kInfinity);
+      if (j == 4) {
+        EXPECT_EQ(gold.dv.value[j * 2 + d], 0.0);
+        EXPECT_EQ(gold.dv.bound[j * 2 + d], 0.0);
+      }
+    }
+  }
+}
+
+// A tile multiplies what stands at dropped positions by 0: unspecified where that is not finite, and only there.
+TEST(DslFloat32Backward, InfiniteInputsSpoilTheirFeaturesOnly) {
+  std::mt19937_64 random(22);
+  Head head({.num_heads = 1, .seqlen_q = 4, .seqlen_kv = 5, .head_dim = 3, .head_dim_v = 2}, random, 0x1p-4);
+  head.k[4 * 3 + 1] = std::numeric_limits<double>::quiet_NaN();
+  head.v[4 * 2] = kInfinity;
+  const auto expr = test::bound("where(kv_idx < 4, score, -inf)");
+  Float32Backward backward({.dtype = DType::kF16}, *expr, {}, nullptr, {});
+  const HeadGradients gold = backward.run(head.view());
+  for (std::size_t i = 0; i < gold.dq.value.size(); ++i) {
+    EXPECT_TRUE(std::isfinite(gold.dq.value[i]));
+    EXPECT_EQ(gold.dq.bound[i] == kInfinity, i % 3 == 1);
+  }
+  for (const JudgedGradient* each : {&gold.dk, &gold.dv}) {
+    for (std::size_t i = 0; i < each->value.size(); ++i) {
+      EXPECT_TRUE(std::isfinite(each->value[i]));
+      EXPECT_LT(each->bound[i], kInfinity);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace attnjit::dsl
