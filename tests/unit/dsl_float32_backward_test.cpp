@@ -305,6 +305,8 @@ void expect_right_kernel_only(DType dtype) {
     const KernelGradients wrong = kernel(head, gold, mod, t, options, 0.02f);
     EXPECT_GT(judge(wrong.dq, gold.dq).ratio, 2.0) << mod.text;
     EXPECT_GT(judge(wrong.dk, gold.dk).ratio, 2.0) << mod.text;
+    const bool has_captured = std::ranges::any_of(captured.value, [](double value) { return value != 0.0; });
+    EXPECT_EQ(judge(wrong.captured, captured).worst > 1.0, has_captured) << mod.text;
     // Nor are the bounds wide.
     double bounds = 0.0, values = 0.0;
     for (std::size_t i = 0; i < gold.dq.value.size(); ++i) {
