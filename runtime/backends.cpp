@@ -14,6 +14,7 @@
 #include "runtime/cpu_backend.h"
 #include "runtime/cuda_math_backend.h"
 #include "runtime/math_backend.h"
+#include "runtime/math_backward.h"
 #include "runtime/sm80_backend.h"
 
 namespace attnjit::runtime {
@@ -132,6 +133,27 @@ Result<ReadyBackend> prepare_math(const Request& request) {
   return ready;
 }
 
+Result<ReadyBackend> prepare_math_backward(const Request& request) {
+  const Signature& s = request.call.signature;
+  if (s.device != kCpu) return Failure{ATTNJIT_UNSUPPORTED, "it has no backward on a GPU"};
+  const Mods& bound = request.mods;
+  auto math = std::make_shared<const MathBackwardPlan>(request.call.forward, wanted_gradients(s), bound.score_mod,
+                                                       bound.mask_mod ? &*bound.mask_mod : nullptr,
+                                                       math_options(request.context));
+  if (math->workspace_size() == std::numeric_limits<std::size_t>::max()) {
+    return Failure{ATTNJIT_UNSUPPORTED, "its scores cannot be addressed"};
+  }
+  ReadyBackend ready;
+  ready.backward.workspace_size = math->workspace_size();
+  ready.description["passes"] = math->describe();
+  ready.backward.run = [math = std::move(math), &pool = request.context.pool()](
+                           const ForwardCall& call, const Gradients& gradients, void* workspace, CudaStream) {
+    math->run(call, gradients, workspace, pool);
+    return Check();
+  };
+  return ready;
+}
+
 // ---- The choice
 
 // Best first.
@@ -141,9 +163,10 @@ struct Backend {
   Result<ReadyBackend> (*prepare)(const Request&);
   Result<ReadyBackend> (*prepare_backward)(const Request&);  // null: it has none
 };
-constexpr std::array<Backend, 3> kBackends = {{{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, nullptr},
-                                               {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, nullptr},
-                                               {ATTNJIT_BACKEND_MATH, true, true, prepare_math, nullptr}}};
+constexpr std::array<Backend, 3> kBackends = {
+    {{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, nullptr},
+     {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, nullptr},
+     {ATTNJIT_BACKEND_MATH, true, true, prepare_math, prepare_math_backward}}};
 
 // Why a call cannot be given to `backend`, as far as that is known without trying; empty where it can.
 std::string why_not(const Backend& backend, const Context& context, const Signature& s) {

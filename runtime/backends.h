@@ -74,6 +74,11 @@ compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std
 inline bool no_output(const Signature& s) { return s.batch == 0 || s.num_heads == 0 || s.seqlen_q == 0; }
 inline bool no_keys(const Signature& s) { return s.seqlen_kv == 0; }
 
+// Of a backward.
+inline WantedGradients wanted_gradients(const Signature& s) {
+  return {.dq = s.wants_dq != 0, .dk = s.wants_dk != 0, .dv = s.wants_dv != 0, .captures = s.capture_gradients};
+}
+
 // ---- How things are spelled in descriptions and messages.
 std::string shape_text(const Signature& s);
 std::string hash_text(const compiler::ModFacts& facts);

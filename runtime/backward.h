@@ -8,6 +8,12 @@
 
 namespace attnjit::runtime {
 
+// Which gradients a backward computes.
+struct WantedGradients {
+  bool dq = false, dk = false, dv = false;
+  std::uint32_t captures = 0;  // a bit by number
+};
+
 // Of a captured tensor whose gradient is wanted. Type, rank and extents are the captured tensor's.
 struct CaptureGradient {
   void* data = nullptr;  // null: not wanted

@@ -46,11 +46,10 @@ const Blas* Blas::get() {
   return blas;
 }
 
-void Blas::gemm(bool transpose_b, std::int64_t m, std::int64_t n, std::int64_t k, float alpha, const float* a,
-                std::int64_t lda, const float* b, std::int64_t ldb, float* c, std::int64_t ldc) const {
-  sgemm_(kRowMajor, kNoTranspose, transpose_b ? kTranspose : kNoTranspose, static_cast<int>(m), static_cast<int>(n),
-         static_cast<int>(k), alpha, a, static_cast<int>(lda), b, static_cast<int>(ldb), 0.0f, c,
-         static_cast<int>(ldc));
+void Blas::gemm(const GemmArgs& g) const {
+  sgemm_(kRowMajor, g.transpose_a ? kTranspose : kNoTranspose, g.transpose_b ? kTranspose : kNoTranspose,
+         static_cast<int>(g.m), static_cast<int>(g.n), static_cast<int>(g.k), g.alpha, g.a, static_cast<int>(g.lda),
+         g.b, static_cast<int>(g.ldb), g.accumulate ? 1.0f : 0.0f, g.c, static_cast<int>(g.ldc));
 }
 
 }  // namespace attnjit::runtime

@@ -1,8 +1,9 @@
 // OpenBLAS, opened at run time.
 #pragma once
 
-#include <cstdint>
 #include <string>
+
+#include "runtime/math_passes.h"
 
 namespace attnjit::runtime {
 
@@ -12,10 +13,9 @@ class Blas {
   // whole process: the backend spreads its products over its own threads.
   static const Blas* get();
 
-  // Row-major C (m, n) = alpha * A (m, k) * B, with B (k, n), or (n, k) when transpose_b. Dimensions and leading
-  // dimensions fit 32 bits; m, n and k are positive. alpha is finite and not 0 (BLAS would not read A and B then).
-  void gemm(bool transpose_b, std::int64_t m, std::int64_t n, std::int64_t k, float alpha, const float* a,
-            std::int64_t lda, const float* b, std::int64_t ldb, float* c, std::int64_t ldc) const;
+  // Dimensions and leading dimensions fit 32 bits; m, n and k are positive. alpha is finite and not 0 (BLAS would not
+  // read A and B then).
+  void gemm(const GemmArgs& args) const;
 
   // Version and the processor whose kernels are used: "OpenBLAS 0.3.21, SkylakeX".
   const std::string& description() const { return description_; }
