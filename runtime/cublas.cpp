@@ -160,11 +160,12 @@ Check Cublas::Queue::add(const Product& product) {
   };
   for (std::int64_t first = 0; first < product.batch; first += kMaxBatch) {
     const int status = cublas_.library_.gemm_strided_batched(
-        cublas_.handle_, product.transpose_b ? kTranspose : kNoTranspose, kNoTranspose, static_cast<int>(product.n),
-        static_cast<int>(product.m), static_cast<int>(product.k), &product.alpha, from(product.b, first),
-        data_type(product.b.dtype), static_cast<int>(product.b.stride), product.b.batch_stride, from(product.a, first),
-        data_type(product.a.dtype), static_cast<int>(product.a.stride), product.a.batch_stride, &beta,
-        from(product.c, first), data_type(product.c.dtype), static_cast<int>(product.c.stride), product.c.batch_stride,
+        cublas_.handle_, product.transpose_b ? kTranspose : kNoTranspose,
+        product.transpose_a ? kTranspose : kNoTranspose, static_cast<int>(product.n), static_cast<int>(product.m),
+        static_cast<int>(product.k), &product.alpha, from(product.b, first), data_type(product.b.dtype),
+        static_cast<int>(product.b.stride), product.b.batch_stride, from(product.a, first), data_type(product.a.dtype),
+        static_cast<int>(product.a.stride), product.a.batch_stride, &beta, from(product.c, first),
+        data_type(product.c.dtype), static_cast<int>(product.c.stride), product.c.batch_stride,
         static_cast<int>(std::min(kMaxBatch, product.batch - first)), kCompute32F, kAlgorithmDefault);
     if (status != kSuccess) {
       return cublas_.failure(status, fmt::format("cublasGemmStridedBatchedEx of ({}, {}, {}) times {}", product.m,

@@ -45,11 +45,12 @@ class Cublas {
     std::int64_t batch_stride = 0;
   };
 
-  // C (m, n) = alpha * A (m, k) * B, with B (k, n), or (n, k) when transpose_b, `batch` times. Products of 16-bit
-  // elements are summed in float32, those of float32 are computed in it: no TF32, no sums in 16 bits. C may hold
-  // anything before. All extents fit 32 bits and are positive; alpha is not 0 (A and B would not be read).
+  // C (m, n) = alpha * A (m, k) * B (k, n), `batch` times; a transposed operand lies there as (k, m) or (n, k).
+  // Products of 16-bit elements are summed in float32, those of float32 are computed in it: no TF32, no sums in 16
+  // bits. C may hold anything before. All extents fit 32 bits and are positive; alpha is not 0 (A and B would not be
+  // read).
   struct Product {
-    bool transpose_b = false;
+    bool transpose_a = false, transpose_b = false;
     std::int64_t m = 0, n = 0, k = 0, batch = 1;
     float alpha = 1.0f;
     Matrix a, b, c;

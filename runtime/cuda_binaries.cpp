@@ -82,4 +82,16 @@ Result<FoundBinary> find_cuda_binary(Context& context, const compiler::CudaSourc
   return found;
 }
 
+void add_phases(const compiler::PhaseTimes& phases, compiler::PhaseTimes* sums) {
+  for (const auto& phase : phases) {
+    const auto same =
+        std::find_if(sums->begin(), sums->end(), [&](const auto& sum) { return sum.first == phase.first; });
+    if (same == sums->end()) {
+      sums->push_back(phase);
+    } else {
+      same->second += phase.second;
+    }
+  }
+}
+
 }  // namespace attnjit::runtime

@@ -20,4 +20,7 @@ Check check_cuda_arch(compiler::CudaArch arch);
 Result<FoundBinary> find_cuda_binary(Context& context, const compiler::CudaSource& source, compiler::CudaArch arch,
                                      const compiler::CompileOptions& options, LogLevel warnings = LogLevel::kWarn);
 
+// Adds times to those of the same name.
+void add_phases(const compiler::PhaseTimes& phases, compiler::PhaseTimes* sums);
+
 }  // namespace attnjit::runtime

@@ -12,6 +12,7 @@
 #include "runtime/cublas.h"
 #include "runtime/cuda_binaries.h"
 #include "runtime/cuda_driver.h"
+#include "runtime/cuda_products.h"
 #include "runtime/forward.h"
 #include "runtime/status.h"
 
@@ -47,20 +48,15 @@ class CudaMathPlan {
   Check run(const ForwardCall& call, void* workspace, CudaStream stream) const;
 
  private:
-  Check run_scores(const ForwardCall& call, float alpha, char* workspace, CudaStream stream) const;
   Check run_mod(const ForwardCall& call, float factor, char* workspace, CudaStream stream) const;
   Check run_softmax(const ForwardCall& call, char* workspace, CudaStream stream) const;
-  Check run_output(const ForwardCall& call, char* workspace, CudaStream stream) const;
   Check run_zero_rows(const ForwardCall& call, char* workspace, CudaStream stream) const;
-  Check run_copy(const TensorView& from, const TensorView& to, CudaStream stream) const;
 
   Parts parts_;
-  dsl::DType dtype_;
-  std::int64_t batch_, heads_, heads_kv_, seqlen_q_, seqlen_kv_, head_dim_, head_dim_v_;
-  std::int64_t pitch_;  // scores from row to row
+  CudaProducts products_;
   // Offsets in the workspace, which starts with the scores. Copies of q and k, and later of v and o, share their room.
   std::size_t empty_ = 0, q_ = 0, k_ = 0, v_ = 0, o_ = 0, cublas_ = 0;
-  std::size_t cublas_size_ = 0, workspace_size_ = 0;
+  std::size_t workspace_size_ = 0;
 };
 
 // The kernels of a call as compiled for an architecture.

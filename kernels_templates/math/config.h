@@ -1,9 +1,11 @@
 // What the eager path's kernels are compiled and launched with; shared by host and device. It includes nothing:
 // cuda/params.h comes before it.
 //
-// Two translation units, behind cuda/params.h and this file:
+// Translation units, behind cuda/params.h and this file:
 //   math/mod.cuh      behind the emitted attnjit::cuda::Mod; one per expression, the same for every element type
 //   math/kernels.cuh  behind a definition of attnjit::math::kConfig; one per element type
+// and, in the place of the first, math/mod_backward.cuh behind cuda/gradients.cuh, a Mod of the backward and a
+// definition of attnjit::math::kDeterministic.
 //
 // Scores are f32 of (B, Hq, Sq, pitch), scaled as Mod::score expects them before the mod and in log2 units after it.
 // `pitch` is the number of keys rounded up to kVector, so that every row is aligned to 16 bytes; what lies beyond a
@@ -41,6 +43,40 @@ struct ModParams {
   int log2_vectors;                 // a block is 2^log2_vectors threads wide, each with a vector
   unsigned kv_tiles;                // blocks along x: kv_tiles times the tiles of kModRows * the block's height queries
   cuda::CapturedView captured[cuda::kMaxCaptures];
+};
+
+// attnjit_math_mod_backward: a number of threads that warps divide, up to `kModThreads`. `scores` are scaled, in
+// natural units.
+struct ModBackwardParams {
+  float* scores;           // becomes the probabilities, in the type of the inputs, as softmax leaves them
+  float* gradients;        // of probabilities; becomes those of the scaled scores, likewise. Null where not wanted
+  const float* row_lse;    // (B * Hq * Sq): +inf for a row without a kept element
+  const float* row_delta;  // likewise: sum of grad_out * o along the row, less grad_lse
+  const float* grad_lse;   // (B, Hq, Sq); null: zero
+  long long grad_lse_stride[3];
+  long long pitch;
+  float factor;  // on the stored scores, and on the gradients that are left
+  Element element;
+  int num_heads, seqlen_q, seqlen_kv;
+  unsigned heads;                   // B * Hq; blocks along y take them in turn
+  int q_idx_origin, kv_idx_origin;  // logical positions of the first query and key
+  int log2_vectors;                 // a block is 2^log2_vectors threads wide and as high as they allow
+  cuda::CapturedView captured[cuda::kMaxCaptures];
+  cuda::GradientView sums[cuda::kMaxCaptures];
+};
+
+// attnjit_math_delta, `kWarpThreads` threads, a warp per row: what the backward has of each row beside the scores.
+struct DeltaParams {
+  const void* o;
+  const void* grad_out;   // (B, Hq, Sq, Dv)
+  const float* lse;       // (B, Hq, Sq), natural logarithm
+  const float* grad_lse;  // likewise; null: zero
+  float* row_lse;         // ModBackwardParams'
+  float* row_delta;
+  long long o_stride[3], grad_out_stride[3], lse_stride[3], grad_lse_stride[3];
+  unsigned rows;  // B * Hq * Sq, at most kMaxRows
+  unsigned num_heads, seqlen_q;
+  int head_dim_v;
 };
 
 // A row (b, h, q) of scores is counted through all of B, Hq and Sq: 64-bit divisions would cost as much as the rest of

@@ -35,6 +35,15 @@ __device__ __forceinline__ float max_number(float a, float b) {
   asm("max.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
+__device__ __forceinline__ float widen(unsigned short bits) {
+  float y;
+  if constexpr (kConfig.element == Element::kF16) {
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
+  } else {
+    y = __uint_as_float(static_cast<unsigned>(bits) << 16);
+  }
+  return y;
+}
 __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ unsigned vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 #endif
@@ -284,6 +293,37 @@ extern "C" __global__ void __launch_bounds__(kWarpThreads)
     }
   }
 }
+
+// ---- Of the backward
+
+__device__ __forceinline__ float element_at(const void* data, long long i) {
+  if constexpr (kConfig.element == Element::kF32) {
+    return static_cast<const float*>(data)[i];
+  } else {
+    return widen(static_cast<const unsigned short*>(data)[i]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kWarpThreads) attnjit_math_delta(const __grid_constant__ DeltaParams p) {
+  const unsigned row = blockIdx.x * (kWarpThreads / 32) + threadIdx.x / 32;
+  if (row >= p.rows) return;
+  const Warp warp{static_cast<int>(threadIdx.x) % 32};
+  const long long o = offset_of(row, p.num_heads, p.seqlen_q, p.o_stride);
+  const long long grad_out = offset_of(row, p.num_heads, p.seqlen_q, p.grad_out_stride);
+  float sum = 0.0f;
+  for (int d = warp.rank; d < p.head_dim_v; d += 32)
+    sum += element_at(p.o, o + d) * element_at(p.grad_out, grad_out + d);
+  sum = warp.sum(sum);
+  if (warp.rank != 0) return;
+  const float lse = p.lse[offset_of(row, p.num_heads, p.seqlen_q, p.lse_stride)];
+  const bool empty = lse == -kInfinity;
+  const float grad_lse =
+      p.grad_lse != nullptr ? p.grad_lse[offset_of(row, p.num_heads, p.seqlen_q, p.grad_lse_stride)] : 0.0f;
+  p.row_lse[row] = empty ? kInfinity : lse;
+  p.row_delta[row] = empty ? 0.0f : sum - grad_lse;
+}
+
+// ---- Copies
 
 template <typename Piece>
 __device__ __forceinline__ void copy_pieces(const CopyParams& p, const char* from, char* to, int first, int width) {

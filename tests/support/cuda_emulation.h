@@ -1,17 +1,19 @@
 // Runs CUDA kernels on the host: a kernel's text is compiled as C++ with what this header defines, and every thread of
-// a block is a fiber that runs until it waits for others. For plain kernels: one block at a time, no atomics, shared
-// memory of static size.
+// a block is a fiber that runs until it waits for others, one block at a time. For plain kernels: shared memory of
+// static size.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 // CUDA's own names.
@@ -132,6 +134,17 @@ class Machine {
 inline void __syncthreads() { Machine::get().block_barrier(); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+// Fibers do not interrupt each other.
+template <typename T>
+T atomicAdd(T* at, T value) {
+  return std::exchange(*at, *at + value);
+}
+template <typename T>
+T atomicOr(T* at, T value) {
+  return std::exchange(*at, *at | value);
+}
 
 inline unsigned lane() { return threadIdx.x % 32; }
 inline float exchange(float x, int mask) {

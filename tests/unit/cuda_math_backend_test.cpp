@@ -14,13 +14,13 @@
 #include <thread>
 #include <vector>
 
-#include "dsl/interpreter.h"
 #include "kernels_templates/cuda/params.h"
 #include "kernels_templates/math/config.h"
 #include "support/cuda_emulation.h"
 #include "support/fake_cublas/fake_cublas.h"
 #include "support/fake_cuda/fake_cuda.h"
 #include "support/float16.h"
+#include "tests/unit/cuda_math_testing.h"
 
 // ---- The kernels, once for each mod and each element type, each time in a namespace of its own
 
@@ -122,6 +122,7 @@ using namespace math;
 using namespace emulation;
 constexpr Config kConfig{.element = Element::kF32};
 [[maybe_unused]] unsigned pack(float, float) { return 0; }
+[[maybe_unused]] float widen(unsigned short) { return 0; }
 }  // namespace attnjit::kernels_f32
 namespace attnjit::kernels_f16 {
 using namespace math;
@@ -130,6 +131,7 @@ constexpr Config kConfig{.element = Element::kF16};
 unsigned pack(float first, float second) {
   return test::to_f16(first) | static_cast<unsigned>(test::to_f16(second)) << 16;
 }
+float widen(unsigned short bits) { return test::from_f16(bits); }
 }  // namespace attnjit::kernels_f16
 namespace attnjit::kernels_bf16 {
 using namespace math;
@@ -138,6 +140,7 @@ constexpr Config kConfig{.element = Element::kBF16};
 unsigned pack(float first, float second) {
   return test::to_bf16(first) | static_cast<unsigned>(test::to_bf16(second)) << 16;
 }
+float widen(unsigned short bits) { return test::from_bf16(bits); }
 }  // namespace attnjit::kernels_bf16
 
 #define math mod_noop
@@ -173,173 +176,25 @@ unsigned pack(float first, float second) {
 #undef attnjit_math_mod
 
 #define math kernels_f32
-#define attnjit_math_softmax_warp2 attnjit_math_softmax_warp2_f32
-#define attnjit_math_softmax_warp8 attnjit_math_softmax_warp8_f32
-#define attnjit_math_softmax_block attnjit_math_softmax_block_f32
-#define attnjit_math_softmax_long attnjit_math_softmax_long_f32
-#define attnjit_math_zero_rows attnjit_math_zero_rows_f32
-#define attnjit_math_copy attnjit_math_copy_f32
-#include "kernels_templates/math/kernels.cuh"
-#undef math
-#undef attnjit_math_softmax_warp2
-#undef attnjit_math_softmax_warp8
-#undef attnjit_math_softmax_block
-#undef attnjit_math_softmax_long
-#undef attnjit_math_zero_rows
-#undef attnjit_math_copy
+#define ATTNJIT_SUFFIX f32
+#include "tests/unit/cuda_math_kernels.inc"
 
 #define math kernels_f16
-#define attnjit_math_softmax_warp2 attnjit_math_softmax_warp2_f16
-#define attnjit_math_softmax_warp8 attnjit_math_softmax_warp8_f16
-#define attnjit_math_softmax_block attnjit_math_softmax_block_f16
-#define attnjit_math_softmax_long attnjit_math_softmax_long_f16
-#define attnjit_math_zero_rows attnjit_math_zero_rows_f16
-#define attnjit_math_copy attnjit_math_copy_f16
-#include "kernels_templates/math/kernels.cuh"
-#undef math
-#undef attnjit_math_softmax_warp2
-#undef attnjit_math_softmax_warp8
-#undef attnjit_math_softmax_block
-#undef attnjit_math_softmax_long
-#undef attnjit_math_zero_rows
-#undef attnjit_math_copy
+#define ATTNJIT_SUFFIX f16
+#include "tests/unit/cuda_math_kernels.inc"
 
 #define math kernels_bf16
-#define attnjit_math_softmax_warp2 attnjit_math_softmax_warp2_bf16
-#define attnjit_math_softmax_warp8 attnjit_math_softmax_warp8_bf16
-#define attnjit_math_softmax_block attnjit_math_softmax_block_bf16
-#define attnjit_math_softmax_long attnjit_math_softmax_long_bf16
-#define attnjit_math_zero_rows attnjit_math_zero_rows_bf16
-#define attnjit_math_copy attnjit_math_copy_bf16
-#include "kernels_templates/math/kernels.cuh"
-#undef math
-#undef attnjit_math_softmax_warp2
-#undef attnjit_math_softmax_warp8
-#undef attnjit_math_softmax_block
-#undef attnjit_math_softmax_long
-#undef attnjit_math_zero_rows
-#undef attnjit_math_copy
+#define ATTNJIT_SUFFIX bf16
+#include "tests/unit/cuda_math_kernels.inc"
 
 #pragma GCC diagnostic pop
 
 namespace attnjit::runtime {
 namespace {
 
-using dsl::DType;
+using namespace cuda_testing;
+
 using testing::HasSubstr;
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-std::string message_of(const Check& failure) { return failure ? failure->message : std::string(); }
-
-// NOLINTNEXTLINE(performance-no-int-to-ptr): what only has to be told from others
-void* fake_pointer(std::uintptr_t value) { return reinterpret_cast<void*>(value); }
-
-// ---- Tensors
-
-enum class Layout { kPacked, kHeadsInside, kPadded, kRowsOverlap, kBroadcastBatch, kBroadcastHeads, kBroadcastRows };
-constexpr Layout kInputLayouts[] = {Layout::kPacked,       Layout::kHeadsInside,    Layout::kPadded,
-                                    Layout::kRowsOverlap,  Layout::kBroadcastBatch, Layout::kBroadcastHeads,
-                                    Layout::kBroadcastRows};
-constexpr Layout kOutputLayouts[] = {Layout::kPacked, Layout::kHeadsInside, Layout::kPadded};
-
-// (batch, heads, rows, columns) in a buffer of its own, with bytes of 0xff, which is NaN, around and between.
-class Tensor {
- public:
-  Tensor(std::int64_t batch, std::int64_t heads, std::int64_t rows, std::int64_t columns, DType dtype, Layout layout) {
-    view_ = {.data = nullptr,
-             .dtype = dtype,
-             .shape = {batch, heads, rows, columns},
-             .stride = {heads * rows * columns, rows * columns, columns, 1}};
-    std::int64_t* stride = view_.stride;
-    if (layout == Layout::kHeadsInside) {
-      stride[1] = columns;
-      stride[2] = heads * columns;
-    } else if (layout == Layout::kPadded) {
-      stride[2] = columns + 3;
-      stride[1] = rows * stride[2] + 5;
-      stride[0] = heads * stride[1];
-    } else if (layout == Layout::kRowsOverlap) {
-      stride[2] = 3;
-    } else if (layout == Layout::kBroadcastBatch) {
-      stride[0] = 0;
-    } else if (layout == Layout::kBroadcastHeads) {
-      stride[1] = 0;
-    } else if (layout == Layout::kBroadcastRows) {
-      stride[2] = 0;
-    }
-    std::int64_t elements = 2 * kGuard + 1;
-    for (int d = 0; d < 4; ++d) elements += std::max<std::int64_t>(view_.shape[d] - 1, 0) * stride[d];
-    bytes_.assign(static_cast<std::size_t>(elements * size()), '\xff');
-    view_.data = bytes_.data() + kGuard * size();
-  }
-
-  const TensorView& view() const { return view_; }
-  float get(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d) const {
-    return static_cast<float>(dsl::read_as_double(view_.data, view_.dtype, offset(b, h, s, d)));
-  }
-  void set(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d, float value) {
-    char* const to = static_cast<char*>(view_.data) + offset(b, h, s, d) * size();
-    const std::uint16_t half = view_.dtype == DType::kF16 ? test::to_f16(value) : test::to_bf16(value);
-    std::memcpy(to, view_.dtype == DType::kF32 ? static_cast<const void*>(&value) : &half,
-                static_cast<std::size_t>(size()));
-  }
-  template <typename Visit>
-  void each(Visit&& visit) const {
-    const std::int64_t* shape = view_.shape;
-    for (std::int64_t b = 0; b < shape[0]; ++b) {
-      for (std::int64_t h = 0; h < shape[1]; ++h) {
-        for (std::int64_t s = 0; s < shape[2]; ++s) {
-          for (std::int64_t d = 0; d < shape[3]; ++d) visit(b, h, s, d);
-        }
-      }
-    }
-  }
-  void fill(std::mt19937& random, float spread = 1.0f) {
-    std::uniform_real_distribution<float> values(-spread, spread);
-    each([&](auto... index) { set(index..., values(random)); });
-  }
-  // Bytes that belong to no element are what they were.
-  bool untouched_between() const {
-    std::vector<char> rest = bytes_;
-    each([&](auto... index) { std::fill_n(rest.begin() + (offset(index...) + kGuard) * size(), size(), '\xff'); });
-    return std::all_of(rest.begin(), rest.end(), [](char byte) { return byte == '\xff'; });
-  }
-
- private:
-  static constexpr std::int64_t kGuard = 8;
-  std::int64_t size() const { return dsl::dtype_size(view_.dtype); }
-  std::int64_t offset(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d) const {
-    return b * view_.stride[0] + h * view_.stride[1] + s * view_.stride[2] + d;
-  }
-  TensorView view_;
-  std::vector<char> bytes_;
-};
-
-// ---- Kernels
-
-class HostKernel final : public CudaKernel {
- public:
-  explicit HostKernel(std::function<void(const void*)> run) : run_(std::move(run)) {}
-  Check launch(Grid grid, unsigned threads, const void* params, CudaStream) const override {
-    emulation::Machine::get().run({grid.x, grid.y, grid.z}, threads, [&] { run_(params); });
-    ++launches;
-    return {};
-  }
-  mutable int launches = 0;
-
- private:
-  std::function<void(const void*)> run_;
-};
-
-template <typename Params>
-std::shared_ptr<const HostKernel> host_kernel(void (*kernel)(Params)) {
-  return std::make_shared<HostKernel>([kernel](const void* params) { kernel(*static_cast<const Params*>(params)); });
-}
-
-template <typename Params>
-using Entry = void (*)(Params);
 
 Entry<math::SoftmaxParams> softmax_kernel(DType dtype, std::int64_t seqlen_kv) {
   const std::string_view name = CudaMathPlan::softmax_entry(seqlen_kv);

@@ -1,0 +1,252 @@
+// Scores and gradients of probabilities by cuBLAS, the mod's pass over both, products with what it leaves.
+#include "runtime/cuda_math_backward.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <utility>
+
+#include "kernels_templates/cuda/params.h"
+#include "kernels_templates/math/config.h"
+#include "runtime/cuda_call.h"
+
+namespace attnjit::runtime {
+namespace {
+
+math::Element element_of(dsl::DType dtype) {
+  return dtype == dsl::DType::kF16    ? math::Element::kF16
+         : dtype == dsl::DType::kBF16 ? math::Element::kBF16
+                                      : math::Element::kF32;
+}
+
+// How the mod's kernel covers the scores: all keys of a few queries per block, of whole warps.
+struct RowsGrid {
+  int log2_vectors;
+  unsigned threads;
+  std::int64_t tiles;  // of queries
+};
+
+RowsGrid rows_grid(std::int64_t seqlen_q, std::int64_t seqlen_kv) {
+  const auto vectors = static_cast<std::uint64_t>(ceil_div(seqlen_kv, math::kVector));
+  const std::uint64_t width = std::min<std::uint64_t>(std::bit_ceil(vectors), math::kModThreads);
+  const auto rows = static_cast<std::uint64_t>(ceil_div(seqlen_q, math::kModRows));
+  std::uint64_t height = std::min<std::uint64_t>(std::bit_ceil(rows), math::kModThreads / width);
+  height = std::max<std::uint64_t>(height, 32 / std::min<std::uint64_t>(width, 32));
+  return {.log2_vectors = std::countr_zero(width),
+          .threads = static_cast<unsigned>(width * height),
+          .tiles = ceil_div(seqlen_q, static_cast<std::int64_t>(math::kModRows * height))};
+}
+
+// Of a scale: what products are multiplied by and what the mod's kernel does. A product times 0 would not see NaN and
+// infinity in its operands.
+struct Factors {
+  float product, mod;
+};
+
+Factors factors_of(float scale) {
+  const ScoreScale parts = score_scale(scale, 1.0);
+  return parts.main == 0.0f ? Factors{1.0f, 0.0f} : Factors{parts.main, parts.rest};
+}
+
+}  // namespace
+
+CudaMathBackwardPlan::CudaMathBackwardPlan(const ForwardCall& problem, const WantedGradients& wanted, Parts parts)
+    : parts_(std::move(parts)),
+      products_(problem, parts_.cublas, parts_.copy, parts_.arch),
+      wanted_(wanted),
+      is_empty_(std::min({products_.batch, products_.heads, products_.seqlen_q, products_.seqlen_kv}) == 0),
+      needs_gradients_(wanted.dq || wanted.dk || wanted.captures != 0) {
+  const CudaProducts& p = products_;
+  const auto reserve = [&](std::size_t bytes) { return std::exchange(workspace_size_, workspace_size_ + bytes); };
+  const std::size_t rows = CudaProducts::size_of(p.batch * p.heads * p.seqlen_q, 1, sizeof(float));
+  reserve(p.scores_size());
+  gradients_ = reserve(needs_gradients_ ? p.scores_size() : 0);
+  row_lse_ = reserve(rows);
+  row_delta_ = reserve(rows);
+  q_ = reserve(p.packed_size(p.heads, p.seqlen_q, p.head_dim));
+  k_ = reserve(p.packed_size(p.heads_kv, p.seqlen_kv, p.head_dim));
+  v_ = reserve(needs_gradients_ ? p.packed_size(p.heads_kv, p.seqlen_kv, p.head_dim_v) : 0);
+  grad_out_ = reserve(p.packed_size(p.heads, p.seqlen_q, p.head_dim_v));
+  dq_ = reserve(wanted.dq ? p.packed_size(p.heads, p.seqlen_q, p.head_dim) : 0);
+  dk_ = reserve(wanted.dk ? p.packed_size(p.heads_kv, p.seqlen_kv, p.head_dim) : 0);
+  dv_ = reserve(wanted.dv ? p.packed_size(p.heads_kv, p.seqlen_kv, p.head_dim_v) : 0);
+  for (int i = 0; i < dsl::kMaxCaptures; ++i) {
+    if ((wanted.captures >> i & 1) == 0) continue;
+    Sums sums{.capture = i, .elements = 1, .accumulators = (parts_.accumulators >> i & 1) != 0};
+    for (int d = 0; d < problem.captures[i].rank; ++d) sums.elements *= problem.captures[i].extent[d];
+    const std::int64_t words = sums.accumulators ? 2 * cuda::kAccumulatorWords : 1;
+    sums.size = CudaProducts::size_of(sums.elements, words, sizeof(float));
+    sums.offset = reserve(sums.size);
+    sums_.push_back(sums);
+  }
+  cublas_ = reserve(p.cublas_size());
+}
+
+std::string CudaMathBackwardPlan::describe() const {
+  const CudaProducts& p = products_;
+  if (is_empty_) return "zeros\n";
+  const std::string by = " by " + p.description();
+  const std::string scores = fmt::format("float32 ({}, {}, {}, {})\n", p.batch, p.heads, p.seqlen_q, p.seqlen_kv);
+  std::string text = "q k^T" + by + ": " + scores;
+  if (needs_gradients_) text += "grad_out v^T" + by + ": " + scores;
+  text += fmt::format("delta\nmod backward: {} in place\n", dsl::dtype_name(p.dtype));
+  if (wanted_.dq) text += "ds k" + by + "\n";
+  if (wanted_.dk) text += "ds^T q" + by + "\n";
+  if (wanted_.dv) text += "p^T grad_out" + by + "\n";
+  for (const Sums& sums : sums_) {
+    text += fmt::format("gradient of capture {} from {}\n", sums.capture,
+                        sums.accumulators ? "exact accumulators" : "float32 sums");
+  }
+  return text;
+}
+
+Check CudaMathBackwardPlan::run(const ForwardCall& call, const Gradients& gradients, void* workspace,
+                                CudaStream stream) const {
+  char* const bytes = static_cast<char*>(workspace);
+  for (const Sums& sums : sums_) {
+    if (Check failure = parts_.device->fill(bytes + sums.offset, 0, sums.size, stream)) return failure;
+  }
+  if (is_empty_) {
+    const struct {
+      bool wanted;
+      const TensorView& tensor;
+      std::size_t room;
+    } outputs[] = {{wanted_.dq, gradients.dq, dq_}, {wanted_.dk, gradients.dk, dk_}, {wanted_.dv, gradients.dv, dv_}};
+    for (const auto& [wanted, tensor, room] : outputs) {
+      if (!wanted) continue;
+      if (Check failure = run_zeros(tensor, bytes + room, stream)) return failure;
+    }
+  } else if (Check failure = run_scores(call, gradients, bytes, stream)) {
+    return failure;
+  }
+  for (const Sums& sums : sums_) {
+    if (Check failure = run_finish(sums, call, gradients, bytes, stream)) return failure;
+  }
+  return {};
+}
+
+Check CudaMathBackwardPlan::run_scores(const ForwardCall& call, const Gradients& gradients, char* workspace,
+                                       CudaStream stream) const {
+  const CudaProducts::Queue queue{workspace + cublas_, stream};
+  const Factors factors = factors_of(call.scale);
+  const CudaProducts::Operand q{call.q, workspace + q_}, k{call.k, workspace + k_}, v{call.v, workspace + v_},
+      grad_out{gradients.grad_out, workspace + grad_out_};
+  if (Check failure = products_.multiply_features(factors.product, q, k, workspace, queue)) return failure;
+  if (needs_gradients_) {
+    if (Check failure = products_.multiply_features(1.0f, grad_out, v, workspace + gradients_, queue)) return failure;
+  }
+  if (Check failure = run_delta(call, gradients, workspace, stream)) return failure;
+  if (Check failure = run_mod(call, gradients, factors.mod, workspace, stream)) return failure;
+  if (wanted_.dq) {
+    if (Check failure = products_.multiply_keys(factors.product, workspace + gradients_, k,
+                                                {gradients.dq, workspace + dq_}, queue)) {
+      return failure;
+    }
+  }
+  if (wanted_.dk) {
+    if (Check failure = products_.multiply_queries(factors.product, workspace + gradients_, q,
+                                                   {gradients.dk, workspace + dk_}, queue)) {
+      return failure;
+    }
+  }
+  if (!wanted_.dv) return {};
+  return products_.multiply_queries(1.0f / math::probability_scale(element_of(products_.dtype)), workspace, grad_out,
+                                    {gradients.dv, workspace + dv_}, queue);
+}
+
+Check CudaMathBackwardPlan::run_delta(const ForwardCall& call, const Gradients& gradients, char* workspace,
+                                      CudaStream stream) const {
+  const CudaProducts& p = products_;
+  math::DeltaParams params{.o = call.o.data,
+                           .grad_out = gradients.grad_out.data,
+                           .lse = call.lse.data,
+                           .grad_lse = gradients.grad_lse.data,
+                           .row_lse = reinterpret_cast<float*>(workspace + row_lse_),
+                           .row_delta = reinterpret_cast<float*>(workspace + row_delta_),
+                           .o_stride = {},
+                           .grad_out_stride = {},
+                           .lse_stride = {},
+                           .grad_lse_stride = {},
+                           .rows = static_cast<unsigned>(p.batch * p.heads * p.seqlen_q),
+                           .num_heads = static_cast<unsigned>(p.heads),
+                           .seqlen_q = static_cast<unsigned>(p.seqlen_q),
+                           .head_dim_v = static_cast<int>(p.head_dim_v)};
+  std::copy_n(call.o.stride, 3, params.o_stride);
+  std::copy_n(gradients.grad_out.stride, 3, params.grad_out_stride);
+  std::copy_n(call.lse.stride, 3, params.lse_stride);
+  std::copy_n(gradients.grad_lse.stride, 3, params.grad_lse_stride);
+  return parts_.delta->launch({.x = static_cast<unsigned>(ceil_div(params.rows, math::kWarpThreads / 32))},
+                              math::kWarpThreads, &params, stream);
+}
+
+Check CudaMathBackwardPlan::run_mod(const ForwardCall& call, const Gradients& gradients, float factor, char* workspace,
+                                    CudaStream stream) const {
+  const CudaProducts& p = products_;
+  const RowsGrid grid = rows_grid(p.seqlen_q, p.seqlen_kv);
+  math::ModBackwardParams params{
+      .scores = reinterpret_cast<float*>(workspace),
+      .gradients = needs_gradients_ ? reinterpret_cast<float*>(workspace + gradients_) : nullptr,
+      .row_lse = reinterpret_cast<float*>(workspace + row_lse_),
+      .row_delta = reinterpret_cast<float*>(workspace + row_delta_),
+      .grad_lse = gradients.grad_lse.data,
+      .grad_lse_stride = {},
+      .pitch = p.pitch,
+      .factor = factor,
+      .element = element_of(p.dtype),
+      .num_heads = static_cast<int>(p.heads),
+      .seqlen_q = static_cast<int>(p.seqlen_q),
+      .seqlen_kv = static_cast<int>(p.seqlen_kv),
+      .heads = static_cast<unsigned>(p.batch * p.heads),
+      .q_idx_origin = 0,
+      .kv_idx_origin = 0,
+      .log2_vectors = grid.log2_vectors,
+      .captured = {},
+      .sums = {}};
+  std::copy_n(gradients.grad_lse.stride, 3, params.grad_lse_stride);
+  fill_captured(call, params.captured);
+  for (const Sums& sums : sums_) {
+    cuda::GradientView& view = params.sums[sums.capture];
+    view.data = workspace + sums.offset;
+    const dsl::CaptureView& capture = call.captures[sums.capture];
+    std::int64_t stride = 1;
+    for (int d = capture.rank - 1; d >= 0; --d) {
+      view.stride[d] = stride;
+      stride *= capture.extent[d];
+    }
+  }
+  return parts_.mod->launch(
+      {.x = static_cast<unsigned>(grid.tiles), .y = static_cast<unsigned>(std::min(p.batch * p.heads, kMaxGridY))},
+      grid.threads, &params, stream);
+}
+
+Check CudaMathBackwardPlan::run_finish(const Sums& sums, const ForwardCall& call, const Gradients& gradients,
+                                       char* workspace, CudaStream stream) const {
+  const dsl::CaptureView& capture = call.captures[sums.capture];
+  const CaptureGradient& gradient = gradients.captures[sums.capture];
+  cuda::FinishParams params{.sums = workspace + sums.offset,
+                            .to = gradient.data,
+                            .elements = sums.elements,
+                            .stride = {},
+                            .extent = {},
+                            .type = capture.dtype == dsl::DType::kF16    ? cuda::GradientType::kF16
+                                    : capture.dtype == dsl::DType::kBF16 ? cuda::GradientType::kBF16
+                                                                         : cuda::GradientType::kF32,
+                            .accumulators = sums.accumulators};
+  for (int d = 0; d < cuda::kMaxCaptureRank; ++d) {
+    params.stride[d] = d < capture.rank ? gradient.stride[d] : 0;
+    params.extent[d] = d < capture.rank ? static_cast<int>(capture.extent[d]) : 1;
+  }
+  constexpr std::int64_t kThreads = 256, kMaxBlocks = 4096;
+  return parts_.finish->launch({.x = static_cast<unsigned>(std::min(ceil_div(sums.elements, kThreads), kMaxBlocks))},
+                               kThreads, &params, stream);
+}
+
+Check CudaMathBackwardPlan::run_zeros(const TensorView& tensor, char* room, CudaStream stream) const {
+  const std::size_t size = products_.packed_size(tensor.shape[1], tensor.shape[2], tensor.shape[3]);
+  if (size == 0) return {};
+  if (Check failure = parts_.device->fill(room, 0, size, stream)) return failure;
+  return products_.copy(CudaProducts::packed(tensor, room), tensor, stream);
+}
+
+}  // namespace attnjit::runtime
