@@ -232,7 +232,8 @@ CompileResult<EmittedCuda> emit_cuda_math_backward(const ModProblem& problem, bo
                                                    const CompileOptions& options) {
   CompileResult<EmittedCuda> result;
   std::string mod;
-  const std::string constant = std::string("constexpr bool kDeterministic = ") + bool_text(deterministic) + ";\n";
+  const std::string constant =
+      std::string("[[maybe_unused]] constexpr bool kDeterministic = ") + bool_text(deterministic) + ";\n";
   if (!emit_mod(problem, Direction::kBackward, CudaAccuracy::kFull, options,
                 std::string("math backward") + (deterministic ? ", deterministic" : ""), result, mod))
     return result;

@@ -13,6 +13,7 @@
 
 #include "runtime/cpu_backend.h"
 #include "runtime/cuda_math_backend.h"
+#include "runtime/cuda_math_backward.h"
 #include "runtime/math_backend.h"
 #include "runtime/math_backward.h"
 #include "runtime/sm80_backend.h"
@@ -134,11 +135,10 @@ Result<ReadyBackend> prepare_math(const Request& request) {
 }
 
 Result<ReadyBackend> prepare_math_backward(const Request& request) {
-  const Signature& s = request.call.signature;
-  if (s.device != kCpu) return Failure{ATTNJIT_UNSUPPORTED, "it has no backward on a GPU"};
+  if (request.call.signature.device != kCpu) return prepare_cuda_math_backward(request);
   const Mods& bound = request.mods;
-  auto math = std::make_shared<const MathBackwardPlan>(request.call.forward, wanted_gradients(s), bound.score_mod,
-                                                       bound.mask_mod ? &*bound.mask_mod : nullptr,
+  auto math = std::make_shared<const MathBackwardPlan>(request.call.forward, wanted_gradients(request.call.signature),
+                                                       bound.score_mod, bound.mask_mod ? &*bound.mask_mod : nullptr,
                                                        math_options(request.context));
   if (math->workspace_size() == std::numeric_limits<std::size_t>::max()) {
     return Failure{ATTNJIT_UNSUPPORTED, "its scores cannot be addressed"};

@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <utility>
 
 #include "kernels_templates/cuda/params.h"
 #include "kernels_templates/math/config.h"
+#include "runtime/cuda_binaries.h"
 #include "runtime/cuda_call.h"
 
 namespace attnjit::runtime {
@@ -247,6 +249,89 @@ Check CudaMathBackwardPlan::run_zeros(const TensorView& tensor, char* room, Cuda
   if (size == 0) return {};
   if (Check failure = parts_.device->fill(room, 0, size, stream)) return failure;
   return products_.copy(CudaProducts::packed(tensor, room), tensor, stream);
+}
+
+// ---- Making one
+
+Result<ReadyBackend> prepare_cuda_math_backward(const Request& request) {
+  const Signature& s = request.call.signature;
+  Result<std::shared_ptr<CudaDevice>> found_device = request.context.cuda_device(s.device);
+  if (!found_device) return found_device.failure();
+  const std::shared_ptr<CudaDevice>& device = *found_device;
+  const compiler::CudaArch arch{.number = device->arch(), .specific = false};
+  if (Check failure = check_cuda_arch(arch)) return *failure;
+  if (std::string reason = CudaProducts::refuse(request.call.forward); !reason.empty()) {
+    return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
+  }
+
+  compiler::CompileOptions options;
+  if (request.files.any()) {
+    options.dump = [&](std::string_view kind, std::string_view text) {
+      if (request.files.wants(kind)) request.files.write(kind, "", text);
+    };
+  }
+  auto emitted = compiler::emit_cuda_math_backward(mod_problem(request.mods, request.call, s.seqlen_q, s.seqlen_kv),
+                                                   s.deterministic != 0, options);
+  if (emitted.error) {
+    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
+  }
+  const compiler::ModFacts& facts = emitted.value.facts;
+  // Texts of the emission do not need a compile.
+  if (!request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  const Result<FoundBinary> mod = find_cuda_binary(request.context, emitted.value.source, arch, options);
+  if (!mod) return mod.failure();
+  // Nothing of the expression is in these.
+  options.dump = nullptr;
+  const auto kernels =
+      find_cuda_binary(request.context, compiler::cuda_math_kernels(request.call.forward.q.dtype), arch, options);
+  if (!kernels) return kernels.failure();
+  const auto finish = find_cuda_binary(request.context, compiler::cuda_finish_gradients(), arch, options);
+  if (!finish) return finish.failure();
+
+  const auto start = std::chrono::steady_clock::now();
+  CudaMathBackwardPlan::Parts parts;
+  parts.device = device;
+  parts.arch = device->arch();
+  for (const compiler::SinkFacts& sink : facts.sinks) {
+    if (s.deterministic != 0 && !sink.injective) parts.accumulators |= 1u << sink.capture;
+  }
+  ReadyBackend ready;
+  ready.phases = std::move(emitted.value.phases);
+  ready.description = {{"device", device->name()}, {"hash", hash_text(facts)}, {"facts", facts_json(facts)}};
+  const struct {
+    std::shared_ptr<const CudaKernel>* kernel;
+    const FoundBinary& binary;
+    const char* entry;
+  } wanted[] = {{&parts.mod, *mod, "attnjit_math_mod_backward"},
+                {&parts.delta, *kernels, "attnjit_math_delta"},
+                {&parts.copy, *kernels, "attnjit_math_copy"},
+                {&parts.finish, *finish, "attnjit_finish_gradient"}};
+  Json rows = Json::array();
+  for (const auto& [kernel, binary, entry] : wanted) {
+    auto loaded = CudaKernel::load(device, binary.binary->cubin, entry, 0);
+    if (!loaded) return loaded.failure();
+    *kernel = std::move(*loaded);
+    rows.push_back(binary_json(binary, entry));
+  }
+  const auto loaded_at = std::chrono::steady_clock::now();
+  Result<std::shared_ptr<const Cublas>> cublas = Cublas::get(device, request.context.environment().cublas);
+  if (!cublas) return cublas.failure();
+  parts.cublas = std::move(*cublas);
+  const auto end = std::chrono::steady_clock::now();
+
+  for (const FoundBinary* binary : {&*mod, &*kernels, &*finish}) add_phases(binary->phases, &ready.phases);
+  using Milliseconds = std::chrono::duration<double, std::milli>;
+  ready.phases.emplace_back("load", Milliseconds(loaded_at - start).count());
+  ready.phases.emplace_back("cublas", Milliseconds(end - loaded_at).count());
+  const auto plan =
+      std::make_shared<const CudaMathBackwardPlan>(request.call.forward, wanted_gradients(s), std::move(parts));
+  ready.description["passes"] = plan->describe();
+  ready.description["kernels"] = std::move(rows);
+  ready.backward.workspace_size = plan->workspace_size();
+  ready.backward.run = [plan](const ForwardCall& call, const Gradients& gradients, void* workspace, CudaStream stream) {
+    return plan->run(call, gradients, workspace, stream);
+  };
+  return ready;
 }
 
 }  // namespace attnjit::runtime

@@ -70,4 +70,7 @@ class CudaMathBackwardPlan {
   std::size_t workspace_size_ = 0;
 };
 
+// As prepare_cuda_math, for a request of a backward.
+Result<ReadyBackend> prepare_cuda_math_backward(const Request& request);
+
 }  // namespace attnjit::runtime

@@ -197,7 +197,8 @@ __device__ __forceinline__ void store_vector(Element element, float* row, int in
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kModThreads)
+// One block at least: without that, registers are spilled for more of them at once.
+extern "C" __global__ void __launch_bounds__(kModThreads, 1)
     attnjit_math_mod_backward(const __grid_constant__ ModBackwardParams p) {
   using cuda::Mod;
   __shared__ float memory[kModThreads / 32];

@@ -25,11 +25,24 @@ struct Compiled {
 
 constexpr std::string_view kDense = "score + dense[h, q_idx, kv_idx]";
 
+// Sinks of a block, an element and a diagonal.
+constexpr const char* kGradients =
+    "where(ids[b, q_idx] == ids[b, kv_idx], score * alibi_slopes[h] + dense[h, q_idx, kv_idx] + "
+    "table[h, q_idx - kv_idx + 4095], -inf)";
+
 std::vector<Tensor> tensors() {
   return {Tensor::of<std::int32_t>("ids", DType::kInt32, {2, 4096}, std::vector<std::int32_t>(2 * 4096)),
           Tensor::of<float>("alibi_slopes", DType::kF32, {16}, std::vector<float>(16)),
           Tensor::of<std::uint16_t>("dense", DType::kBF16, {16, 64, 4096}, std::vector<std::uint16_t>(16 * 64 * 4096)),
           Tensor::of<std::uint16_t>("table", DType::kF16, {16, 8192}, std::vector<std::uint16_t>(16 * 8192))};
+}
+
+// The bits of all captures that have gradients.
+std::uint32_t differentiable(const ModProblem& problem) {
+  std::uint32_t bits = 0;
+  for (std::size_t i = 0; i < problem.captures.size(); ++i)
+    if (dsl::value_type(problem.captures[i].dtype) == dsl::Type::kFloat) bits |= 1u << i;
+  return bits;
 }
 
 Compiled sm80_case(const std::string& expression, sm80::Element element, int head_dim, CudaArch arch) {
@@ -160,6 +173,19 @@ TEST(CompileMatrix, SlowEverythingEverywhere) {
 TEST(CompileMatrix, Math) {
   std::vector<Compiled> all;
   for (const CudaArch arch : {CudaArch{80}, {90, true}, {120}}) {
+    for (const char* expression : {"noop", kSoftcapDocument, kGradients})
+      for (const bool deterministic : {false, true})
+        all.push_back({.what = std::string("math backward ") + expression + " " + cuda_arch_name(arch),
+                       .emit =
+                           [=] {
+                             ModProblem problem =
+                                 Mod(expression, tensors(),
+                                     {.batch = 2, .num_heads = 16, .seqlen_q = 4096, .seqlen_kv = 4096})
+                                     .problem;
+                             problem.gradients = differentiable(problem);
+                             return emit_cuda_math_backward(problem, deterministic);
+                           },
+                       .arch = arch});
     for (const char* expression : {"noop", "alibi", kSoftcapDocument})
       all.push_back({.what = std::string("math ") + expression + " " + cuda_arch_name(arch),
                      .emit =
