@@ -1,6 +1,7 @@
 // The C edge: handles, statuses and messages; no exception leaves this file.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -86,6 +87,16 @@ Failure no_disk_cache(const attnjit::runtime::DiskCache& disk) {
   return {ATTNJIT_ENVIRONMENT, fmt::format("there is no disk cache: {}", disk.reason())};
 }
 
+attnjit::runtime::Result<attnjit::runtime::Mods> bound_mods(attnjit_context& context,
+                                                            const attnjit_attention& attention,
+                                                            const CheckedCall& call) {
+  namespace rt = attnjit::runtime;
+  const rt::RegistrySnapshot snapshot = context.state->registry();
+  auto parsed = rt::parse_mods(attention.score_mod, attention.mask_mod, *snapshot.registry);
+  if (!parsed) return parsed.failure();
+  return rt::bind_mods(*parsed, attention.score_mod, attention.mask_mod, *snapshot.registry, call);
+}
+
 // Checks the arguments that the oracle's functions share and hands `work` the call and its bound mods.
 template <typename Work>
 Check with_reference_call(attnjit_context* context, const attnjit_attention* attention, const attnjit_row* rows,
@@ -104,12 +115,41 @@ Check with_reference_call(attnjit_context* context, const attnjit_attention* att
                                  rows[i].h, rows[i].q_idx, s.batch, s.num_heads, s.seqlen_q)};
     }
   }
-  const rt::RegistrySnapshot snapshot = context->state->registry();
-  auto parsed = rt::parse_mods(attention->score_mod, attention->mask_mod, *snapshot.registry);
-  if (!parsed) return parsed.failure();
-  auto bound = rt::bind_mods(*parsed, attention->score_mod, attention->mask_mod, *snapshot.registry, call);
-  if (!bound) return bound.failure();
-  work(call.forward, *bound);
+  auto mods = bound_mods(*context, *attention, call);
+  if (!mods) return mods.failure();
+  work(call.forward, *mods);
+  return {};
+}
+
+Check reference_backward(attnjit_context* context, const attnjit_attention* attention,
+                         const attnjit_gradients* gradients, int64_t b, int64_t h_kv,
+                         const attnjit_reference_gradients* out) {
+  namespace rt = attnjit::runtime;
+  if (!context) return null_argument("context");
+  if (!out) return null_argument("out");
+  CheckedCall call;
+  if (Check failure = rt::check_backward_call(attention, gradients, rt::Purpose::kReference, &call)) return failure;
+  if (Check failure = rt::check_struct("out", "ATTNJIT_REFERENCE_GRADIENTS_INIT", out, out->struct_size,
+                                       sizeof(attnjit_reference_gradients))) {
+    return failure;
+  }
+  const rt::Signature& s = call.signature;
+  if (b < 0 || b >= s.batch || h_kv < 0 || h_kv >= s.num_heads_kv) {
+    return Failure{ATTNJIT_INVALID_ARGUMENT,
+                   fmt::format("(b, h_kv) is ({}, {}); allowed: below ({}, {})", b, h_kv, s.batch, s.num_heads_kv)};
+  }
+  auto mods = bound_mods(*context, *attention, call);
+  if (!mods) return mods.failure();
+  rt::ReferenceGradients wanted{
+      .dq = {out->dq, out->dq_bound}, .dk = {out->dk, out->dk_bound}, .dv = {out->dv, out->dv_bound}};
+  for (size_t i = 0; i < gradients->num_captures; ++i) {
+    const auto number = static_cast<size_t>(
+        std::ranges::find(mods->captures(), gradients->captures[i].name, &attnjit::dsl::Capture::name) -
+        mods->captures().begin());
+    wanted.captures[number] = {out->captures ? out->captures[i] : nullptr,
+                               out->capture_bounds ? out->capture_bounds[i] : nullptr};
+  }
+  rt::reference_backward(call.forward, call.gradients, *mods, b, h_kv, context->state->pool(), wanted);
   return {};
 }
 
@@ -282,6 +322,12 @@ attnjit_status attnjit_reference_bounds(attnjit_context* context, const attnjit_
                                          lse_bound, decided);
     });
   });
+}
+
+attnjit_status attnjit_reference_backward(attnjit_context* context, const attnjit_attention* attention,
+                                          const attnjit_gradients* gradients, int64_t b, int64_t h_kv,
+                                          const attnjit_reference_gradients* out) {
+  return guarded([&] { return reference_backward(context, attention, gradients, b, h_kv, out); });
 }
 
 attnjit_status attnjit_clamped_reads(attnjit_context* context, const attnjit_attention* attention,

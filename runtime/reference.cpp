@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "dsl/float32_backward.h"
 #include "dsl/float32_row.h"
 #include "dsl/interpreter.h"
 
@@ -23,6 +24,18 @@ void widen(const TensorView& tensor, std::int64_t b, std::int64_t h, std::int64_
   for (std::size_t d = 0; d < out->size(); ++d) {
     (*out)[d] = dsl::read_as_double(tensor.data, tensor.dtype, offset + static_cast<std::int64_t>(d));
   }
+}
+
+// All of `count` heads from `h`, packed.
+std::vector<double> widened(const TensorView& tensor, std::int64_t b, std::int64_t h, std::int64_t count) {
+  std::vector<double> result, row(static_cast<std::size_t>(tensor.shape[3]));
+  for (std::int64_t head = h; head < h + count; ++head) {
+    for (std::int64_t s = 0; s < tensor.shape[2]; ++s) {
+      widen(tensor, b, head, s, &row);
+      result.insert(result.end(), row.begin(), row.end());
+    }
+  }
+  return result;
 }
 
 // +inf wins over NaN, and NaN over every other number; either way the row is NaN.
@@ -225,6 +238,61 @@ void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const
   for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
     worker.bounds(rows[i], at(o_bound, i, dim), at(lse_bound, i, 1), at(decided, i, 1));
   });
+}
+
+void reference_backward(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
+                        std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out) {
+  const std::int64_t num_heads = call.k.shape[1] > 0 ? call.q.shape[1] / call.k.shape[1] : 0;
+  dsl::BackwardHead head{.b = b,
+                         .h = h_kv * num_heads,
+                         .num_heads = num_heads,
+                         .seqlen_q = call.q.shape[2],
+                         .seqlen_kv = call.k.shape[2],
+                         .head_dim = call.q.shape[3],
+                         .head_dim_v = call.v.shape[3]};
+  const std::vector<double> q = widened(call.q, b, head.h, num_heads);
+  const std::vector<double> k = widened(call.k, b, h_kv, 1);
+  const std::vector<double> v = widened(call.v, b, h_kv, 1);
+  const std::vector<double> grad_out = widened(gradients.grad_out, b, head.h, num_heads);
+  std::vector<double> grad_lse;
+  if (const RowView& rows = gradients.grad_lse; rows.data) {
+    for (std::int64_t h = head.h; h < head.h + num_heads; ++h) {
+      for (std::int64_t i = 0; i < head.seqlen_q; ++i) {
+        grad_lse.push_back(
+            static_cast<double>(rows.data[b * rows.stride[0] + h * rows.stride[1] + i * rows.stride[2]]));
+      }
+    }
+  }
+  head.q = q;
+  head.k = k;
+  head.v = v;
+  head.grad_out = grad_out;
+  head.grad_lse = grad_lse;
+
+  dsl::BackwardOptions options{
+      .dtype = call.q.dtype,
+      .scale = static_cast<double>(call.scale),
+      .approximation = dsl::function_approximation(mods.score_mod, call.q.dtype),
+      .own_forward = true,
+      .threads = pool.size(),
+      .parallel_for = [&pool](std::int64_t tasks, const auto& function) { pool.parallel_for(tasks, function); }};
+  for (std::size_t number = 0; number < call.num_captures; ++number) {
+    const ReferenceGradient& wanted = out.captures[number];
+    if (wanted.value || wanted.bound) options.captures |= 1u << number;
+  }
+  const std::span captures(call.captures, call.num_captures);
+  dsl::Float32Backward backward(options, mods.score_mod, captures, mods.mask_mod ? &*mods.mask_mod : nullptr, captures);
+  const auto give = [](const dsl::JudgedGradient& gradient, const ReferenceGradient& to) {
+    if (to.value) std::ranges::copy(gradient.value, to.value);
+    if (to.bound) std::ranges::copy(gradient.bound, to.bound);
+  };
+  const dsl::HeadGradients found = backward.run(head);
+  give(found.dq, out.dq);
+  give(found.dk, out.dk);
+  give(found.dv, out.dv);
+  for (int number = 0; number < static_cast<int>(call.num_captures); ++number) {
+    if (options.captures >> number & 1) give(backward.captured(number), out.captures[number]);
+  }
 }
 
 std::vector<ClampedReads> clamped_reads(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows,

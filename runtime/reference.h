@@ -1,4 +1,4 @@
-// The double-precision oracle of a forward call, row by row, by interpreting the expressions.
+// The double-precision oracle of a call, row by row, or of a backward by heads, by interpreting the expressions.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,7 @@
 
 #include "attnjit/attnjit.h"
 #include "dsl/interpreter.h"
+#include "runtime/backward.h"
 #include "runtime/forward.h"
 #include "runtime/mods.h"
 #include "runtime/thread_pool.h"
@@ -21,6 +22,22 @@ void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const a
 // Likewise attnjit_reference_bounds: `o_bound` (rows, Dv), `lse_bound` and `decided` (rows); any of them null.
 void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
                       double* o_bound, double* lse_bound, unsigned char* decided);
+
+// A gradient and its bounds, packed. Either may be null.
+struct ReferenceGradient {
+  double* value = nullptr;
+  double* bound = nullptr;
+};
+
+struct ReferenceGradients {
+  ReferenceGradient dq, dk, dv;
+  ReferenceGradient captures[dsl::kMaxCaptures];  // by number
+};
+
+// Likewise attnjit_reference_backward, for a batch and a key/value head inside the problem. Of `gradients` only what
+// flows in is looked at.
+void reference_backward(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
+                        std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out);
 
 // The indices of one dimension of a captured tensor that were clamped.
 struct ClampedReads {
