@@ -389,7 +389,8 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   const auto unspecified = [](Term* term) { term->error = term->scatter = kInfinity; };
   for (std::size_t j = 0; j < keys && !nothing; ++j) {
     const ModifiedScore& score = reach[j];
-    if (!score.keep && score.hi == -kInfinity) continue;
+    // What is surely -infinity has a P of exactly 0.
+    if (score.hi == -kInfinity && !(poisoned && score.keep)) continue;
     Cell& cell = cells[j];
     Term dm;
     const auto [dp, dp_magnitude] = dot(grad_out, slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v));

@@ -382,6 +382,25 @@ TEST(DslFloat32Backward, WhatIsDroppedIsExactlyZeroAndPoisonStaysInItsRow) {
   }
 }
 
+TEST(DslFloat32Backward, KeptElementsOfMinusInfinityContributeNothing) {
+  std::mt19937_64 random(23);
+  const Head head({.num_heads = 1, .seqlen_q = 3, .seqlen_kv = 4, .head_dim = 2, .head_dim_v = 2}, random, 0x1p-4);
+  // The derivative there is NaN.
+  const auto expr = test::bound("where(kv_idx == 1, log(score * 0), score)");
+  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+  EXPECT_TRUE(gold.agree);
+  for (const JudgedGradient* each : {&gold.dq, &gold.dk, &gold.dv}) {
+    for (std::size_t i = 0; i < each->value.size(); ++i) {
+      EXPECT_TRUE(std::isfinite(each->value[i]));
+      EXPECT_LT(each->bound[i], 1e-4);
+      if (each != &gold.dq && i / 2 == 1) {
+        EXPECT_EQ(each->value[i], 0.0);
+        EXPECT_EQ(each->bound[i], 0.0);
+      }
+    }
+  }
+}
+
 // A tile multiplies what stands at dropped positions by 0: unspecified where that is not finite, and only there.
 TEST(DslFloat32Backward, InfiniteInputsSpoilTheirFeaturesOnly) {
   std::mt19937_64 random(22);
