@@ -12,6 +12,8 @@ struct EmbeddedBitcode {
 // The softmax tile of tile.cpp. `isa` is compiler::CpuIsa's number: 0 SSE2, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ,
 // VL), 3 AVX-512 with BF16.
 EmbeddedBitcode tile_bitcode(int isa);
+// The backward's tile of gradient_tile.cpp, likewise.
+EmbeddedBitcode gradient_tile_bitcode(int isa);
 // rows.cpp, likewise.
 EmbeddedBitcode rows_bitcode(int isa);
 // The language's functions of functions.cpp, likewise.

@@ -62,10 +62,11 @@ struct Bf16Pairs {
 };
 #endif
 
-// acc[r][c] += the word at a + r * row_bytes + i * step_bytes, times lanes[i][c], for i < depth.
-template <typename Math, int kRows>
-inline void accumulate(const char* a, long long row_bytes, long long step_bytes, const float* lanes, long long depth,
-                       Vector (&acc)[kRows][kColumns]) {
+// acc[r][c] += the word at a + r * row_bytes + i * step_bytes, times lanes[i][c], for i < depth. Rows of `lanes` are
+// `lanes_stride` apart.
+template <typename Math, int kRows, int kCols>
+inline void accumulate(const char* a, long long row_bytes, long long step_bytes, const float* lanes,
+                       long long lanes_stride, long long depth, Vector (&acc)[kRows][kCols]) {
   for (long long i = 0; i < depth; ++i) {
     Vector broadcast[kRows];
     ATTNJIT_UNROLL
@@ -73,8 +74,8 @@ inline void accumulate(const char* a, long long row_bytes, long long step_bytes,
       broadcast[r] = (Vector)(*(const Word*)(a + r * row_bytes + i * step_bytes) + UintVector{});
     }
     ATTNJIT_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      const Vector lane = *(const Vector*)(lanes + i * kPanelLanes + c * kWidth);
+    for (int c = 0; c < kCols; ++c) {
+      const Vector lane = load<Vector>(lanes + i * lanes_stride + c * kWidth);
       ATTNJIT_UNROLL
       for (int r = 0; r < kRows; ++r) Math::multiply_add(acc[r][c], broadcast[r], lane);
     }
@@ -85,7 +86,7 @@ inline void accumulate(const char* a, long long row_bytes, long long step_bytes,
 template <typename Math, int kRows>
 void qk_block(const char* k, long long row_bytes, long long depth, const float* queries, float factor, float* scores) {
   Vector acc[kRows][kColumns] = {};
-  accumulate<Math, kRows>(k, row_bytes, 4, queries, depth, acc);
+  accumulate<Math>(k, row_bytes, 4, queries, kPanelLanes, depth, acc);
   ATTNJIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     ATTNJIT_UNROLL
@@ -132,7 +133,7 @@ void pv_block(const char* v, long long row_bytes, long long rows, const float* w
       acc[r][c] = *(const Vector*)(out + r * kPanelLanes + c * kWidth) * *(const Vector*)(rescale + c * kWidth);
     }
   }
-  accumulate<Math, kRows>(v, 4, row_bytes, weights, rows, acc);
+  accumulate<Math>(v, 4, row_bytes, weights, kPanelLanes, rows, acc);
   ATTNJIT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     ATTNJIT_UNROLL
@@ -163,6 +164,62 @@ void pv_rows(const char* v, long long row_bytes, long long rows, long long width
     pv_rest<Math, kBlock - 1>(v + i * 4, row_bytes, rows, width - i, weights + lane, rescale + lane,
                               out + i * kPanelLanes + lane);
   }
+}
+
+// out[r][i] += sum over the `depth` words of row r of weights times the rows of `in`.
+template <typename Math, int kRows, int kCols>
+void lanes_block(const float* in, long long in_stride, long long depth, const float* weights, float* out,
+                 long long out_stride) {
+  Vector acc[kRows][kCols];
+  ATTNJIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    ATTNJIT_UNROLL
+    for (int c = 0; c < kCols; ++c) acc[r][c] = load<Vector>(out + r * out_stride + c * kWidth);
+  }
+  accumulate<Math>((const char*)weights, depth * 4, 4, in, in_stride, depth, acc);
+  ATTNJIT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    ATTNJIT_UNROLL
+    for (int c = 0; c < kCols; ++c) store(out + r * out_stride + c * kWidth, acc[r][c]);
+  }
+}
+
+template <typename Math, int kRows, int kCols>
+void lanes_rest(const float* in, long long in_stride, long long depth, long long rows, const float* weights, float* out,
+                long long out_stride) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      lanes_block<Math, kRows, kCols>(in, in_stride, depth, weights, out, out_stride);
+    } else {
+      lanes_rest<Math, kRows - 1, kCols>(in, in_stride, depth, rows, weights, out, out_stride);
+    }
+  }
+}
+
+template <typename Math, int kCols>
+void lanes_columns(const float* in, long long in_stride, long long depth, long long rows, const float* weights,
+                   float* out, long long out_stride) {
+  long long row = 0;
+  for (; row + kBlock <= rows; row += kBlock) {
+    lanes_block<Math, kBlock, kCols>(in, in_stride, depth, weights + row * depth, out + row * out_stride, out_stride);
+  }
+  lanes_rest<Math, kBlock - 1, kCols>(in, in_stride, depth, rows - row, weights + row * depth, out + row * out_stride,
+                                      out_stride);
+}
+
+template <typename Math>
+void lanes_rows(const float* in, long long in_stride, long long depth, long long rows, long long width,
+                const float* weights, float* out, long long out_stride) {
+  long long i = 0;
+  for (; i + kGroup <= width; i += kGroup)
+    lanes_columns<Math, kColumns>(in + i, in_stride, depth, rows, weights, out + i, out_stride);
+  for (; i + kGroup / 2 <= width; i += kGroup / 2)
+    lanes_columns<Math, kColumns / 2>(in + i, in_stride, depth, rows, weights, out + i, out_stride);
+}
+
+void add_lanes(const float* in, long long in_stride, long long rows, long long width, const float* weights, float* out,
+               long long out_stride) {
+  lanes_rows<Fp32>(in, in_stride, kPanelLanes, rows, width, weights, out, out_stride);
 }
 
 void qk(const float* k, long long k_stride, long long rows, long long depth, const float* queries, float factor,
@@ -343,8 +400,34 @@ void load_panel(const void* in, Storage storage, long long in_stride, long long 
   }
 }
 
+// One row of at most kMaxHeadDim, as `storage`.
+void narrow_to(const float* in, long long width, void* out, Storage storage) {
+  switch (storage) {
+    case Storage::kF32:
+      __builtin_memcpy(out, in, (unsigned long)width * 4);
+      break;
+    case Storage::kF16:
+      narrow_row<Storage::kF16>(in, width, (unsigned short*)out);
+      break;
+    case Storage::kBF16:
+      narrow_row<Storage::kBF16>(in, width, (unsigned short*)out);
+      break;
+  }
+}
+
+void narrow(const float* in, long long in_stride, float factor, long long rows, long long width, void* out,
+            Storage storage, long long out_stride) {
+  const long long size = storage == Storage::kF32 ? 4 : 2;
+  for (long long row = 0; row < rows; ++row) {
+    alignas(64) float scaled[kMaxHeadDim];
+    for (long long i = 0; i < width; ++i) scaled[i] = in[row * in_stride + i] * factor;
+    narrow_to(scaled, width, (char*)out + row * out_stride * size, storage);
+  }
+}
+
 void store_panel(const float* panel, const float* factor, long long first, long long lanes, long long width, void* out,
                  Storage storage, long long out_stride) {
+  const long long size = storage == Storage::kF32 ? 4 : 2;
   for (long long lane = first & ~3LL; lane < lanes; lane += 4) {
     alignas(16) float rows[4][kMaxHeadDim];
     const Quad scale = *(const Quad*)(factor + lane);
@@ -361,19 +444,52 @@ void store_panel(const float* panel, const float* factor, long long first, long 
     for (int r = 0; r < 4; ++r) {
       const long long row = lane + r;
       if (row < first || row >= lanes) continue;
-      switch (storage) {
-        case Storage::kF32:
-          __builtin_memcpy((float*)out + row * out_stride, rows[r], (unsigned long)width * 4);
-          break;
-        case Storage::kF16:
-          narrow_row<Storage::kF16>(rows[r], width, (unsigned short*)out + row * out_stride);
-          break;
-        case Storage::kBF16:
-          narrow_row<Storage::kBF16>(rows[r], width, (unsigned short*)out + row * out_stride);
-          break;
-      }
+      narrow_to(rows[r], width, (char*)out + row * out_stride * size, storage);
     }
   }
+}
+
+// ---- Captured gradients ---------------------------------------------------------------------------------------------
+
+void sum_rows(const float* panel, long long rows, float* sums) {
+  for (int lane = 0; lane < kPanelLanes; lane += kGroup) {
+    Vector acc[kColumns];
+    for (int c = 0; c < kColumns; ++c) acc[c] = Vector{};
+    for (long long row = 0; row < rows; ++row) {
+      ATTNJIT_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[c] += *(const Vector*)(panel + row * kPanelLanes + lane + c * kWidth);
+    }
+    for (int c = 0; c < kColumns; ++c) {
+      float* const sum = sums + lane + c * kWidth;
+      store(sum, load<Vector>(sum) + acc[c]);
+    }
+  }
+}
+
+void sum_lanes(const float* panel, long long rows, float* sums) {
+  for (long long row = 0; row < rows; ++row) {
+    Quad sum = {};
+    ATTNJIT_UNROLL
+    for (int lane = 0; lane < kPanelLanes; lane += 4) sum += *(const Quad*)(panel + row * kPanelLanes + lane);
+    sums[row] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+}
+
+// Each row is shifted by one lane against the one before: so is the window of the diagonals that it reaches, in memory
+// that is taken four rows at a time, each row's in an array of its own. One array would be loaded before it is stored.
+void sum_diagonals(const float* panel, long long rows, float* sums) {
+  constexpr int kWays = 4;
+  alignas(64) float parts[kWays][kTileRows + kPanelLanes] = {};
+  for (long long row = 0; row < rows; ++row) {
+    float* const window = parts[row % kWays] + (rows - 1 - row);
+    ATTNJIT_UNROLL
+    for (int lane = 0; lane < kPanelLanes; lane += kWidth) {
+      const Vector sum = load<Vector>(window + lane) + *(const Vector*)(panel + row * kPanelLanes + lane);
+      store(window + lane, sum);
+    }
+  }
+  for (long long i = 0; i < rows + kPanelLanes - 1; ++i)
+    sums[i] += (parts[0][i] + parts[1][i]) + (parts[2][i] + parts[3][i]);
 }
 
 // ---- Staged reads ---------------------------------------------------------------------------------------------------
@@ -453,6 +569,28 @@ inline void transpose_square(Vector (&m)[kWidth]) {
 #endif
 }
 #undef ATTNJIT_PICK
+
+void unstage(const float* panel, long long rows, long long first, long long lanes, bool store_only,
+             float* const* rows_of) {
+  for (long long lane = first / kWidth * kWidth; lane < lanes; lane += kWidth) {
+    for (long long row = 0; row < rows; row += kWidth) {
+      Vector square[kWidth];
+      for (int r = 0; r < kWidth; ++r)
+        square[r] = row + r < rows ? *(const Vector*)(panel + (row + r) * kPanelLanes + lane) : Vector{};
+      transpose_square(square);
+      const long long count = rows - row < kWidth ? rows - row : kWidth;
+      for (int r = 0; r < kWidth; ++r) {
+        if (lane + r < first || lane + r >= lanes) continue;
+        float* const out = rows_of[lane + r] + row;
+        if (count == kWidth) {
+          store(out, store_only ? square[r] : square[r] + load<Vector>(out));
+        } else {
+          for (long long i = 0; i < count; ++i) out[i] = store_only ? square[r][i] : out[i] + square[r][i];
+        }
+      }
+    }
+  }
+}
 
 // Whole squares: every cache line of a row is read once, however many rows fall into the same lines of the cache.
 template <Element kElement>
@@ -539,20 +677,40 @@ void qk_bf16(const unsigned short* k, long long k_stride, long long rows, long l
   qk_rows<Bf16Pairs>((const char*)k, k_stride * 2, rows, depth / 2, queries, factor, scores);
 }
 
+typedef unsigned short Halves __attribute__((vector_size(64)));
+
+// low's sixteen, then high's.
+inline Halves round_both(Vector low, Vector high) {
+  Halves both;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+  return both;
+}
+
 // Rounds rows 2i and 2i + 1 to the pairs of row i, in place.
 void pair_weights(float* weights, long long rows) {
-  typedef unsigned short Halves __attribute__((vector_size(64)));
   for (long long row = 0; row < rows; row += 2) {
     for (int c = 0; c < kPanelLanes; c += kWidth) {
       const Vector low = *(const Vector*)(weights + row * kPanelLanes + c);
       const Vector high = row + 1 < rows ? *(const Vector*)(weights + (row + 1) * kPanelLanes + c) : Vector{};
-      Halves both;  // low's sixteen, then high's
-      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+      const Halves both = round_both(low, high);
       const Halves pairs = __builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
       *(Vector*)(weights + row / 2 * kPanelLanes + c) = (Vector)pairs;
     }
   }
+}
+
+void pair_lanes_bf16(const float* weights, long long rows, float* pairs) {
+  static_assert(kPanelLanes == 2 * kWidth);
+  for (long long row = 0; row < rows; ++row) {
+    const float* const lanes = weights + row * kPanelLanes;
+    *(Vector*)(pairs + row * kWidth) = (Vector)round_both(*(const Vector*)lanes, *(const Vector*)(lanes + kWidth));
+  }
+}
+
+void add_lanes_bf16(const float* in_pairs, long long in_stride, long long rows, long long width,
+                    const float* weight_pairs, float* out, long long out_stride) {
+  lanes_rows<Bf16Pairs>(in_pairs, in_stride, kPanelLanes / 2, rows, width, weight_pairs, out, out_stride);
 }
 
 void pv_bf16(const float* v_pairs, long long rows, long long width, float* weights, const float* rescale, float* out) {
@@ -565,9 +723,27 @@ void pv_bf16(const float* v_pairs, long long rows, long long width, float* weigh
 }  // namespace
 
 extern const Products ATTNJIT_PRODUCTS;
-const Products ATTNJIT_PRODUCTS = {qk,      pv,      widen,          load_panel,     store_panel, stage, kBlock,
+const Products ATTNJIT_PRODUCTS = {
+    .qk = qk,
+    .pv = pv,
+    .add_lanes = add_lanes,
+    .widen = widen,
+    .load_panel = load_panel,
+    .store_panel = store_panel,
+    .narrow = narrow,
+    .sum_rows = sum_rows,
+    .sum_lanes = sum_lanes,
+    .sum_diagonals = sum_diagonals,
+    .unstage = unstage,
+    .stage = stage,
+    .rows_at_once = kBlock,
 #ifdef __AVX512BF16__
-                                   qk_bf16, pv_bf16, pair_rows_bf16, load_panel_bf16
+    .qk_bf16 = qk_bf16,
+    .pv_bf16 = pv_bf16,
+    .pair_rows_bf16 = pair_rows_bf16,
+    .add_lanes_bf16 = add_lanes_bf16,
+    .pair_lanes_bf16 = pair_lanes_bf16,
+    .load_panel_bf16 = load_panel_bf16,
 #endif
 };
 

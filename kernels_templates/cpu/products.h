@@ -1,5 +1,5 @@
-// Native vector code around the softmax tile: both matrix products of a panel, conversions and transposes. Built once
-// per instruction set; the caller picks the table that the machine can run.
+// Native vector code around the compiled tiles: the matrix products of a panel, conversions, transposes and sums. Built
+// once per instruction set; the caller picks the table that the machine can run.
 #pragma once
 
 #include "kernels_templates/cpu/tile_abi.h"
@@ -22,6 +22,10 @@ struct Products {
   // for i < width.
   void (*pv)(const float* v, long long v_stride, long long rows, long long width, const float* weights,
              const float* rescale, float* out);
+  // out[row * out_stride + i] += sum over lanes of weights[row][lane] * in[lane * in_stride + i], for i < width, a
+  // multiple of 16.
+  void (*add_lanes)(const float* in, long long in_stride, long long rows, long long width, const float* weights,
+                    float* out, long long out_stride);
   // out[row * out_stride + i] = in[row * in_stride + i], widened.
   void (*widen)(const void* in, Storage storage, long long in_stride, long long rows, long long width, float* out,
                 long long out_stride);
@@ -32,6 +36,19 @@ struct Products {
   // i < width <= kMaxHeadDim.
   void (*store_panel)(const float* panel, const float* factor, long long first, long long lanes, long long width,
                       void* out, Storage storage, long long out_stride);
+
+  // out[row * out_stride + i] = in[row * in_stride + i] * factor, rounded to nearest even; width <= kMaxHeadDim.
+  void (*narrow)(const float* in, long long in_stride, float factor, long long rows, long long width, void* out,
+                 Storage storage, long long out_stride);
+
+  // Sums over a panel of `rows` <= kTileRows rows, added to what is there: per lane, over rows; per row, over lanes;
+  // per diagonal, sums[rows - 1 + lane - row] of rows + kPanelLanes - 1.
+  void (*sum_rows)(const float* panel, long long rows, float* sums);
+  void (*sum_lanes)(const float* panel, long long rows, float* sums);
+  void (*sum_diagonals)(const float* panel, long long rows, float* sums);
+  // rows_of[lane][row] += panel[row][lane] for first <= lane < lanes; or = where `store`.
+  void (*unstage)(const float* panel, long long rows, long long first, long long lanes, bool store,
+                  float* const* rows_of);
 
   // panel[row][lane] = element `row` from addresses[lane] on, for row < rows <= kTileRows: a float as f32, an integer
   // as a signed 32-bit one. Reads nothing else.
@@ -51,6 +68,11 @@ struct Products {
   // out[(rows + 1) / 2][width] from rows of V.
   void (*pair_rows_bf16)(const unsigned short* in, long long in_stride, long long rows, long long width,
                          float* out) = nullptr;
+  // As add_lanes; in[i] holds lanes 2i and 2i + 1, and so do the kPanelLanes / 2 words of a row of weights.
+  void (*add_lanes_bf16)(const float* in_pairs, long long in_stride, long long rows, long long width,
+                         const float* weight_pairs, float* out, long long out_stride) = nullptr;
+  // Those words from weights[row][lane], rounded; `pairs` may be `weights`.
+  void (*pair_lanes_bf16)(const float* weights, long long rows, float* pairs) = nullptr;
   // panel[width / 2][kPanelLanes] from rows of Q; even width.
   void (*load_panel_bf16)(const unsigned short* in, long long in_stride, long long lanes, long long width,
                           float* panel) = nullptr;

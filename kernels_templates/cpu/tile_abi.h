@@ -51,12 +51,16 @@ struct GradientTileParams {
   // where the element is dropped. Row shifts are left out (their part is undefined). Untouched where there are no
   // sinks.
   float* contributions = nullptr;
+  // [sinks][kTileRows][kPanelLanes], likewise; out: the places of those contributions, for the sinks of which
+  // CpuGradientTile::places() says that the tile gives them, as SinkOffsetsFn gives the others'.
+  long long* places = nullptr;
 };
 
 using TileFn = void (*)(const TileParams*);
 using GradientTileFn = void (*)(const GradientTileParams*);
-// Writes to offsets[sink], for every sink, the place in a packed gradient tensor of the captured tensor's extents that
-// the element (b, h, q_idx, kv_idx) contributes to. Of what a sink's level leaves open any value may be given.
+// Writes to offsets[sink], for every sink whose places the tile does not give, the place in a packed gradient tensor of
+// the captured tensor's extents that the element (b, h, q_idx, kv_idx) contributes to. Of what a sink's level leaves
+// open any value may be given. (`table[int(score)]` is a place that depends on the score: the tile gives it.)
 using SinkOffsetsFn = void (*)(long long b, long long h, long long q_idx, long long kv_idx,
                                const CapturedView* captured, long long* offsets);
 // Writes to values[sink], for the sinks that are row shifts, what the row (b, h, q_idx) contributes, given the gradient

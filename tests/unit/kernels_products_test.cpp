@@ -98,6 +98,31 @@ TEST_P(KernelsProducts, PvMatchesDouble) {
   }
 }
 
+TEST_P(KernelsProducts, AddLanesMatchesDouble) {
+  for (const std::int64_t width : {16, 32, 48, 80, 256}) {
+    for (const std::int64_t rows : {1, 2, 3, 5, 8, 13, 128}) {
+      const std::int64_t stride = width + rows % 3, out_stride = width + rows % 2;
+      const std::vector<float> in = values(static_cast<std::size_t>((kPanelLanes - 1) * stride + width));
+      const PanelBuffer weights = panel(rows);
+      std::vector<float> out = values(static_cast<std::size_t>(rows * out_stride));
+      const std::vector<float> before = out;
+      products_.add_lanes(in.data(), stride, rows, width, weights.data(), out.data(), out_stride);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        for (std::int64_t i = 0; i < out_stride; ++i) {
+          double gold = before[row * out_stride + i], magnitude = std::abs(gold);
+          for (std::int64_t lane = 0; i < width && lane < kPanelLanes; ++lane) {
+            const double term = static_cast<double>(weights[row * kPanelLanes + lane]) * in[lane * stride + i];
+            gold += term;
+            magnitude += std::abs(term);
+          }
+          ASSERT_NEAR(out[row * out_stride + i], gold, magnitude * (kPanelLanes + 1) * 0x1p-24)
+              << "width " << width << " rows " << rows << " at " << row << ", " << i;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(KernelsProducts, WidensEvery16BitValue) {
   std::vector<std::uint16_t> in(65536);
   for (std::size_t i = 0; i < in.size(); ++i) in[i] = static_cast<std::uint16_t>(i);
@@ -225,6 +250,75 @@ TEST_P(KernelsProducts, StorePanelWritesItsLanesOnly) {
   }
 }
 
+TEST_P(KernelsProducts, NarrowScalesRows) {
+  for (const std::int64_t width : {1, 3, 30, 64, 256}) {
+    const std::int64_t in_stride = width + 1, out_stride = width + 3;
+    const std::vector<float> in = values(static_cast<std::size_t>(5 * in_stride));
+    std::vector<float> out(static_cast<std::size_t>(5 * out_stride), -7.0f);
+    products_.narrow(in.data(), in_stride, 0.75f, 5, width, out.data(), Storage::kF32, out_stride);
+    for (std::int64_t i = 0; i < 5 * out_stride; ++i) {
+      const std::int64_t row = i / out_stride, column = i % out_stride;
+      ASSERT_EQ(out[i], column < width ? in[row * in_stride + column] * 0.75f : -7.0f);
+    }
+    for (const Storage storage : {Storage::kF16, Storage::kBF16}) {
+      const Rounder round(storage);
+      std::vector<std::uint16_t> halves(static_cast<std::size_t>(5 * out_stride), 77);
+      products_.narrow(in.data(), in_stride, 0.75f, 5, width, halves.data(), storage, out_stride);
+      for (std::int64_t i = 0; i < 5 * out_stride; ++i) {
+        const std::int64_t row = i / out_stride, column = i % out_stride;
+        ASSERT_EQ(halves[i], column < width ? round(in[row * in_stride + column] * 0.75f) : 77);
+      }
+    }
+  }
+}
+
+TEST_P(KernelsProducts, SumsOfRowsLanesAndDiagonals) {
+  for (const std::int64_t rows : {1, 2, 5, 31, 32, 33, 127, 128}) {
+    const PanelBuffer in = panel(rows);
+    // One float beyond what they may touch on either side, and on no boundary.
+    const auto sums = [&](std::int64_t count, auto&& sum, auto&& index) {
+      std::vector<float> out = values(static_cast<std::size_t>(count + 2));
+      const std::vector<float> before = out;
+      sum(in.data(), rows, out.data() + 1);
+      std::vector<double> gold(before.begin(), before.end());
+      for (std::int64_t row = 0; row < rows; ++row)
+        for (std::int64_t lane = 0; lane < kPanelLanes; ++lane)
+          gold[static_cast<std::size_t>(1 + index(row, lane))] += in[row * kPanelLanes + lane];
+      for (std::size_t i = 0; i < gold.size(); ++i) ASSERT_NEAR(out[i], gold[i], 2e-5) << rows << " rows, at " << i;
+      ASSERT_EQ(out.front(), before.front());
+      ASSERT_EQ(out.back(), before.back());
+    };
+    sums(kPanelLanes, products_.sum_rows, [](std::int64_t, std::int64_t lane) { return lane; });
+    sums(rows, products_.sum_lanes, [](std::int64_t row, std::int64_t) { return row; });
+    sums(rows + kPanelLanes - 1, products_.sum_diagonals,
+         [&](std::int64_t row, std::int64_t lane) { return rows - 1 + lane - row; });
+  }
+}
+
+TEST_P(KernelsProducts, UnstagePutsLanesBackInRows) {
+  for (const bool store : {true, false}) {
+    for (const std::int64_t rows : {1, 3, 16, 17, 127, 128}) {
+      for (const auto& [first, lanes] : {std::pair(0, 32), std::pair(0, 1), std::pair(31, 32), std::pair(5, 30)}) {
+        const PanelBuffer in = panel(rows);
+        const std::int64_t stride = rows + 2;
+        std::vector<float> out = values(static_cast<std::size_t>(kPanelLanes * stride));
+        const std::vector<float> before = out;
+        float* rows_of[kPanelLanes] = {};
+        for (std::int64_t lane = first; lane < lanes; ++lane) rows_of[lane] = out.data() + lane * stride + 1;
+        products_.unstage(in.data(), rows, first, lanes, store, rows_of);
+        for (std::int64_t lane = 0; lane < kPanelLanes; ++lane) {
+          for (std::int64_t i = 0; i < stride; ++i) {
+            const std::int64_t at = lane * stride + i;
+            const bool inside = lane >= first && lane < lanes && i >= 1 && i <= rows;
+            const float value = inside ? in[(i - 1) * kPanelLanes + lane] : 0.0f;
+            ASSERT_EQ(out[at], !inside ? before[at] : store ? value : before[at] + value);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Values of BF16, and what they mean.
 struct Bf16Values {
   std::vector<std::uint16_t> bits;
@@ -299,6 +393,38 @@ TEST_P(KernelsProducts, Bf16PvMatchesDouble) {
           ASSERT_NEAR(out[i * kPanelLanes + lane], gold,
                       magnitude * 0x1p-8 + (std::abs(base) + magnitude) * (rows + 2) * 0x1p-24)
               << "width " << width << " rows " << rows << " at " << i << ", " << lane;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelsProducts, Bf16AddLanesMatchesDouble) {
+  if (!products_.add_lanes_bf16) GTEST_SKIP() << "no BF16 instructions";
+  for (const std::int64_t width : {16, 32, 48, 256}) {
+    for (const std::int64_t rows : {1, 2, 3, 13, 128}) {
+      const Bf16Values in = bf16_values(random_, static_cast<std::size_t>(kPanelLanes * width));
+      std::vector<float> pairs(static_cast<std::size_t>(kPanelLanes / 2 * width));
+      products_.pair_rows_bf16(in.bits.data(), width, kPanelLanes, width, pairs.data());
+      PanelBuffer weights = panel(rows);
+      const PanelBuffer exact = weights;
+      products_.pair_lanes_bf16(weights.data(), rows, weights.data());
+      EXPECT_TRUE(weights.guard_intact());
+      const std::int64_t out_stride = width + 1;
+      std::vector<float> out = values(static_cast<std::size_t>(rows * out_stride));
+      const std::vector<float> before = out;
+      products_.add_lanes_bf16(pairs.data(), width, rows, width, weights.data(), out.data(), out_stride);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        for (std::int64_t i = 0; i < out_stride; ++i) {
+          double gold = before[row * out_stride + i], magnitude = 0;
+          for (std::int64_t lane = 0; i < width && lane < kPanelLanes; ++lane) {
+            const double term = in[lane * width + i] * exact[row * kPanelLanes + lane];
+            gold += term;
+            magnitude += std::abs(term);
+          }
+          // Weights are rounded to BF16.
+          ASSERT_NEAR(out[row * out_stride + i], gold, magnitude * 0x1p-8 + (1 + magnitude) * 40 * 0x1p-24)
+              << "width " << width << " rows " << rows << " at " << row << ", " << i;
         }
       }
     }
