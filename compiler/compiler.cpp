@@ -61,13 +61,47 @@ class CompiledTile : public CpuTile {
   cpu::TileFn function() const override { return reinterpret_cast<cpu::TileFn>(compiled_.code->entry()); }
   double score_factor() const override { return compiled_.score_factor; }
   std::span<const dsl::DType> staged() const override { return compiled_.staged; }
-  cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->rows_entry()); }
+  cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->find(kRowsEntry)); }
   const ModFacts& facts() const override { return compiled_.facts; }
   const PhaseTimes& phases() const override { return compiled_.phases; }
 
  private:
   CompiledMod compiled_;
 };
+
+class CompiledGradientTile : public CpuGradientTile {
+ public:
+  explicit CompiledGradientTile(CompiledMod compiled) : compiled_(std::move(compiled)) {}
+  cpu::GradientTileFn function() const override {
+    return reinterpret_cast<cpu::GradientTileFn>(compiled_.code->entry());
+  }
+  std::span<const CpuPlaces> places() const override { return compiled_.places; }
+  cpu::SinkOffsetsFn sink_offsets() const override {
+    return reinterpret_cast<cpu::SinkOffsetsFn>(compiled_.code->find(kSinkOffsetsEntry));
+  }
+  cpu::RowShiftsFn row_shifts() const override {
+    return reinterpret_cast<cpu::RowShiftsFn>(compiled_.code->find(kRowShiftsEntry));
+  }
+  std::span<const dsl::DType> staged() const override { return compiled_.staged; }
+  cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->find(kRowsEntry)); }
+  const ModFacts& facts() const override { return compiled_.facts; }
+  const PhaseTimes& phases() const override { return compiled_.phases; }
+
+ private:
+  CompiledMod compiled_;
+};
+
+// What both tiles' compiles end with.
+template <typename Tile, typename Compiled>
+CompileResult<std::shared_ptr<const Tile>> tile_of(CompileResult<CompiledMod> compiled) {
+  CompileResult<std::shared_ptr<const Tile>> result;
+  if (compiled.error) {
+    result.error = std::move(compiled.error);
+  } else {
+    result.value = std::make_shared<Compiled>(std::move(compiled.value));
+  }
+  return result;
+}
 
 CompileResult<ModFacts> facts_of(const Frontend& frontend, bool ran) {
   CompileResult<ModFacts> result;
@@ -93,13 +127,16 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
     return fail("this machine cannot run " + std::string(cpu_isa_name(options.isa)) + " code, its best is " +
                 std::string(cpu_isa_name(host_cpu_isa())));
   Frontend frontend(compiled.phases);
-  if (!frontend.run(problem, options, Target::kCpu)) return fail(frontend.error());
+  const bool ran = around.backward ? frontend.run_backward(problem, options, Target::kCpu)
+                                   : frontend.run(problem, options, Target::kCpu);
+  if (!ran) return fail(frontend.error());
   llvm::LLVMContext context;
   std::unique_ptr<llvm::Module> mod = frontend.lower(problem, around.stages_reads, context);
   if (!mod) return fail(frontend.error());
   compiled.facts = frontend.facts();
   compiled.score_factor = frontend.score_factor();
   compiled.staged = frontend.staged();
+  compiled.places = frontend.places();
 
   const llvm::XXH128_hash_t hash = hash_text(printed(*mod));
   const CodeCache::Key key{hash.low64, hash.high64, static_cast<int>(options.isa), around.entry.str()};
@@ -111,8 +148,12 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
   LoadResult loaded;
   {
     const PhaseTimer timer(compiled.phases, "load");
-    loaded =
-        load_object(std::move(object.object), around.entry, compiled.staged.empty() ? "" : llvm::StringRef(kRowsEntry));
+    llvm::SmallVector<llvm::StringRef> entries{around.entry};
+    if (!compiled.staged.empty()) entries.push_back(kRowsEntry);
+    if (!compiled.facts.sinks.empty()) entries.push_back(kSinkOffsetsEntry);
+    if (llvm::any_of(compiled.facts.sinks, [](const SinkFacts& sink) { return sink.row_shift; }))
+      entries.push_back(kRowShiftsEntry);
+    loaded = load_object(std::move(object.object), entries);
   }
   if (!loaded.code) return fail("the code does not load: " + loaded.error);
   compiled.code = CodeCache::shared().insert(key, std::move(loaded.code));
@@ -133,14 +174,13 @@ CompileResult<ModFacts> analyze_gradients(const ModProblem& problem, const Compi
 
 CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,
                                                                const CompileOptions& options) {
-  CompileResult<CompiledMod> compiled = compile_mod(problem, options, tile_template(options.isa));
-  CompileResult<std::shared_ptr<const CpuTile>> result;
-  if (compiled.error) {
-    result.error = std::move(compiled.error);
-  } else {
-    result.value = std::make_shared<CompiledTile>(std::move(compiled.value));
-  }
-  return result;
+  return tile_of<CpuTile, CompiledTile>(compile_mod(problem, options, tile_template(options.isa)));
+}
+
+CompileResult<std::shared_ptr<const CpuGradientTile>> compile_cpu_gradient_tile(const ModProblem& problem,
+                                                                                const CompileOptions& options) {
+  return tile_of<CpuGradientTile, CompiledGradientTile>(
+      compile_mod(problem, options, gradient_tile_template(options.isa)));
 }
 
 }  // namespace attnjit::compiler

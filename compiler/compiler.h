@@ -114,13 +114,21 @@ class CpuTile {
   virtual const PhaseTimes& phases() const = 0;  // empty of compile phases when shared with an earlier problem
 };
 
+// How the CPU learns where the contributions of a tile go to.
+enum class CpuPlaces : std::uint8_t {
+  kOffsets,    // sink_offsets(), at every place that the sink's level distinguishes
+  kAlongKeys,  // of an element-level sink: sink_offsets() at the tile's first row; for one query the others follow it
+  kTile,       // of an element-level sink: the tile gives them
+};
+
 // Native code of the backward's tile, likewise. Scores come natural: score_factor() has no place here.
 class CpuGradientTile {
  public:
   virtual ~CpuGradientTile() = default;
   virtual cpu::GradientTileFn function() const = 0;
-  virtual cpu::SinkOffsetsFn sink_offsets() const = 0;  // null where facts().sinks is empty
-  virtual cpu::RowShiftsFn row_shifts() const = 0;      // null where no sink is a row shift
+  virtual std::span<const CpuPlaces> places() const = 0;  // one per sink
+  virtual cpu::SinkOffsetsFn sink_offsets() const = 0;    // null where facts().sinks is empty
+  virtual cpu::RowShiftsFn row_shifts() const = 0;        // null where no sink is a row shift
   virtual std::span<const dsl::DType> staged() const = 0;
   virtual cpu::RowsFn rows() const = 0;  // takes TileParams of which only indices and captured are set
   virtual const ModFacts& facts() const = 0;

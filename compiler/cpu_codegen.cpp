@@ -104,8 +104,11 @@ void optimise(llvm::Module& module, llvm::TargetMachine& machine, llvm::StringRe
   builder.crossRegisterProxies(loops, functions, sccs, modules);
 
   llvm::ModulePassManager passes;
-  passes.addPass(llvm::InternalizePass(
-      [entry](const llvm::GlobalValue& value) { return value.getName() == entry || value.getName() == kRowsEntry; }));
+  passes.addPass(llvm::InternalizePass([entry](const llvm::GlobalValue& value) {
+    return llvm::is_contained(
+        {entry, llvm::StringRef(kRowsEntry), llvm::StringRef(kSinkOffsetsEntry), llvm::StringRef(kRowShiftsEntry)},
+        value.getName());
+  }));
   passes.addPass(llvm::AlwaysInlinerPass(/*InsertLifetimeIntrinsics=*/false));
   passes.addPass(llvm::GlobalDCEPass());
   llvm::FunctionPassManager function;
@@ -184,6 +187,10 @@ CpuIsa host_cpu_isa() {
 
 CpuTemplate tile_template(CpuIsa isa) {
   return {bytes(cpu::tile_bitcode(static_cast<int>(isa))), "attnjit_tile", true};
+}
+
+CpuTemplate gradient_tile_template(CpuIsa isa) {
+  return {bytes(cpu::gradient_tile_bitcode(static_cast<int>(isa))), "attnjit_gradient_tile", true, true};
 }
 
 CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplate& around,

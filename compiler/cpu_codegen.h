@@ -10,17 +10,23 @@
 
 namespace attnjit::compiler {
 
-// Code around attnjit_mod: bitcode that calls it and the one function of it that is kept.
+// Code around a mod: bitcode that calls it and the one function of it that is kept.
 struct CpuTemplate {
   llvm::StringRef bitcode;
   llvm::StringRef entry;
   bool stages_reads = false;  // gives the mod what TileParams::staged says
+  bool backward = false;
 };
-// A cpu::RowsFn, in the object of a mod that stages reads.
+// What an object has beside the template's entry: a cpu::RowsFn where the mod stages reads, and of a backward a
+// cpu::SinkOffsetsFn where it has sinks and a cpu::RowShiftsFn where one is a row shift.
 inline constexpr llvm::StringLiteral kRowsEntry = "attnjit_rows";
+inline constexpr llvm::StringLiteral kSinkOffsetsEntry = "attnjit_sink_offsets";
+inline constexpr llvm::StringLiteral kRowShiftsEntry = "attnjit_row_shifts";
 
 // The softmax tile; its entry is a cpu::TileFn.
 CpuTemplate tile_template(CpuIsa isa);
+// The backward's tile; its entry is a cpu::GradientTileFn.
+CpuTemplate gradient_tile_template(CpuIsa isa);
 
 struct CodegenResult {
   std::unique_ptr<llvm::MemoryBuffer> object;

@@ -1,4 +1,4 @@
-// One compile for the CPU, whatever template the mod goes into: what compile_cpu_tile and the tests share.
+// One compile for the CPU, whatever template the mod goes into: what the tiles and the tests share.
 #pragma once
 
 #include <memory>
@@ -13,6 +13,7 @@ struct CompiledMod {
   ModFacts facts;
   double score_factor = 1.0;       // see CpuTile
   std::vector<dsl::DType> staged;  // see CpuTile
+  std::vector<CpuPlaces> places;   // see CpuGradientTile
   PhaseTimes phases;
   std::shared_ptr<const NativeCode> code;  // entry: the template's
 };

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "llvm/ExecutionEngine/Orc/AbsoluteSymbols.h"
 #include "llvm/ExecutionEngine/Orc/LLJIT.h"
@@ -62,41 +64,42 @@ Jit& jit() {
 
 class LoadedCode : public NativeCode {
  public:
-  LoadedCode(orc::JITDylib& library, void* entry, void* rows_entry)
-      : library_(library), entry_(entry), rows_entry_(rows_entry) {}
+  explicit LoadedCode(orc::JITDylib& library) : library_(library) {}
   ~LoadedCode() override { llvm::consumeError(jit().lljit->getExecutionSession().removeJITDylib(library_)); }
-  void* entry() const override { return entry_; }
-  void* rows_entry() const override { return rows_entry_; }
+  void* entry() const override { return entries_.front().second; }
+  void* find(llvm::StringRef name) const override {
+    for (const auto& [known, address] : entries_)
+      if (known == name) return address;
+    return nullptr;
+  }
+  // Returns what went wrong, or nothing.
+  llvm::Error look_up(llvm::StringRef name) {
+    auto address = jit().lljit->lookup(library_, name);
+    if (!address) return address.takeError();
+    entries_.emplace_back(name.str(), address->toPtr<void*>());
+    return llvm::Error::success();
+  }
 
  private:
   orc::JITDylib& library_;
-  void* entry_;
-  void* rows_entry_;
+  std::vector<std::pair<std::string, void*>> entries_;
 };
 
 }  // namespace
 
-LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, llvm::StringRef entry, llvm::StringRef rows_entry) {
+LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, llvm::ArrayRef<llvm::StringRef> entries) {
   Jit& shared = jit();
   if (!shared.error.empty()) return {nullptr, shared.error};
   orc::ExecutionSession& session = shared.lljit->getExecutionSession();
   orc::JITDylib& library = session.createBareJITDylib("mod" + std::to_string(shared.next++));
   library.addToLinkOrder(*shared.host);
-  const auto failed = [&](llvm::Error error) {
-    LoadResult result{nullptr, llvm::toString(std::move(error))};
-    llvm::consumeError(session.removeJITDylib(library));
-    return result;
-  };
-  if (llvm::Error error = shared.lljit->addObjectFile(library, std::move(object))) return failed(std::move(error));
-  auto address = shared.lljit->lookup(library, entry);
-  if (!address) return failed(address.takeError());
-  void* rows = nullptr;
-  if (!rows_entry.empty()) {
-    auto found = shared.lljit->lookup(library, rows_entry);
-    if (!found) return failed(found.takeError());
-    rows = found->toPtr<void*>();
-  }
-  return {std::make_shared<LoadedCode>(library, address->toPtr<void*>(), rows), {}};
+  // Owns the library from here on.
+  auto code = std::make_shared<LoadedCode>(library);
+  if (llvm::Error error = shared.lljit->addObjectFile(library, std::move(object)))
+    return {nullptr, llvm::toString(std::move(error))};
+  for (const llvm::StringRef entry : entries)
+    if (llvm::Error error = code->look_up(entry)) return {nullptr, llvm::toString(std::move(error))};
+  return {std::move(code), {}};
 }
 
 }  // namespace attnjit::compiler

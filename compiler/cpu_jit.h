@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 
+#include "llvm/ADT/ArrayRef.h"
 #include "llvm/ADT/StringRef.h"
 #include "llvm/Support/MemoryBuffer.h"
 
@@ -13,8 +14,9 @@ namespace attnjit::compiler {
 class NativeCode {
  public:
   virtual ~NativeCode() = default;
-  virtual void* entry() const = 0;
-  virtual void* rows_entry() const = 0;  // null where the code stages no reads
+  virtual void* entry() const = 0;  // the first that was looked up
+  // Null for a name that was not looked up.
+  virtual void* find(llvm::StringRef name) const = 0;
 };
 
 struct LoadResult {
@@ -22,9 +24,8 @@ struct LoadResult {
   std::string error;  // set where code is null
 };
 
-// Loads `object` and looks `entry` up, and `rows_entry` where it is not empty. The code may call the C library's
-// functions named in cpu_jit.cpp and nothing else of the process. Safe to call from several threads.
-LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, llvm::StringRef entry,
-                       llvm::StringRef rows_entry = {});
+// Loads `object` and looks `entries` up, at least one. The code may call the C library's functions named in cpu_jit.cpp
+// and nothing else of the process. Safe to call from several threads.
+LoadResult load_object(std::unique_ptr<llvm::MemoryBuffer> object, llvm::ArrayRef<llvm::StringRef> entries);
 
 }  // namespace attnjit::compiler

@@ -118,9 +118,23 @@ std::unique_ptr<llvm::Module> Frontend::lower(const ModProblem& problem, bool st
     }
     for (ReadOp read : staged_reads(function())) staged_.push_back(problem.captures[read.getCapture()].dtype);
   }
+  find_places();
   std::unique_ptr<llvm::Module> module = session_->to_llvm(*module_, context);
   if (!module) failed("lowering");
   return module;
+}
+
+// Decides how the runtime learns where each sink goes, and tells the lowering.
+void Frontend::find_places() {
+  mlir::Operation* const ret = function().front().getTerminator();
+  for (const auto& [i, facts] : llvm::enumerate(facts_.sinks)) {
+    mlir::Operation* const sink = ret->getOperand(static_cast<unsigned>(3 + i)).getDefiningOp();
+    const bool element = facts.level == SinkLevel::kElement;
+    places_.push_back(!element                        ? CpuPlaces::kOffsets
+                      : sink->hasAttr(kAlongKeysAttr) ? CpuPlaces::kAlongKeys
+                                                      : CpuPlaces::kTile);
+    if (places_.back() == CpuPlaces::kTile) sink->setAttr(kPlacedAttr, mlir::UnitAttr::get(sink->getContext()));
+  }
 }
 
 mlir::func::FuncOp Frontend::function() { return *module_->getOps<mlir::func::FuncOp>().begin(); }

@@ -27,6 +27,7 @@ class Frontend {
   const ModFacts& facts() const { return facts_; }
   double score_factor() const { return score_factor_; }  // see CpuTile
   const std::vector<dsl::DType>& staged() const { return staged_; }
+  const std::vector<CpuPlaces>& places() const { return places_; }  // see CpuGradientTile; of lower()
   const std::string& error() const { return error_; }
   // The `(f32) -> (f32, i1)` after the passes; for the backward `(f32, f32) -> (f32, i1, f32, f32...)`.
   mlir::func::FuncOp function();
@@ -35,6 +36,7 @@ class Frontend {
   bool run(const ModProblem& problem, const CompileOptions& options, Target target, bool backward);
   bool failed(const char* step);
   void collect_facts();
+  void find_places();
 
   PhaseTimes& phases_;
   std::unique_ptr<MlirSession> session_;
@@ -42,6 +44,7 @@ class Frontend {
   ModFacts facts_;
   double score_factor_ = 1.0;
   std::vector<dsl::DType> staged_;
+  std::vector<CpuPlaces> places_;
   std::string error_;
 };
 

@@ -88,6 +88,9 @@ def StageReads : Pass<"attnjit-stage-reads", "::mlir::func::FuncOp"> {
     stride 1 whose index is kv_idx plus what is free of the score, q_idx and kv_idx, proven in bounds; other indices free
     of the score and kv_idx, one of them of run-time stride and varying with q_idx; elements of at most 32 bits. The
     first kMaxStagedReads are taken.
+
+    A sink whose innermost index is of that kind, and no other index varies with kv_idx or the score, gets
+    `attnjit.along_keys`: of a lane, the place of the tile's first row says all.
   }];
 }
 
@@ -98,6 +101,12 @@ def LowerToLlvm : Pass<"attnjit-lower-to-llvm", "::mlir::ModuleOp"> {
     straight-line code without traps, branches or undefined results, whose loads are all speculatable and invariant.
     Where reads are staged, also
     `void attnjit_lane_rows(i64 b, i64 h, i64 q_idx, i64 kv_idx, ptr captured, ptr addresses)`.
+
+    What attnjit-differentiate made becomes, in the place of attnjit_mod, `attnjit_mod_value` of the same arguments and
+    `float attnjit_mod_gradient(float score, float grad, i64 b, i64 h, i64 q_idx, i64 kv_idx, ptr captured, ptr staged,
+    i64 element, ptr contributions, ptr places)`, which returns the gradient of the score and stores those of its sinks
+    that are no row shifts; the places of those marked `attnjit.placed`, too. Where there are sinks also
+    `attnjit_sink_offsets` (a cpu::SinkOffsetsFn), where there are row shifts `attnjit_row_shifts` (a cpu::RowShiftsFn).
   }];
   let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::arith::ArithDialect"];
 }

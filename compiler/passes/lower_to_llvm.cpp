@@ -1,5 +1,6 @@
-// attnjit-lower-to-llvm: the function becomes attnjit_mod of kernels_templates/cpu/tile.cpp, and where it stages reads
-// attnjit_lane_rows of rows.cpp beside it.
+// attnjit-lower-to-llvm: the function becomes attnjit_mod of kernels_templates/cpu/tile.cpp, or that of a backward the
+// functions that gradient_tile.cpp and tile_abi.h ask for; where it stages reads attnjit_lane_rows of rows.cpp beside
+// them.
 #include <cstddef>
 
 #include "compiler/dialect/dialect.h"
@@ -34,16 +35,46 @@ using mlir::Value;
 static_assert(sizeof(cpu::CapturedView) == 88 && offsetof(cpu::CapturedView, stride) == 8 &&
               offsetof(cpu::CapturedView, extent) == 48);
 
-// The arguments that both functions have, in this order: b, h, q_idx, kv_idx, captured and one more pointer.
-constexpr unsigned kModArguments = 1, kRowsArguments = 0;  // the number of the first
-constexpr unsigned kCaptured = 4, kPointer = 5, kElement = 6;
+// What a function is made for.
+enum class Part : std::uint8_t {
+  kValue,     // the modified score: attnjit_mod, attnjit_mod_value
+  kGradient,  // attnjit_mod_gradient
+  kOffsets,   // attnjit_sink_offsets
+  kShifts,    // attnjit_row_shifts
+  kRows,      // attnjit_lane_rows
+};
+
+// Where in a function's list of arguments a thing is; those that it has not are not asked for.
+struct Arguments {
+  unsigned indices = 0;   // b, h, q_idx and, where there is one, kv_idx
+  unsigned captured = 0;  // the table
+  unsigned staged = 0, element = 0;
+  unsigned out = 0;     // what is stored to: addresses, contributions, offsets or values
+  unsigned places = 0;  // GradientTileParams::places
+};
+
+Arguments arguments_of(Part part) {
+  switch (part) {
+    case Part::kValue:
+      return {.indices = 1, .captured = 5, .staged = 6, .element = 7};
+    case Part::kGradient:
+      return {.indices = 2, .captured = 6, .staged = 7, .element = 8, .out = 9, .places = 10};
+    case Part::kOffsets:
+      return {.indices = 0, .captured = 4, .out = 5};
+    case Part::kShifts:
+      return {.indices = 0, .captured = 3, .out = 5};
+    case Part::kRows:
+      return {.indices = 0, .captured = 4, .out = 5};
+  }
+  return {};
+}
 
 // Lowers the operations of one function that upstream has no lowering for, or none that is total and vectorises.
 class Lowering {
  public:
-  // `rows`: lowers attnjit_lane_rows, which stores the address of a staged read in the place of reading it.
-  Lowering(mlir::OpBuilder& builder, mlir::func::FuncOp function, bool rows)
-      : b_(builder), function_(function), rows_(rows) {}
+  // `sinks`: of a backward, in the order of their numbers.
+  Lowering(mlir::OpBuilder& builder, mlir::func::FuncOp function, Part part, llvm::MutableArrayRef<SinkOp> sinks = {})
+      : b_(builder), function_(function), part_(part), arguments_(arguments_of(part)), sinks_(sinks) {}
 
   // False where an operation is none that the builder makes.
   mlir::LogicalResult run() {
@@ -51,14 +82,12 @@ class Lowering {
       b_.setInsertionPoint(&op);
       loc_ = op.getLoc();
       if (auto ret = llvm::dyn_cast<mlir::func::ReturnOp>(op)) {
-        if (rows_) continue;
-        const Value dropped = f32(-std::numeric_limits<float>::infinity());
-        ret->setOperands({arith::SelectOp::create(b_, loc_, ret.getOperand(1), ret.getOperand(0), dropped)});
+        finish(ret);
         continue;
       }
-      if (auto read = llvm::dyn_cast<ReadOp>(op); read && rows_ && read.getStaged()) {
+      if (auto read = llvm::dyn_cast<ReadOp>(op); read && part_ == Part::kRows && read.getStaged()) {
         const Value slot =
-            byte_offset(argument(kPointer), read.getStaged().value_or(0) * std::int64_t{8} * cpu::kPanelLanes);
+            byte_offset(argument(arguments_.out), read.getStaged().value_or(0) * std::int64_t{8} * cpu::kPanelLanes);
         LLVM::StoreOp::create(b_, loc_, element_address(read), slot, 8);
         op.erase();
         continue;
@@ -74,7 +103,7 @@ class Lowering {
   }
 
  private:
-  Value argument(unsigned i) { return function_.getArgument((rows_ ? kRowsArguments : kModArguments) + i); }
+  Value argument(unsigned i) { return function_.getArgument(i); }
   Value f32(float value) { return arith::ConstantOp::create(b_, loc_, b_.getF32FloatAttr(value)); }
   Value integer(mlir::Type type, std::int64_t value) {
     return arith::ConstantOp::create(b_, loc_, b_.getIntegerAttr(type, value));
@@ -93,6 +122,58 @@ class Lowering {
                arith::FastMathFlagsAttr::get(op.getContext(), contract ? FastMathFlags::contract : FastMathFlags::nsz));
   }
 
+  // What is done with what the function was made to return; see make_part.
+  void finish(mlir::func::ReturnOp ret) {
+    llvm::SmallVector<Value> values(ret.getOperands());
+    llvm::ArrayRef<Value> rest = values;
+    const auto take = [&rest] {
+      const Value first = rest.front();
+      rest = rest.drop_front();
+      return first;
+    };
+    llvm::SmallVector<Value, 1> results;
+    if (part_ == Part::kValue) {
+      results = {select(values[1], values[0], f32(-std::numeric_limits<float>::infinity()))};
+    } else if (part_ == Part::kGradient) {
+      results = {take()};
+      for (auto [i, sink] : llvm::enumerate(sinks_)) {
+        if (sink.getRowShift()) continue;
+        constexpr std::int64_t kPart = std::int64_t{cpu::kTileRows} * cpu::kPanelLanes;
+        const Value at =
+            arith::AddIOp::create(b_, loc_, argument(arguments_.element), i64(static_cast<std::int64_t>(i) * kPart));
+        const Value slot = element_of(b_.getF32Type(), argument(arguments_.out), at);
+        LLVM::StoreOp::create(b_, loc_, take(), slot, 4);
+        if (!sink->hasAttr(kPlacedAttr)) continue;
+        const unsigned rank = static_cast<unsigned>(sink.getIndices().size());
+        const Value place = packed_offset(sink, rest.take_front(rank));
+        rest = rest.drop_front(rank);
+        LLVM::StoreOp::create(b_, loc_, place, element_of(b_.getI64Type(), argument(arguments_.places), at), 8);
+      }
+    } else if (part_ == Part::kOffsets) {
+      for (auto [i, sink] : llvm::enumerate(sinks_)) {
+        if (sink->hasAttr(kPlacedAttr)) continue;
+        const unsigned rank = static_cast<unsigned>(sink.getIndices().size());
+        const Value offset = packed_offset(sink, rest.take_front(rank));
+        rest = rest.drop_front(rank);
+        LLVM::StoreOp::create(b_, loc_, offset, byte_offset(argument(arguments_.out), static_cast<std::int64_t>(i) * 8),
+                              8);
+      }
+    } else if (part_ == Part::kShifts) {
+      for (auto [i, sink] : llvm::enumerate(sinks_)) {
+        if (!sink.getRowShift()) continue;
+        LLVM::StoreOp::create(b_, loc_, take(), byte_offset(argument(arguments_.out), static_cast<std::int64_t>(i) * 4),
+                              4);
+      }
+    }
+    ret->setOperands(results);
+  }
+
+  // The address of element `index`.
+  Value element_of(mlir::Type type, Value pointer, Value index) {
+    return LLVM::GEPOp::create(b_, loc_, pointer.getType(), type, pointer, llvm::ArrayRef<LLVM::GEPArg>{index},
+                               LLVM::GEPNoWrapFlags::inbounds);
+  }
+
   // A function of kernels_templates/cpu/functions.cpp.
   Value call(llvm::StringRef name, mlir::ValueRange arguments, mlir::Type result) {
     auto module = function_->getParentOfType<mlir::ModuleOp>();
@@ -108,7 +189,7 @@ class Lowering {
 
   mlir::LogicalResult lower(mlir::Operation& op, Value& replacement) {
     if (auto index = llvm::dyn_cast<IndexOp>(op)) {
-      replacement = argument(static_cast<unsigned>(index.getRole()));
+      replacement = argument(arguments_.indices + static_cast<unsigned>(index.getRole()));
       return mlir::success();
     }
     if (auto read = llvm::dyn_cast<ReadOp>(op)) {
@@ -201,7 +282,7 @@ class Lowering {
 
   // A load at a constant byte offset of the captured table: the same for all elements of a call.
   Value table_entry(mlir::Type type, std::int64_t offset) {
-    return invariant_load(type, byte_offset(argument(kCaptured), offset), 8);
+    return invariant_load(type, byte_offset(argument(arguments_.captured), offset), 8);
   }
 
   Value byte_offset(Value pointer, std::int64_t offset) {
@@ -222,30 +303,47 @@ class Lowering {
     return b_.getIntegerType(element.isInteger(1) ? 8 : element.getIntOrFloatBitWidth());
   }
 
+  // An index clamped to the extent in the captured table.
+  Value clamped(Value index, std::int64_t view, unsigned dimension) {
+    const Value last = arith::SubIOp::create(b_, loc_, table_extent(view, dimension), i64(1));
+    return arith::MaxSIOp::create(b_, loc_, arith::MinSIOp::create(b_, loc_, index, last), i64(0));
+  }
+  Value table_extent(std::int64_t view, unsigned dimension) {
+    return table_entry(b_.getI64Type(), view + 48 + 8 * std::int64_t{dimension});
+  }
+  static std::int64_t view_of(std::uint32_t capture) { return static_cast<std::int64_t>(capture) * 88; }
+
   // Where the element lies in the tensor.
   Value element_address(ReadOp read) {
-    const mlir::Type i64_type = b_.getI64Type();
-    const auto pointer = LLVM::LLVMPointerType::get(b_.getContext());
-    const std::int64_t view = static_cast<std::int64_t>(read.getCapture()) * 88;
+    const std::int64_t view = view_of(read.getCapture());
     const llvm::SmallVector<bool> unproven(read.getIndices().size(), false);
     const llvm::ArrayRef<bool> in_bounds = read.getInBounds().value_or(unproven);
     Value offset;
     for (unsigned i = 0; i < read.getIndices().size(); ++i) {
       if (read.getStrides()[i] == 0 || read.getExtents()[i] == 1) continue;
       Value index = read.getIndices()[i];
-      if (!in_bounds[i]) {
-        const Value extent = table_entry(i64_type, view + 48 + 8 * i);
-        const Value last = arith::SubIOp::create(b_, loc_, extent, i64(1));
-        index = arith::MaxSIOp::create(b_, loc_, arith::MinSIOp::create(b_, loc_, index, last), i64(0));
-      }
+      if (!in_bounds[i]) index = clamped(index, view, i);
       if (read.getStrides()[i] != 1)
-        index = arith::MulIOp::create(b_, loc_, index, table_entry(i64_type, view + 8 + 8 * i));
+        index = arith::MulIOp::create(b_, loc_, index, table_entry(b_.getI64Type(), view + 8 + 8 * i));
       offset = offset ? Value(arith::AddIOp::create(b_, loc_, offset, index)) : index;
     }
-    const Value address = table_entry(pointer, view);
-    if (!offset) return address;
-    return LLVM::GEPOp::create(b_, loc_, pointer, stored_type(read.getElement()), address,
-                               llvm::ArrayRef<LLVM::GEPArg>{offset}, LLVM::GEPNoWrapFlags::inbounds);
+    const Value address = table_entry(LLVM::LLVMPointerType::get(b_.getContext()), view);
+    return offset ? element_of(stored_type(read.getElement()), address, offset) : address;
+  }
+
+  // Where in a packed tensor of the captured one's extents a contribution goes.
+  Value packed_offset(SinkOp sink, llvm::ArrayRef<Value> indices) {
+    const std::int64_t view = view_of(sink.getCapture());
+    const llvm::SmallVector<bool> unproven(indices.size(), false);
+    const llvm::ArrayRef<bool> in_bounds = sink.getInBounds().value_or(unproven);
+    Value offset;
+    for (unsigned i = 0; i < indices.size(); ++i) {
+      if (sink.getExtents()[i] == 1) continue;
+      const Value index = in_bounds[i] ? indices[i] : clamped(indices[i], view, i);
+      if (offset) offset = arith::MulIOp::create(b_, loc_, offset, table_extent(view, i));
+      offset = offset ? Value(arith::AddIOp::create(b_, loc_, offset, index)) : index;
+    }
+    return offset ? offset : i64(0);
   }
 
   // The element of a staged read: a float as f32, everything else as i32.
@@ -253,17 +351,15 @@ class Lowering {
     const mlir::Type result = read.getResult().getType();
     const mlir::Type stored = result.isF32() ? result : mlir::Type(b_.getI32Type());
     const Value first = i64(read.getStaged().value_or(0) * std::int64_t{cpu::kTileRows} * cpu::kPanelLanes);
-    const Value element = arith::AddIOp::create(b_, loc_, argument(kElement), first);
-    const Value address = LLVM::GEPOp::create(b_, loc_, argument(kPointer).getType(), stored, argument(kPointer),
-                                              llvm::ArrayRef<LLVM::GEPArg>{element}, LLVM::GEPNoWrapFlags::inbounds);
-    const Value loaded = invariant_load(stored, address, 4);
+    const Value element = arith::AddIOp::create(b_, loc_, argument(arguments_.element), first);
+    const Value loaded = invariant_load(stored, element_of(stored, argument(arguments_.staged), element), 4);
     if (result.isF32()) return loaded;
     if (result.isInteger(1)) return compare(arith::CmpIPredicate::ne, loaded, integer(stored, 0));
     return arith::ExtSIOp::create(b_, loc_, result, loaded);
   }
 
   Value lower_read(ReadOp read) {
-    if (read.getStaged()) return lower_staged_read(read);
+    if (read.getStaged() && (part_ == Part::kValue || part_ == Part::kGradient)) return lower_staged_read(read);
     const mlir::Type i64_type = b_.getI64Type();
     const mlir::Type element = read.getElement();
     const mlir::Type stored = stored_type(element);
@@ -284,7 +380,9 @@ class Lowering {
 
   mlir::OpBuilder& b_;
   mlir::func::FuncOp function_;
-  bool rows_;
+  Part part_;
+  Arguments arguments_;
+  llvm::MutableArrayRef<SinkOp> sinks_;
   mlir::Location loc_ = b_.getUnknownLoc();
 };
 
@@ -299,26 +397,18 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
     mlir::func::FuncOp function = *functions.begin();
     const mlir::FunctionType type = function.getFunctionType();
     mlir::OpBuilder builder(&getContext());
-    const mlir::Type f32 = builder.getF32Type(), i64 = builder.getI64Type();
-    if (function.isExternal() || !function.getBody().hasOneBlock() ||
-        type != builder.getFunctionType({f32}, {f32, builder.getI1Type()})) {
-      function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), got ") << type;
+    const mlir::Type f32 = builder.getF32Type(), i1 = builder.getI1Type();
+    const bool one_block = !function.isExternal() && function.getBody().hasOneBlock();
+    if (one_block && type == builder.getFunctionType({f32}, {f32, i1})) {
+      if (mlir::failed(lower_forward(builder, function))) return signalPassFailure();
+    } else if (one_block && type.getInputs() == llvm::ArrayRef<mlir::Type>{f32, f32} && type.getNumResults() >= 3 &&
+               type.getResults().take_front(3) == llvm::ArrayRef<mlir::Type>{f32, i1, f32}) {
+      if (mlir::failed(lower_backward(builder, function))) return signalPassFailure();
+    } else {
+      function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), or of a backward (f32, ")
+          << "f32) -> (f32, i1, f32, f32...), got " << type;
       return signalPassFailure();
     }
-    mlir::func::FuncOp rows;
-    if (mlir::failed(make_rows_function(builder, function, rows))) return signalPassFailure();
-    const mlir::Type pointer = LLVM::LLVMPointerType::get(&getContext());
-    const llvm::SmallVector<mlir::Type> inputs{f32, i64, i64, i64, i64, pointer, pointer, i64};
-    for (const mlir::Type input : llvm::ArrayRef(inputs).drop_front())
-      function.front().addArgument(input, function.getLoc());
-    function.setType(builder.getFunctionType(inputs, {f32}));
-    function.setName("attnjit_mod");
-    function->setDiscardableAttrs(mlir::DictionaryAttr());
-    set_attributes(builder, function, kModArguments + kCaptured);
-    function.setArgAttr(kModArguments + kPointer, "llvm.noalias", builder.getUnitAttr());
-    function.setArgAttr(kModArguments + kPointer, "llvm.readonly", builder.getUnitAttr());
-    if (mlir::failed(Lowering(builder, function, false).run())) return signalPassFailure();
-    if (rows && mlir::failed(Lowering(builder, rows, true).run())) return signalPassFailure();
 
     const mlir::LLVMTypeConverter converter(&getContext());
     mlir::RewritePatternSet patterns(&getContext());
@@ -329,47 +419,137 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
     if (mlir::failed(mlir::applyFullConversion(module, target, std::move(patterns)))) signalPassFailure();
   }
 
-  static void set_attributes(mlir::OpBuilder& builder, mlir::func::FuncOp function, unsigned captured) {
-    function->setAttr("passthrough", builder.getStrArrayAttr({"alwaysinline", "nounwind"}));
-    for (const llvm::StringRef name : {"llvm.noalias", "llvm.readonly", "llvm.nonnull"})
-      function.setArgAttr(captured, name, builder.getUnitAttr());
-    function.setArgAttr(
-        captured, "llvm.dereferenceable",
-        builder.getI64IntegerAttr(static_cast<std::int64_t>(sizeof(cpu::CapturedView)) * count_captures(function)));
+  static mlir::LogicalResult lower_forward(mlir::OpBuilder& builder, mlir::func::FuncOp function) {
+    mlir::func::ReturnOp ret = return_of(function);
+    mlir::func::FuncOp mod = make_part(builder, function, Part::kValue, "attnjit_mod", ret.getOperands());
+    if (mlir::failed(Lowering(builder, mod, Part::kValue).run())) return mlir::failure();
+    return finish(builder, function);
   }
 
-  // attnjit_lane_rows with the staged reads of `function` and what their indices need; nothing where there are none.
-  static mlir::LogicalResult make_rows_function(mlir::OpBuilder& builder, mlir::func::FuncOp function,
-                                                mlir::func::FuncOp& rows) {
-    const llvm::SmallVector<ReadOp> reads = staged_reads(function);
-    if (reads.empty()) return mlir::success();
-    llvm::SetVector<mlir::Operation*> needed;
-    for (const ReadOp read : reads) needed.insert(read);
-    for (std::size_t i = 0; i < needed.size(); ++i) {
-      for (const Value operand : needed[i]->getOperands()) {
-        if (!operand.getDefiningOp()) return needed[i]->emitOpError("feeds a staged read but depends on the score");
-        needed.insert(operand.getDefiningOp());
-      }
+  static mlir::LogicalResult lower_backward(mlir::OpBuilder& builder, mlir::func::FuncOp function) {
+    mlir::func::ReturnOp ret = return_of(function);
+    llvm::SmallVector<SinkOp> sinks;
+    for (const Value result : ret.getOperands().drop_front(3)) {
+      auto sink = result.getDefiningOp<SinkOp>();
+      if (!sink) return function.emitOpError("returns what is no sink behind the gradient of the score");
+      sinks.push_back(sink);
     }
+    // What finish() expects, in that order.
+    llvm::SmallVector<Value> gradient{ret.getOperand(2)}, offsets, shifts;
+    for (SinkOp sink : sinks) {
+      (sink.getRowShift() ? shifts : gradient).push_back(sink.getValue());
+      llvm::append_range(sink->hasAttr(kPlacedAttr) ? gradient : offsets, sink.getIndices());
+    }
+    const auto make = [&](Part part, llvm::StringRef name, mlir::ValueRange results) {
+      mlir::func::FuncOp made = make_part(builder, function, part, name, results);
+      return made ? Lowering(builder, made, part, sinks).run() : mlir::failure();
+    };
+    if (mlir::failed(make(Part::kValue, "attnjit_mod_value", ret.getOperands().take_front(2))) ||
+        mlir::failed(make(Part::kGradient, "attnjit_mod_gradient", gradient)))
+      return mlir::failure();
+    if (!sinks.empty() && mlir::failed(make(Part::kOffsets, "attnjit_sink_offsets", offsets))) return mlir::failure();
+    if (!shifts.empty() && mlir::failed(make(Part::kShifts, "attnjit_row_shifts", shifts))) return mlir::failure();
+    return finish(builder, function);
+  }
 
+  // What forward and backward share at the end.
+  static mlir::LogicalResult finish(mlir::OpBuilder& builder, mlir::func::FuncOp function) {
+    llvm::SmallVector<Value> staged;
+    for (ReadOp read : staged_reads(function)) staged.push_back(read.getResult());
+    if (!staged.empty()) {
+      mlir::func::FuncOp rows = make_part(builder, function, Part::kRows, "attnjit_lane_rows", staged);
+      if (!rows || mlir::failed(Lowering(builder, rows, Part::kRows).run())) return mlir::failure();
+    }
+    function.erase();
+    return mlir::success();
+  }
+
+  static mlir::func::ReturnOp return_of(mlir::func::FuncOp function) {
+    return llvm::cast<mlir::func::ReturnOp>(function.front().getTerminator());
+  }
+
+  static mlir::FunctionType part_type(mlir::OpBuilder& builder, Part part) {
+    const mlir::Type f32 = builder.getF32Type(), i64 = builder.getI64Type();
+    const mlir::Type pointer = LLVM::LLVMPointerType::get(builder.getContext());
+    switch (part) {
+      case Part::kValue:
+        return builder.getFunctionType({f32, i64, i64, i64, i64, pointer, pointer, i64}, {f32});
+      case Part::kGradient:
+        return builder.getFunctionType({f32, f32, i64, i64, i64, i64, pointer, pointer, i64, pointer, pointer}, {f32});
+      case Part::kShifts:
+        return builder.getFunctionType({i64, i64, i64, pointer, f32, pointer}, {});
+      case Part::kOffsets:
+      case Part::kRows:
+        return builder.getFunctionType({i64, i64, i64, i64, pointer, pointer}, {});
+    }
+    return {};
+  }
+
+  // A function for `part` behind `function`, with what `results` need of it and a return of them that Lowering
+  // replaces. Null, with an error emitted, where they depend on what the part is not given.
+  static mlir::func::FuncOp make_part(mlir::OpBuilder& builder, mlir::func::FuncOp function, Part part,
+                                      llvm::StringRef name, mlir::ValueRange results) {
     const mlir::OpBuilder::InsertionGuard guard(builder);
-    builder.setInsertionPointAfter(function);
-    const mlir::Type i64 = builder.getI64Type(), pointer = LLVM::LLVMPointerType::get(builder.getContext());
-    rows =
-        mlir::func::FuncOp::create(builder, function.getLoc(), "attnjit_lane_rows",
-                                   builder.getFunctionType({i64, i64, i64, i64, pointer, pointer}, mlir::TypeRange()));
-    builder.setInsertionPointToEnd(rows.addEntryBlock());
+    builder.setInsertionPointToEnd(function->getParentOfType<mlir::ModuleOp>().getBody());
+    mlir::func::FuncOp made = mlir::func::FuncOp::create(builder, function.getLoc(), name, part_type(builder, part));
+    builder.setInsertionPointToEnd(made.addEntryBlock());
     mlir::IRMapping mapping;
+    if (part == Part::kValue || part == Part::kGradient) mapping.map(function.getArgument(0), made.getArgument(0));
+    if (part == Part::kGradient) mapping.map(function.getArgument(1), made.getArgument(1));
+    if (part == Part::kShifts && function.getNumArguments() > 1)
+      mapping.map(function.getArgument(1), made.getArgument(4));
+
+    llvm::SetVector<mlir::Operation*> needed;
+    const auto need = [&](Value value, mlir::Operation* user) -> mlir::LogicalResult {
+      if (mlir::Operation* op = value.getDefiningOp()) {
+        auto index = llvm::dyn_cast<IndexOp>(op);
+        if (part == Part::kShifts && index && index.getRole() == Role::Kv)
+          return user->emitOpError("feeds a row shift but depends on kv_idx");
+        needed.insert(op);
+        return mlir::success();
+      }
+      if (mapping.contains(value)) return mlir::success();
+      return user->emitOpError(part == Part::kRows     ? "feeds a staged read but depends on the score"
+                               : part == Part::kShifts ? "feeds a row shift but depends on the score"
+                                                       : "feeds a sink's index but depends on the score");
+    };
+    for (const Value result : results)
+      if (mlir::failed(need(result, function.front().getTerminator()))) return {};
+    for (std::size_t i = 0; i < needed.size(); ++i)
+      for (const Value operand : needed[i]->getOperands())
+        if (mlir::failed(need(operand, needed[i]))) return {};
     for (mlir::Operation& op : function.front())
       if (needed.contains(&op)) builder.clone(op, mapping);
-    mlir::func::ReturnOp::create(builder, function.getLoc());
-    set_attributes(builder, rows, kRowsArguments + kCaptured);
-    return mlir::success();
+    llvm::SmallVector<Value> returned;
+    // Staged reads become stores.
+    if (part != Part::kRows)
+      for (const Value result : results) returned.push_back(mapping.lookup(result));
+    mlir::func::ReturnOp::create(builder, function.getLoc(), returned);
+    set_attributes(builder, made, part, count_captures(function));
+    return made;
+  }
+
+  static void set_attributes(mlir::OpBuilder& builder, mlir::func::FuncOp function, Part part, std::int64_t captures) {
+    const Arguments arguments = arguments_of(part);
+    const bool inlined = part != Part::kOffsets && part != Part::kShifts;
+    function->setAttr("passthrough", inlined ? builder.getStrArrayAttr({"alwaysinline", "nounwind"})
+                                             : builder.getStrArrayAttr({"nounwind"}));
+    for (const llvm::StringRef name : {"llvm.noalias", "llvm.readonly", "llvm.nonnull"})
+      function.setArgAttr(arguments.captured, name, builder.getUnitAttr());
+    function.setArgAttr(arguments.captured, "llvm.dereferenceable",
+                        builder.getI64IntegerAttr(static_cast<std::int64_t>(sizeof(cpu::CapturedView)) * captures));
+    if (arguments.staged) {
+      for (const llvm::StringRef name : {"llvm.noalias", "llvm.readonly"})
+        function.setArgAttr(arguments.staged, name, builder.getUnitAttr());
+    }
+    for (const unsigned out : {arguments.out, arguments.places})
+      if (out && part != Part::kRows) function.setArgAttr(out, "llvm.noalias", builder.getUnitAttr());
   }
 
   static std::int64_t count_captures(mlir::func::FuncOp function) {
     std::int64_t count = 0;
     function.walk([&](ReadOp read) { count = std::max<std::int64_t>(count, read.getCapture() + 1); });
+    function.walk([&](SinkOp sink) { count = std::max<std::int64_t>(count, sink.getCapture() + 1); });
     return count;
   }
 };

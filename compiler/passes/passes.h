@@ -48,6 +48,11 @@ inline constexpr llvm::StringLiteral kReluAttr = "attnjit.relu";
 inline constexpr llvm::StringLiteral kFlatAttr = "attnjit.flat";
 void take_kink_marks(mlir::Operation& op);
 
+// On a sink, of attnjit-stage-reads: along the keys its places are those of the first key and the following.
+inline constexpr llvm::StringLiteral kAlongKeysAttr = "attnjit.along_keys";
+// On a sink, for attnjit-lower-to-llvm: the CPU tile writes each element's place.
+inline constexpr llvm::StringLiteral kPlacedAttr = "attnjit.placed";
+
 // Facts, as attributes of the function.
 // attnjit-score-in-log2: "identity", "affine" or "nonlinear".
 inline constexpr llvm::StringLiteral kScoreClassAttr = "attnjit.score_class";

@@ -1,4 +1,4 @@
-// attnjit-stage-reads: which captured reads the CPU transposes before its tile.
+// attnjit-stage-reads: which captured reads the CPU transposes before its tile, and which gradients behind it.
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
 #include "kernels_templates/cpu/tile_abi.h"
@@ -36,6 +36,10 @@ class StageReads : public impl::StageReadsBase<StageReads> {
         if (index.getRole() == Role::Kv) all = kOnKv;
       }
       for (const Value result : op.getResults()) dependence_[result] = all;
+      if (auto sink = llvm::dyn_cast<SinkOp>(op)) {
+        sink->removeAttr(kAlongKeysAttr);
+        if (along_keys(sink)) sink->setAttr(kAlongKeysAttr, mlir::UnitAttr::get(&getContext()));
+      }
       auto read = llvm::dyn_cast<ReadOp>(op);
       if (!read) continue;
       read.removeStagedAttr();
@@ -62,6 +66,25 @@ class StageReads : public impl::StageReadsBase<StageReads> {
       if (on & kOnQ && stride == 1) return false;
     }
     return rows_along_keys && gathered;
+  }
+
+  // Whether a packed tensor has the places side by side for one query and consecutive keys.
+  bool along_keys(SinkOp sink) {
+    const std::optional<llvm::ArrayRef<bool>> in_bounds = sink.getInBounds();
+    bool innermost = true, found = false;
+    for (unsigned i = sink.getIndices().size(); i-- > 0;) {
+      if (sink.getExtents()[i] == 1) continue;
+      const Value index = sink.getIndices()[i];
+      const Dependence on = dependence_[index];
+      if (on & kOnScore) return false;
+      if (on & kOnKv) {
+        const bool proven = in_bounds && (*in_bounds)[i];
+        if (!innermost || on != kOnKv || !proven || !steps_with_kv(index)) return false;
+        found = true;
+      }
+      innermost = false;
+    }
+    return found;
   }
 
   // Whether `index` is kv_idx plus or minus what does not vary with it.
