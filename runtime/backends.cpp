@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "runtime/cpu_backend.h"
+#include "runtime/cpu_backward.h"
 #include "runtime/cuda_math_backend.h"
 #include "runtime/cuda_math_backward.h"
 #include "runtime/math_backend.h"
@@ -107,6 +108,24 @@ Result<ReadyBackend> prepare_cpu(const Request& request) {
   return ready;
 }
 
+Result<ReadyBackend> prepare_cpu_backward(const Request& request) {
+  Result<std::shared_ptr<const compiler::CpuGradientTile>> tile = compile_gradient_tile(request, nullptr);
+  if (!tile) return tile.failure();
+  const WantedGradients wants = wanted_gradients(request.call.signature);
+  ThreadPool& pool = request.context.pool();
+  ReadyBackend ready;
+  ready.backward.workspace_size = cpu_backward_workspace_size(request.call.forward, wants, **tile, pool.size());
+  ready.backward.run = [tile = *tile, isa = request.context.cpu_isa(), &pool](
+                           const ForwardCall& call, const Gradients& gradients, void* workspace, CudaStream) {
+    cpu_backward(call, gradients, *tile, isa, workspace, pool);
+    return Check();
+  };
+  ready.description["hash"] = hash_text((*tile)->facts());
+  ready.description["facts"] = facts_json((*tile)->facts());
+  ready.phases = (*tile)->phases();
+  return ready;
+}
+
 Result<ReadyBackend> prepare_math(const Request& request) {
   if (request.call.signature.device != kCpu) return prepare_cuda_math(request);
   ReadyBackend ready;
@@ -165,7 +184,7 @@ struct Backend {
 };
 constexpr std::array<Backend, 3> kBackends = {
     {{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, nullptr},
-     {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, nullptr},
+     {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, prepare_cpu_backward},
      {ATTNJIT_BACKEND_MATH, true, true, prepare_math, prepare_math_backward}}};
 
 // Why a call cannot be given to `backend`, as far as that is known without trying; empty where it can.
@@ -229,6 +248,27 @@ std::string_view score_class_name(compiler::ScoreClass score_class) {
   return "?";
 }
 
+// Runs `compile` for the problem as the CPU's tiles see it.
+template <typename Tile>
+Result<Tile> compile_for_cpu(const Request& request, const CollectText& collect,
+                             compiler::CompileResult<Tile> (*compile)(const compiler::ModProblem&,
+                                                                      const compiler::CompileOptions&)) {
+  compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = nullptr};
+  if (request.files.any() || collect) {
+    options.dump = [&](std::string_view kind, std::string_view text) {
+      if (request.files.wants(kind)) request.files.write(kind, "", text);
+      if (collect) collect(kind, text);
+    };
+  }
+  // A panel always has all its lanes; those of a shorter problem reach beyond it.
+  auto tile = compile(
+      mod_problem(request.mods, request.call, std::max<std::int64_t>(request.call.signature.seqlen_q, cpu::kPanelLanes),
+                  request.call.signature.seqlen_kv),
+      options);
+  if (tile.error) return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", tile.error->message)};
+  return std::move(tile.value);
+}
+
 }  // namespace
 
 Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, const Signature& signature) {
@@ -264,20 +304,12 @@ Result<ReadyBackend> prepare_backend(const Request& request) {
 }
 
 Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect) {
-  compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = nullptr};
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
-  // A panel always has all its lanes; those of a shorter problem reach beyond it.
-  auto tile = compiler::compile_cpu_tile(
-      mod_problem(request.mods, request.call, std::max<std::int64_t>(request.call.signature.seqlen_q, cpu::kPanelLanes),
-                  request.call.signature.seqlen_kv),
-      options);
-  if (tile.error) return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", tile.error->message)};
-  return std::move(tile.value);
+  return compile_for_cpu(request, collect, compiler::compile_cpu_tile);
+}
+
+Result<std::shared_ptr<const compiler::CpuGradientTile>> compile_gradient_tile(const Request& request,
+                                                                               const CollectText& collect) {
+  return compile_for_cpu(request, collect, compiler::compile_cpu_gradient_tile);
 }
 
 compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std::int64_t seqlen_q,

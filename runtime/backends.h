@@ -65,6 +65,8 @@ Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, 
 // Runs the compiler's CPU end for `request`. `collect` receives every text in between, beside the files.
 using CollectText = std::function<void(std::string_view kind, std::string_view text)>;
 Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect);
+Result<std::shared_ptr<const compiler::CpuGradientTile>> compile_gradient_tile(const Request& request,
+                                                                               const CollectText& collect);
 
 // The problem as the compiler takes it, of sequences that reach from 0 to at least `seqlen_q` and `seqlen_kv`.
 compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std::int64_t seqlen_q,

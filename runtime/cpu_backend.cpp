@@ -9,12 +9,10 @@
 #include <span>
 
 #include "kernels_templates/cpu/products.h"
+#include "runtime/cpu_panels.h"
 
 namespace attnjit::runtime {
 namespace {
-
-using cpu::kPanelLanes;
-using cpu::kTileRows;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -22,9 +20,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int64_t kMaxPanels = 8;
 // Tasks a thread should have for the threads to end together.
 constexpr std::int64_t kTasksPerThread = 4;
-// Keys, at least, that a product takes between two prefetches of staged rows.
-constexpr std::int64_t kKeysPerPrefetch = 8;
-
 // How one call is cut into tasks: (batch, query head, group of panels).
 struct Schedule {
   std::int64_t panels = 0;           // of one head
@@ -62,8 +57,6 @@ struct Layout {
   std::int64_t size = 0;
 };
 
-constexpr std::int64_t kStagedSize = kTileRows * kPanelLanes;
-
 Layout layout(const ForwardCall& call, const compiler::CpuTile& tile, const Schedule& s) {
   Layout l;
   const auto take = [&l](std::int64_t floats) {
@@ -85,43 +78,6 @@ Layout layout(const ForwardCall& call, const compiler::CpuTile& tile, const Sche
   return l;
 }
 
-cpu::Storage storage_of(dsl::DType dtype) {
-  switch (dtype) {
-    case dsl::DType::kF16:
-      return cpu::Storage::kF16;
-    case dsl::DType::kBF16:
-      return cpu::Storage::kBF16;
-    default:
-      return cpu::Storage::kF32;
-  }
-}
-
-cpu::Element element_of(dsl::DType dtype) {
-  switch (dtype) {
-    case dsl::DType::kF16:
-      return cpu::Element::kF16;
-    case dsl::DType::kBF16:
-      return cpu::Element::kBF16;
-    case dsl::DType::kInt32:
-      return cpu::Element::kInt32;
-    case dsl::DType::kInt16:
-      return cpu::Element::kInt16;
-    case dsl::DType::kInt8:
-      return cpu::Element::kInt8;
-    case dsl::DType::kUInt8:
-    case dsl::DType::kBool:
-      return cpu::Element::kUInt8;
-    default:
-      return cpu::Element::kF32;
-  }
-}
-
-// Address of (b, h, row, 0).
-char* at(const TensorView& t, std::int64_t b, std::int64_t h, std::int64_t row) {
-  const std::int64_t offset = b * t.stride[0] + h * t.stride[1] + row * t.stride[2];
-  return static_cast<char*>(t.data) + offset * dsl::dtype_size(t.dtype);
-}
-
 // Rows of V this far apart fall into so few sets of the first cache that walking down a column of 128 of them evicts
 // what it is about to use: packing the block first is cheaper (bench/notes.md, "CPU kernels").
 bool strides_collide(std::int64_t stride_in_floats) { return stride_in_floats * 4 % 2048 == 0; }
@@ -136,25 +92,11 @@ struct Pass {
   float* workspace;
   const cpu::CapturedView* captured;
   std::span<const dsl::DType> staged;
-  cpu::RowsFn rows;                // where there are staged reads
-  std::int64_t keys_per_prefetch;  // keys that a product takes between two prefetches of staged rows
+  cpu::RowsFn rows;  // where there are staged reads
   cpu::Storage storage;
   ScoreScale factor;  // on the scores
   bool bf16;          // the products are computed on BF16 itself
 };
-
-// Where a panel lies. The last panel of a head that ends within it starts earlier, so that all its lanes are rows; only
-// lanes from `first` on are its own to store. A head of fewer rows than lanes has lanes beyond its end.
-struct Panel {
-  std::int64_t start;
-  std::int64_t first;
-  std::int64_t lanes;
-};
-
-Panel panel_at(std::int64_t index, std::int64_t seqlen_q) {
-  const std::int64_t start = std::max<std::int64_t>(0, std::min(index * kPanelLanes, seqlen_q - kPanelLanes));
-  return {start, index * kPanelLanes - start, std::min<std::int64_t>(kPanelLanes, seqlen_q - start)};
-}
 
 // Divides by the row sums, stores o, lse and row_max of one panel. Overwrites row_sum.
 void store_panel(const Pass& pass, std::int64_t b, std::int64_t h, const Panel& panel, float* out, const float* row_max,
@@ -183,31 +125,6 @@ void store_panel(const Pass& pass, std::int64_t b, std::int64_t h, const Panel& 
   }
   pass.products.store_panel(out, row_sum, panel.first, panel.lanes, head_dim_v, at(call.o, b, h, panel.start),
                             pass.storage, call.o.stride[2]);
-}
-
-// For each staged read, where each lane's row of this block starts.
-using RowAddresses = std::array<const void*, cpu::kMaxStagedReads * kPanelLanes>;
-
-// Asks the caches for the rows of the lanes [first, last).
-void prefetch_rows(const Pass& pass, const RowAddresses& addresses, std::int64_t rows, std::int64_t first,
-                   std::int64_t last) {
-  constexpr std::int64_t kLine = 64;
-  for (std::size_t i = 0; i < pass.staged.size(); ++i) {
-    const std::int64_t size = rows * dsl::dtype_size(pass.staged[i]);
-    for (std::int64_t lane = first; lane < last; ++lane) {
-      const char* const start = static_cast<const char*>(addresses[i * kPanelLanes + static_cast<std::size_t>(lane)]);
-      for (std::int64_t offset = 0; offset < size; offset += kLine) __builtin_prefetch(start + offset);
-      __builtin_prefetch(start + size - 1);
-    }
-  }
-}
-
-// Puts the rows where the tile expects them: with the lanes side by side.
-void stage_rows(const Pass& pass, const RowAddresses& addresses, std::int64_t rows, float* staged) {
-  for (std::size_t i = 0; i < pass.staged.size(); ++i) {
-    pass.products.stage(addresses.data() + i * kPanelLanes, element_of(pass.staged[i]), rows,
-                        staged + static_cast<std::int64_t>(i) * kStagedSize);
-  }
 }
 
 void run_task(const Pass& pass, std::int64_t task, int thread) {
@@ -291,21 +208,7 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
           for (std::int64_t i = 0; i < count * kPanelLanes; ++i) scores[i] *= pass.factor.rest;
         }
       };
-      if (pass.staged.empty()) {
-        score_keys(0, rows);
-      } else {
-        RowAddresses addresses;
-        pass.rows(&params, addresses.data());
-        // The rows lie in as many pages as there are lanes, which no hardware prefetcher foresees. Asked for a few
-        // lines at a time they come while the product runs; asked for at once, most are not fetched (bench/notes.md).
-        const std::int64_t step = pass.keys_per_prefetch;
-        for (std::int64_t first = 0; first < rows; first += step) {
-          const std::int64_t count = std::min(step, rows - first);
-          prefetch_rows(pass, addresses, rows, first * kPanelLanes / rows, (first + count) * kPanelLanes / rows);
-          score_keys(first, count);
-        }
-        stage_rows(pass, addresses, rows, scratch + l.staged);
-      }
+      score_and_stage(products, pass.staged, pass.rows, params, scratch + l.staged, score_keys);
       pass.tile(&params);
       if (pass.bf16) {
         products.pv_bf16(values, rows, head_dim_v, params.scores, params.rescale, out);
@@ -335,14 +238,7 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                  ThreadPool& pool) {
   const Schedule s = schedule(call, pool.size());
   if (s.tasks == 0) return;
-  std::array<cpu::CapturedView, dsl::kMaxCaptures> captured;
-  for (std::size_t i = 0; i < call.num_captures; ++i) {
-    captured[i].data = call.captures[i].data;
-    for (int d = 0; d < cpu::kMaxCaptureRank; ++d) {
-      captured[i].stride[d] = call.captures[i].stride[d];
-      captured[i].extent[d] = call.captures[i].extent[d];
-    }
-  }
+  const CapturedTable captured = captured_table(call);
   const cpu::Products& products = cpu::products(static_cast<int>(isa));
   const cpu::Storage storage = storage_of(call.q.dtype);
   const Pass pass{.call = call,
@@ -354,8 +250,6 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .captured = captured.data(),
                   .staged = tile.staged(),
                   .rows = tile.rows(),
-                  .keys_per_prefetch =
-                      (kKeysPerPrefetch + products.rows_at_once - 1) / products.rows_at_once * products.rows_at_once,
                   .storage = storage,
                   .factor = score_scale(call.scale, tile.score_factor()),
                   // An odd head dim has no pairs.
