@@ -52,3 +52,25 @@ func.func @left_alone(%s: f32) -> (f32, f32, f32, f32, f32, i64, f32, f32, f32, 
   %scored = attnjit.read 0[%q, %with_score] extents [64, 96] strides [-1, 1] in_bounds [true, true] : f32 -> f32
   return %uniform, %same, %broadcast, %one, %strided, %wide, %every_other, %added, %reversed, %clamped, %lanes, %both, %scored : f32, f32, f32, f32, f32, i64, f32, f32, f32, f32, f32, f32, f32
 }
+
+// Sinks whose keys lie side by side in a packed tensor, and those that do not.
+// CHECK-LABEL: func.func @sinks
+func.func @sinks(%s: f32, %g: f32) -> (f32, f32, f32, f32, f32, f32, f32) {
+  %q = attnjit.index q_idx below 64
+  %kv = attnjit.index kv_idx below 96
+  %c0 = arith.constant 0 : i64
+  %i = attnjit.to_int %s
+  %diagonal = arith.addi %q, %kv : i64
+  // CHECK: attnjit.sink %arg1 into 0{{.*}} {attnjit.along_keys}
+  %along = attnjit.sink %g into 0[%q, %kv, %c0] extents [64, 96, 1] in_bounds [true, true, true]
+  // Clamped queries are no obstacle.
+  // CHECK: attnjit.sink %arg1 into 1{{.*}} {attnjit.along_keys}
+  %clamped_row = attnjit.sink %g into 1[%q, %kv] extents [60, 96] in_bounds [false, true]
+  // CHECK-NOT: attnjit.along_keys
+  %clamped = attnjit.sink %g into 2[%q, %kv] extents [64, 90] in_bounds [true, false]
+  %outer = attnjit.sink %g into 3[%kv, %q] extents [96, 64] in_bounds [true, true]
+  %both = attnjit.sink %g into 4[%kv, %kv] extents [96, 96] in_bounds [true, true]
+  %lanes = attnjit.sink %g into 5[%q, %diagonal] extents [64, 160] in_bounds [true, true]
+  %scored = attnjit.sink %g into 6[%i, %kv] extents [64, 96] in_bounds [false, true]
+  return %along, %clamped_row, %clamped, %outer, %both, %lanes, %scored : f32, f32, f32, f32, f32, f32, f32
+}
