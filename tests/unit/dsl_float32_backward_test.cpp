@@ -173,7 +173,7 @@ struct HandMod {
 
 constexpr float kDropped = -std::numeric_limits<float>::infinity();
 
-const HandMod kMods[] = {
+constexpr HandMod kMods[] = {
     {"score + 0 * t[h]",
      [](float s, const Point& p, const std::vector<float>&) { return HandMod::Result{s, 1, 0, p.h}; }},
     {"score + t[q_idx - kv_idx + 20]",
@@ -282,6 +282,7 @@ void expect_right_kernel_only(DType dtype) {
   std::mt19937_64 random(17);
   for (const HandMod& mod : kMods) {
     std::vector<float> t;
+    t.reserve(40);
     for (int i = 0; i < 40; ++i) t.push_back(static_cast<float>(static_cast<int>(random() % 512) - 128) / 256.0f);
     const test::Captures captures = {{"t", test::captured<float>(DType::kF32, {40}, t)}};
     const auto expr = test::bound(mod.text, captures);
