@@ -249,7 +249,8 @@ Term scaled(const Term& term, double exact, const Interval& derivative) {
                        : std::isnan(derivative.lo)
                            ? 0.0
                            : std::max({derivative.hi - derivative.value, derivative.value - derivative.lo, 0.0});
-  const double reach = finite_magnitude(exact) + width;
+  // What is unspecified stays so, whatever it is multiplied with.
+  const double reach = std::isfinite(exact) ? std::fabs(exact) + width : kInfinity;
   const double moved = product(finite_magnitude(term.value), width) + (width == 0.0 && exact == 0.0 ? 0.0 : 0x1p-126);
   return {.value = product(term.value, exact),
           .ideal = product(term.ideal, exact),
@@ -397,7 +398,8 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     if (poisoned) {
       // NaN, whatever is computed from it.
       if (score.keep) cell.p.value = cell.p.ideal = dm.value = dm.ideal = kNan;
-      if (infinite || !score.keep) {
+      // An element of -infinity counts as a dropped one to some; a forward's own lse may be +infinity here.
+      if (infinite || !score.keep || score.value == -kInfinity || options.own_forward) {
         unspecified(&cell.p);
         unspecified(&dm);
       }
