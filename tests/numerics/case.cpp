@@ -1,6 +1,7 @@
 // Case to text and back.
 #include "tests/numerics/case.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cmath>
@@ -104,7 +105,82 @@ bool parse_capture(std::string_view text, CaptureSpec* spec) {
   return find(layouts(), parts[3], &spec->layout) && find(fills(), parts[4], &spec->fill);
 }
 
+std::string joined(const std::vector<std::string>& parts) {
+  std::string text;
+  for (const std::string& part : parts) text.append(text.empty() ? "" : ",").append(part);
+  return text;
+}
+
+// The fields of a backward, through `field(name, value)`. Defaults are not written.
+template <typename Field>
+void write_backward(const BackwardSpec& backward, Field&& field) {
+  if (!backward.wanted()) return;
+  std::vector<std::string> wanted, captures;
+  if (backward.dq) wanted.emplace_back("dq");
+  if (backward.dk) wanted.emplace_back("dk");
+  if (backward.dv) wanted.emplace_back("dv");
+  for (const GradientSpec& capture : backward.captures) {
+    captures.push_back(capture.name + ':' + name_of(layouts(), capture.layout));
+  }
+  if (!wanted.empty()) field("backward", joined(wanted));
+  if (!captures.empty()) field("grads", joined(captures));
+  if (!backward.row_shifts.empty()) field("row_shifts", joined(backward.row_shifts));
+  if (backward.grad_lse) field("grad_lse", "1");
+  if (backward.deterministic) field("deterministic", "1");
+  if (backward.own_forward) field("forward", "own");
+  const std::array<std::pair<std::string_view, Layout>, 4> placed = {{{"grad_out", backward.layout_grad_out},
+                                                                      {"grad_q", backward.layout_dq},
+                                                                      {"grad_k", backward.layout_dk},
+                                                                      {"grad_v", backward.layout_dv}}};
+  for (const auto& [name, layout] : placed) {
+    if (layout != Layout::kPacked) field(name, name_of(layouts(), layout));
+  }
+}
+
+// One field of a backward. `known`: whether it is one.
+bool parse_backward(std::string_view name, std::string_view value, BackwardSpec* backward, bool* known) {
+  const auto flag = [&](bool* set) { return *set = value == "1", value == "0" || value == "1"; };
+  *known = true;
+  if (name == "backward") {
+    for (const std::string_view part : split(value, ',')) {
+      bool* const wanted = part == "dq"   ? &backward->dq
+                           : part == "dk" ? &backward->dk
+                           : part == "dv" ? &backward->dv
+                                          : nullptr;
+      if (wanted == nullptr) return false;
+      *wanted = true;
+    }
+    return true;
+  }
+  if (name == "grads") {
+    for (const std::string_view part : split(value, ',')) {
+      const std::size_t colon = part.find(':');
+      GradientSpec& added = backward->captures.emplace_back();
+      added.name = part.substr(0, colon);
+      if (added.name.empty()) return false;
+      if (colon != std::string_view::npos && !find(layouts(), part.substr(colon + 1), &added.layout)) return false;
+    }
+    return true;
+  }
+  if (name == "row_shifts") {
+    for (const std::string_view part : split(value, ',')) backward->row_shifts.emplace_back(part);
+    return true;
+  }
+  if (name == "grad_lse") return flag(&backward->grad_lse);
+  if (name == "deterministic") return flag(&backward->deterministic);
+  if (name == "forward") return backward->own_forward = value == "own", value == "own" || value == "gold";
+  if (name == "grad_out") return find(layouts(), value, &backward->layout_grad_out);
+  if (name == "grad_q") return find(layouts(), value, &backward->layout_dq);
+  if (name == "grad_k") return find(layouts(), value, &backward->layout_dk);
+  if (name == "grad_v") return find(layouts(), value, &backward->layout_dv);
+  return *known = false;
+}
+
 }  // namespace
+
+bool BackwardSpec::shifts_rows(std::string_view name) const {
+  return std::find(row_shifts.begin(), row_shifts.end(), name) != row_shifts.end();
+}
 
 double Case::effective_scale() const {
   return scale ? static_cast<double>(*scale)
@@ -151,6 +227,7 @@ std::string to_line(const Case& c) {
     }
     field("capture", text + ':' + name_of(layouts(), capture.layout) + ':' + name_of(fills(), capture.fill));
   }
+  write_backward(c.backward, field);
   field("device", c.device);
   field("backend", c.backend);
   field("threads", std::to_string(c.threads));
@@ -183,8 +260,11 @@ bool parse_case(std::string_view line, Case* problem, std::string* error) {
     const std::string_view value = line.substr(0, end);
     line.remove_prefix(end + (quoted ? 1 : 0));
 
-    bool good = true;
-    if (name == "b") {
+    bool good = true, known = false;
+    const bool read = parse_backward(name, value, &problem->backward, &known);
+    if (known) {
+      good = read;
+    } else if (name == "b") {
       good = number(value, &problem->batch);
     } else if (name == "hq") {
       good = number(value, &problem->num_heads);

@@ -50,6 +50,28 @@ struct CaptureSpec {
   Fill fill = Fill::kNormal;
 };
 
+// A captured tensor whose gradient is wanted, and how that lies in memory (kPacked, kPadded, kBshd).
+struct GradientSpec {
+  std::string name;
+  Layout layout = Layout::kPacked;
+};
+
+// What is asked of the backward. Nothing wanted: the case is one of the forward.
+struct BackwardSpec {
+  bool dq = false, dk = false, dv = false;
+  std::vector<GradientSpec> captures = {};
+  // Captured tensors that only shift whole rows: their gradients are the reduction of grad_lse, and zero without it.
+  std::vector<std::string> row_shifts = {};
+  bool grad_lse = false;
+  bool deterministic = false;
+  bool own_forward = false;  // o and lse are the library's own, not gold ones rounded to their types
+  Layout layout_grad_out = Layout::kPacked;
+  Layout layout_dq = Layout::kPacked, layout_dk = Layout::kPacked, layout_dv = Layout::kPacked;
+
+  bool wanted() const { return dq || dk || dv || !captures.empty(); }
+  bool shifts_rows(std::string_view name) const;
+};
+
 struct Case {
   std::int64_t batch = 1, num_heads = 1, num_heads_kv = 1;
   std::int64_t seqlen_q = 1, seqlen_kv = 1;
@@ -62,10 +84,11 @@ struct Case {
   std::string score_mod = "score";
   std::string mask_mod = {};  // empty: none
   std::vector<CaptureSpec> captures = {};
+  BackwardSpec backward = {};
   std::string device = target().device;    // "cpu" or "cuda"
   std::string backend = target().fused();  // any that the library names
   int threads = 2;
-  std::int64_t rows = 96;  // most query rows that are judged
+  std::int64_t rows = 96;  // most query rows of a forward that are judged
   std::uint64_t seed = 1;
 
   double effective_scale() const;

@@ -11,14 +11,15 @@
 namespace attnjit::numerics {
 namespace {
 
+bool same(double a, double b) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
+  return a == b || std::fabs(a - b) <= 1e-9 * (1.0 + std::fabs(b));
+}
+
 // Empty where the library's oracle agrees with ours.
 std::string compare_reference(Problem& problem, const Gold& gold) {
   const RunResult reference = run_reference(problem, gold.rows());
   if (!reference.error.empty()) return reference.error;
-  const auto same = [](double a, double b) {
-    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
-    return a == b || std::fabs(a - b) <= 1e-9 * (1.0 + std::fabs(b));
-  };
   const auto features = static_cast<std::size_t>(problem.spec.head_dim_v);
   for (std::size_t i = 0; i < gold.row.size(); ++i) {
     const GoldRow& row = gold.row[i];
@@ -42,6 +43,32 @@ std::string compare_reference(Problem& problem, const Gold& gold) {
   return "";
 }
 
+// Likewise of the backward.
+std::string compare_reference(Problem& problem, const GoldGradients& gold) {
+  const ReferenceGradients reference = run_reference_backward(problem);
+  if (!reference.error.empty()) return reference.error;
+  const auto values = in_order(gold, reference.gradients), bounds = in_order(gold, reference.bounds);
+  for (std::size_t i = 0; i < gold.wanted.size(); ++i) {
+    const GoldGradient& expected = gold.wanted[i];
+    for (std::size_t at = 0; at < expected.value.size(); ++at) {
+      if (std::isinf((*bounds[i])[at]) || same((*values[i])[at], expected.value[at])) continue;
+      return fmt::format("attnjit_reference_backward: {}, element {} is {:.17g}, expected {:.17g}", expected.name, at,
+                         (*values[i])[at], expected.value[at]);
+    }
+  }
+  return "";
+}
+
+// Why the backward of `problem` is not accepted; empty where it is.
+std::string check_backward(Problem& problem, attnjit_context* context, bool reference, BackwardVerdict* verdict) {
+  const GoldGradients gold = compute_gold_gradients(problem);
+  const BackwardResult result = run_backward(problem, gold.o, gold.lse, context);
+  if (!result.error.empty()) return result.error;
+  *verdict = judge(gold, result.gradients);
+  if (!verdict->accepted) return summary(*verdict);
+  return reference ? compare_reference(problem, gold) : "";
+}
+
 }  // namespace
 
 Check check_problem(Problem& problem, attnjit_context* context, bool reference) {
@@ -53,8 +80,19 @@ Check check_problem(Problem& problem, attnjit_context* context, bool reference) 
   };
   try {
     if (!target().compile_only.empty()) {
-      run(problem, context);
+      if (problem.spec.backward.wanted()) {
+        run_backward(problem, {}, {}, context);
+      } else {
+        run(problem, context);
+      }
       check.accepted = true;
+      return check;
+    }
+    if (problem.spec.backward.wanted()) {
+      const std::string why = check_backward(problem, context, reference, &check.backward);
+      if (!why.empty()) return fail(why);
+      check.accepted = true;
+      check.message = summary(check.backward);
       return check;
     }
     const Gold gold = compute_gold(problem, sample_rows(problem.spec));

@@ -10,11 +10,16 @@ namespace attnjit::numerics {
 
 struct Check {
   bool accepted = false;
-  std::string message;  // the verdict's summary, or what failed before it; then the line to paste back
-  Verdict verdict;
+  std::string message;       // the verdict's summary, or what failed before it; then the line to paste back
+  Verdict verdict;           // of a forward
+  BackwardVerdict backward;  // of a backward
+
+  std::int64_t judged() const { return verdict.judged + backward.judged; }
+  std::int64_t undecided() const { return verdict.undecided + backward.undecided; }
 };
 
-// `context` null: the shared one of the case's threads. `reference`: also compares attnjit_reference with the oracle.
+// `context` null: the shared one of the case's threads. `reference`: also compares attnjit_reference, or
+// attnjit_reference_backward, with the oracle.
 Check check_case(const Case& spec, attnjit_context* context = nullptr, bool reference = false);
 
 // The same for a problem whose tensors were changed after it was made.

@@ -3,6 +3,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -207,7 +209,212 @@ attnjit_status prepare(attnjit_context* context, Problem& problem, Outputs outpu
   return status;
 }
 
+// The gradients of one call, NaN and guarded, and what is given beside them.
+class GradientCall {
+ public:
+  explicit GradientCall(const Problem& problem) : problem_(problem) {
+    const Case& spec = problem.spec;
+    const BackwardSpec& wanted = spec.backward;
+    const auto place = [&](dsl::DType dtype, std::vector<std::int64_t> shape, Layout layout) {
+      Tensor tensor(dtype, std::move(shape), layout, layout == Layout::kPadded ? 1 : 0);
+      tensor.poison();
+      return tensor;
+    };
+    if (wanted.dq) dq_ = place(spec.dtype, problem.q.shape(), wanted.layout_dq);
+    if (wanted.dk) dk_ = place(spec.dtype, problem.k.shape(), wanted.layout_dk);
+    if (wanted.dv) dv_ = place(spec.dtype, problem.v.shape(), wanted.layout_dv);
+    captures_.reserve(wanted.captures.size());
+    for (const GradientSpec& capture : wanted.captures) {
+      const Tensor& tensor = problem.capture(capture.name).tensor;
+      captures_.push_back(place(tensor.dtype(), tensor.shape(), capture.layout));
+    }
+  }
+
+  // Good while this object, the lender and the problem exist.
+  const attnjit_gradients* lend(Lender* lender) {
+    const BackwardSpec& wanted = problem_.spec.backward;
+    given_ = {problem_.grad_out, problem_.grad_lse};
+    call_.grad_out = lender->lend(given_[0]);
+    if (wanted.grad_lse) call_.grad_lse = lender->lend(given_[1]);
+    if (wanted.dq) call_.dq = lender->lend(dq_);
+    if (wanted.dk) call_.dk = lender->lend(dk_);
+    if (wanted.dv) call_.dv = lender->lend(dv_);
+    c_captures_.clear();
+    for (std::size_t i = 0; i < captures_.size(); ++i) {
+      c_captures_.push_back({wanted.captures[i].name.c_str(), lender->lend(captures_[i])});
+    }
+    call_.captures = c_captures_.data();
+    call_.num_captures = c_captures_.size();
+    call_.deterministic = wanted.deterministic ? 1 : 0;
+    return &call_;
+  }
+
+  // Whether nothing was written beside the gradients.
+  bool intact() const {
+    const BackwardSpec& wanted = problem_.spec.backward;
+    return (!wanted.dq || dq_.surroundings_intact()) && (!wanted.dk || dk_.surroundings_intact()) &&
+           (!wanted.dv || dv_.surroundings_intact()) &&
+           std::ranges::all_of(captures_, [](const Tensor& tensor) { return tensor.surroundings_intact(); });
+  }
+
+  Gradients values() const {
+    const BackwardSpec& wanted = problem_.spec.backward;
+    Gradients result;
+    if (wanted.dq) result.dq = widen(dq_);
+    if (wanted.dk) result.dk = widen(dk_);
+    if (wanted.dv) result.dv = widen(dv_);
+    for (const Tensor& tensor : captures_) result.captures.push_back(widen(tensor));
+    return result;
+  }
+
+ private:
+  const Problem& problem_;
+  Tensor dq_, dk_, dv_;
+  std::vector<Tensor> captures_;
+  std::array<Tensor, 2> given_;
+  std::vector<attnjit_capture_gradient> c_captures_;
+  attnjit_gradients call_ = ATTNJIT_GRADIENTS_INIT;
+};
+
+BackwardResult backward_failed(std::string step, attnjit_status status) {
+  return {{}, {}, failed(std::move(step), status).error, status};
+}
+
+// A backward's plan, and that of the forward which was made with it.
+struct BackwardPlans {
+  PlanPtr forward, backward;
+};
+
+attnjit_status prepare_backward(attnjit_context* context, BackwardCall& given, BackwardPlans* plans) {
+  Call call(*given.problem, place_of(given.problem->spec));
+  call.get()->o = call.lender().lend(given.o);
+  call.get()->lse = call.lender().lend(given.lse);
+  GradientCall gradients(*given.problem);
+  attnjit_plan *forward = nullptr, *backward = nullptr;
+  const attnjit_status status =
+      attnjit_prepare_backward(context, call.get(), gradients.lend(&call.lender()), &forward, &backward);
+  plans->forward.reset(forward);
+  plans->backward.reset(backward);
+  return status;
+}
+
+BackwardResult run_backward_plans(const BackwardPlans& plans, BackwardCall& given) {
+  Problem& problem = *given.problem;
+  const bool own = problem.spec.backward.own_forward;
+  std::vector<std::pair<Tensor*, std::vector<std::byte>>> inputs;
+  const auto keep = [&](Tensor& tensor) { inputs.emplace_back(&tensor, tensor.snapshot()); };
+  for (Tensor* const tensor : {&problem.q, &problem.k, &problem.v, &problem.grad_out}) keep(*tensor);
+  for (NamedTensor& capture : problem.captures) keep(capture.tensor);
+  if (problem.spec.backward.grad_lse) keep(problem.grad_lse);
+  if (own) {
+    given.o.poison();
+    given.lse.poison();
+  } else {
+    keep(given.o);
+    keep(given.lse);
+  }
+  Call call(problem, place_of(problem.spec));
+  call.get()->o = call.lender().lend(given.o);
+  call.get()->lse = call.lender().lend(given.lse);
+  GradientCall gradients(problem);
+  const attnjit_gradients* const lent = gradients.lend(&call.lender());
+  Buffer forward_workspace(own ? attnjit_plan_workspace_size(plans.forward.get()) : 0);
+  Buffer workspace(attnjit_plan_workspace_size(plans.backward.get()));
+  void* const forward_scratch = call.lender().lend(forward_workspace);
+  void* const scratch = call.lender().lend(workspace);
+  void* const stream = stream_of(problem.spec);
+  if (own) {
+    const attnjit_status status =
+        attnjit_run(plans.forward.get(), call.get(), forward_scratch, forward_workspace.size(), stream);
+    if (status != ATTNJIT_OK) return backward_failed("attnjit_run", status);
+  }
+  const attnjit_status status =
+      attnjit_run_backward(plans.backward.get(), call.get(), lent, scratch, workspace.size(), stream);
+  if (status != ATTNJIT_OK) return backward_failed("attnjit_run_backward", status);
+  call.lender().fetch();
+
+  BackwardResult result;
+  if (!workspace.guards_intact()) result.error = "rule 3: wrote outside the workspace";
+  if (!gradients.intact()) result.error = "rule 3: wrote outside a gradient, or in a gap of one";
+  if (!given.o.surroundings_intact() || !given.lse.surroundings_intact()) {
+    result.error = "rule 3: wrote outside o or lse, or in a gap of it";
+  }
+  for (const auto& [tensor, before] : inputs) {
+    const bool intact = tensor->snapshot() == before && tensor->guards_intact();
+    if (!intact) result.error = "rule 3: an input was written to";
+  }
+  result.gradients = gradients.values();
+  if (own) result.forward = {widen(given.o), widen(given.lse), {}};
+  return result;
+}
+
 }  // namespace
+
+std::vector<BackwardResult> run_backward_with_one_plan(std::span<BackwardCall> calls, attnjit_context* context) {
+  if (context == nullptr) context = shared_context(calls.front().problem->spec.threads);
+  if (context == nullptr) return {backward_failed("attnjit_context_create", ATTNJIT_INTERNAL)};
+  BackwardPlans plans;
+  const attnjit_status status = prepare_backward(context, calls.front(), &plans);
+  if (status != ATTNJIT_OK) return {backward_failed("attnjit_prepare_backward", status)};
+  std::vector<BackwardResult> results;
+  results.reserve(calls.size());
+  for (BackwardCall& call : calls) results.push_back(run_backward_plans(plans, call));
+  return results;
+}
+
+BackwardResult run_backward(Problem& problem, Tensor o, Tensor lse, attnjit_context* context) {
+  BackwardCall call{&problem, std::move(o), std::move(lse)};
+  return std::move(run_backward_with_one_plan(std::span(&call, 1), context).front());
+}
+
+ReferenceGradients run_reference_backward(Problem& problem) {
+  ReferenceGradients result;
+  attnjit_context* const context = shared_context(problem.spec.threads);
+  if (context == nullptr) return {{}, {}, failed("attnjit_context_create", ATTNJIT_INTERNAL).error};
+  const Case& spec = problem.spec;
+  const BackwardSpec& wanted = spec.backward;
+  const auto size = [](const Tensor& tensor) { return static_cast<std::size_t>(tensor.size()); };
+  const std::size_t heads_kv = static_cast<std::size_t>(spec.batch * spec.num_heads_kv);
+  const std::size_t parts = std::max<std::size_t>(heads_kv, 1);
+  Call call(problem, Lender::Place::kHost);
+  GradientCall gradients(problem);
+  const attnjit_gradients* const lent = gradients.lend(&call.lender());
+  for (Gradients* const each : {&result.gradients, &result.bounds}) {
+    if (wanted.dq) each->dq.resize(size(problem.q));
+    if (wanted.dk) each->dk.resize(size(problem.k));
+    if (wanted.dv) each->dv.resize(size(problem.v));
+    for (const GradientSpec& capture : wanted.captures) {
+      each->captures.emplace_back(size(problem.capture(capture.name).tensor));
+    }
+  }
+  // One head's part of each captured gradient.
+  Gradients part = result.gradients, part_bound = result.gradients;
+  std::vector<double*> captures, bounds;
+  for (std::vector<double>& values : part.captures) captures.push_back(values.data());
+  for (std::vector<double>& values : part_bound.captures) bounds.push_back(values.data());
+  for (std::size_t head = 0; head < heads_kv; ++head) {
+    // Query heads of a group lie side by side.
+    const auto at = [&](std::vector<double>& values) {
+      return values.empty() ? nullptr : values.data() + values.size() / parts * head;
+    };
+    attnjit_reference_gradients out = ATTNJIT_REFERENCE_GRADIENTS_INIT;
+    out.dq = at(result.gradients.dq), out.dq_bound = at(result.bounds.dq);
+    out.dk = at(result.gradients.dk), out.dk_bound = at(result.bounds.dk);
+    out.dv = at(result.gradients.dv), out.dv_bound = at(result.bounds.dv);
+    out.captures = captures.data(), out.capture_bounds = bounds.data();
+    const auto number = static_cast<std::int64_t>(head);
+    const attnjit_status status = attnjit_reference_backward(context, call.get(), lent, number / spec.num_heads_kv,
+                                                             number % spec.num_heads_kv, &out);
+    if (status != ATTNJIT_OK) return {{}, {}, failed("attnjit_reference_backward", status).error};
+    for (std::size_t i = 0; i < captures.size(); ++i) {
+      for (std::size_t e = 0; e < part.captures[i].size(); ++e) {
+        result.gradients.captures[i][e] += part.captures[i][e];
+        result.bounds.captures[i][e] += part_bound.captures[i][e];
+      }
+    }
+  }
+  return result;
+}
 
 RunResult run(Problem& problem, attnjit_context* context, Outputs outputs) {
   if (context == nullptr) context = shared_context(problem.spec.threads);

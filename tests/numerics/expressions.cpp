@@ -149,8 +149,79 @@ constexpr Expression kOther[] = {
     {"DivideByIndex", R"_(score_mod="where(q_idx == kv_idx, 0, score / (q_idx - kv_idx))")_"},
 };
 
+// What is learned: captured tensors whose gradient's place, type and layout differ, row shifts among them.
+constexpr Expression kLearnable[] = {
+    {"AbsDistance", R"_(score_mod="score + t[abs(q_idx - kv_idx)]" capture=t:float32:K:packed:normal)_"},
+    {"Pair", R"_(score_mod="score + t[q_idx, kv_idx]" capture=t:float32:QxK:packed:normal)_"},
+    {"HeadPair", R"_(score_mod="score + t[h, q_idx, kv_idx]" capture=t:bfloat16:HxQxK:packed:normal)_"},
+    {"BatchHeadPair", R"_(score_mod="score + t[b, h, q_idx, kv_idx]" capture=t:float16:BxHxQxK:padded:normal)_"},
+    {"BatchHeadPairBroadcast",
+     R"_(score_mod="score + t[b, h, q_idx, kv_idx]" capture=t:float32:BxHxQxK:broadcast_b:normal)_"},
+    {"PairTransposed", R"_(score_mod="score + t[kv_idx, q_idx]" capture=t:float32:KxQ:bshd:normal)_"},
+    {"RowFactor", R"_(score_mod="score * t[q_idx]" capture=t:float32:Q:packed:normal)_"},
+    {"Window", R"_(score_mod="score + t[clamp(q_idx - kv_idx + 8, 0, 16)]" capture=t:float32:17:packed:normal)_"},
+    {"WindowClampedByRead", R"_(score_mod="score + t[h, q_idx - kv_idx + 8]" capture=t:bfloat16:Hx17:packed:normal)_"},
+    {"Column", R"_(score_mod="score + t[kv_idx]" capture=t:float32:K:packed:normal)_"},
+    {"ColumnOfHead", R"_(score_mod="score + t[h, kv_idx]" capture=t:float16:HxK:padded:normal)_"},
+    {"RowGather",
+     R"_(score_mod="score + t[off[q_idx]]" capture=t:float32:12:packed:normal capture=off:int32:Q:packed:index row_shifts=t)_"},
+    {"ColumnGather",
+     R"_(score_mod="score + t[off[kv_idx]]" capture=t:float32:99:packed:normal capture=off:int64:K:packed:index)_"},
+    {"ElementGather",
+     R"_(score_mod="score + t[off[q_idx, kv_idx]]" capture=t:float16:50:packed:normal capture=off:int16:QxK:padded:index)_"},
+    {"HeadGate", R"_(score_mod="score * sigmoid(g[h])" capture=g:float32:H:packed:normal)_"},
+    {"TwoVectors",
+     R"_(score_mod="score + t[q_idx] + u[kv_idx]" capture=t:float32:Q:packed:normal capture=u:float32:K:packed:normal row_shifts=t)_"},
+    {"ReadTwice", R"_(score_mod="score + t[q_idx] * t[kv_idx]" capture=t:float32:K:packed:normal)_"},
+    {"ReadAtTwoPlaces",
+     R"_(score_mod="score + t[kv_idx] - 0.5 * t[q_idx - kv_idx + 3]" capture=t:bfloat16:40:packed:normal)_"},
+    {"Scalars",
+     R"_(score_mod="score * t + s" capture=t:float32::packed:normal capture=s:float32::packed:normal row_shifts=s)_"},
+    {"ScalarsOfHalf",
+     R"_(score_mod="score * t + s * kv_idx / 64" capture=t:bfloat16::packed:normal capture=s:float16::packed:normal)_"},
+    {"HeadShift", R"_(score_mod="score + g[h]" capture=g:float32:H:packed:normal row_shifts=g)_"},
+    {"BatchRowShift", R"_(score_mod="score - w[b, q_idx]" capture=w:float32:BxQ:padded:normal row_shifts=w)_"},
+    {"SumOfShifts",
+     R"_(score_mod="score + 2 * g[h] - w[q_idx] / 3" capture=g:float16:H:packed:normal capture=w:bfloat16:Q:packed:normal row_shifts=g,w)_"},
+    {"ProductOfShifts",
+     R"_(score_mod="score + g[h] * w[q_idx]" capture=g:float32:H:packed:normal capture=w:float32:Q:packed:normal row_shifts=g,w)_"},
+    {"MaskedShift",
+     R"_(score_mod="where(q_idx >= kv_idx, score + w[q_idx], -inf)" capture=w:float32:Q:packed:normal row_shifts=w)_"},
+    {"ShiftOfMasked",
+     R"_(score_mod="where(q_idx >= kv_idx, score, -inf) + w[b, q_idx]" capture=w:float32:BxQ:packed:normal row_shifts=w)_"},
+    {"ShiftWithMaskMod",
+     R"_(score_mod="score + w[q_idx]" mask_mod="(q_idx + kv_idx) % 3 != 0" capture=w:float32:Q:packed:normal row_shifts=w)_"},
+    {"ScaledByShift", R"_(score_mod="(score + w[q_idx]) * 0.5" capture=w:float32:Q:packed:normal row_shifts=w)_"},
+    {"NoShiftInTanh", R"_(score_mod="3 * tanh(score + w[q_idx])" capture=w:float32:Q:packed:normal)_"},
+    {"NoShiftTimesScore", R"_(score_mod="score * (1 + 0.1 * w[q_idx]) + w[q_idx]" capture=w:float32:Q:packed:normal)_"},
+    {"LearnedSlopes",
+     R"_(score_mod="score - log1p(exp(g[h])) * abs(q_idx - kv_idx) * 0.1" capture=g:float32:H:packed:normal)_"},
+    {"SiluOfBias", R"_(score_mod="silu(score * w[h, kv_idx])" capture=w:float32:HxK:packed:normal)_"},
+    {"TanhOfBias", R"_(score_mod="2 * tanh(score + w[kv_idx])" capture=w:bfloat16:K:packed:normal)_"},
+    {"ChoiceOfReads",
+     R"_(score_mod="where(kv_idx % 2 == 0, score + t[kv_idx], score * u[kv_idx])" capture=t:float32:K:packed:normal capture=u:float32:K:packed:normal)_"},
+    {"ChoiceByScore",
+     R"_(score_mod="where(score > 0, score * t[kv_idx], score * u[kv_idx])" capture=t:float32:K:packed:normal capture=u:float32:K:packed:normal)_"},
+    {"MaxOfBias", R"_(score_mod="max(score, t[kv_idx])" capture=t:float32:K:packed:normal)_"},
+    {"ClampByScalars", R"_(score_mod="clamp(score, lo, lo + 2)" capture=lo:float32::packed:normal)_"},
+    {"TiedMaximum",
+     R"_(score_mod="score + max(t[kv_idx], t[kv_idx]) + min(t[h], t[h], 0.5)" capture=t:float32:K:packed:normal)_"},
+    {"LearnedPower", R"_(score_mod="(abs(score) + 0.5) ** (1 + 0.2 * sigmoid(p))" capture=p:float32::packed:normal)_"},
+    {"Quotient", R"_(score_mod="score / (1 + abs(t[kv_idx])) - t[q_idx] / 4" capture=t:float32:K:packed:normal)_"},
+    {"SelectSafeRead",
+     R"_(score_mod="where(t[kv_idx] > 0, score + log(t[kv_idx]), score)" capture=t:float32:K:packed:normal)_"},
+    {"PoisonDropped",
+     R"_(score_mod="where(isnan(t[kv_idx]) or isinf(t[kv_idx]), -inf, score * t[kv_idx])" capture=t:float32:K:packed:poison)_"},
+    {"PoisonNotChosen",
+     R"_(score_mod="let x = t[kv_idx]; where(isinf(x) or isnan(x), score, score * x)" capture=t:float32:K:packed:poison)_"},
+    {"MaskedProduct",
+     R"_(score_mod="where(q_idx >= kv_idx, score * t[kv_idx], -inf)" mask_mod="causal" capture=t:float32:K:packed:normal)_"},
+    {"SquareUnderMaskMod", R"_(score_mod="score * score" mask_mod="causal")_"},
+};
+
 }  // namespace
 
+std::span<const Expression> learnable_expressions() { return kLearnable; }
 std::span<const Expression> registry_expressions() { return kRegistry; }
 std::span<const Expression> other_expressions() { return kOther; }
 
@@ -227,6 +298,18 @@ Case with_expression(const Case& spec, const std::string& fields) {
   result.score_mod = parsed.score_mod;
   result.mask_mod = parsed.mask_mod;
   result.captures = parsed.captures;
+  result.backward.row_shifts = parsed.backward.row_shifts;
+  return result;
+}
+
+Case with_all_gradients(const Case& spec) {
+  Case result = spec;
+  BackwardSpec& backward = result.backward;
+  backward.dq = backward.dk = backward.dv = true;
+  backward.captures.clear();
+  for (const CaptureSpec& capture : result.captures) {
+    if (dsl::value_type(capture.dtype) == dsl::Type::kFloat) backward.captures.push_back({capture.name});
+  }
   return result;
 }
 

@@ -32,11 +32,17 @@ std::span<const Expression> registry_expressions();
 // Arithmetic, functions, captures, masks, poison.
 std::span<const Expression> other_expressions();
 
+// With captured tensors whose gradients differ in where and how they are added up.
+std::span<const Expression> learnable_expressions();
+
 // A random typed expression with its captures; `style` 0: moderate values without jumps, which float32 decides; 1:
 // moderate values with jumps; 2: anything, poles and poison included. The same for the same seed on every platform.
 Case with_generated_expression(const Case& spec, std::uint64_t seed, int style);
 
 // `spec` with the fields of `expression`.
 Case with_expression(const Case& spec, const std::string& fields);
+
+// `spec` with every gradient that it has: dq, dk, dv and those of all captured floats.
+Case with_all_gradients(const Case& spec);
 
 }  // namespace attnjit::numerics

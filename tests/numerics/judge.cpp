@@ -110,6 +110,11 @@ std::vector<RowIndex> other_nan_rows(const Case& spec, const Gold& gold, const O
   return rows;
 }
 
+// Rule 1: what a mean error may be.
+double allowed_mean(bool is_float32, double ideal, double gold, double scatter) {
+  return (is_float32 ? 10.0 : 1.5) * ideal + 2e-5 * gold + scatter / 8.0;
+}
+
 }  // namespace
 
 Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome) {
@@ -146,13 +151,78 @@ Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome) 
     verdict.mean_error = means.ours / count;
     verdict.ideal_error = means.ideal / count;
     if (means.eager_count > 0) verdict.eager_error = means.eager / static_cast<double>(means.eager_count);
-    const double gold_mean = means.gold / count;
-    const double factor = spec.dtype == dsl::DType::kF32 ? 10.0 : 1.5;
-    const double allowed = factor * verdict.ideal_error + 2e-5 * gold_mean + means.scatter / count / 8.0;
+    const double allowed =
+        allowed_mean(spec.dtype == dsl::DType::kF32, verdict.ideal_error, means.gold / count, means.scatter / count);
     if (means.count >= kRatioElements && verdict.mean_error > allowed) {
       return reject(fmt::format("rule 1, ratio: mean error {:.3g}, of the ideal fused kernel {:.3g}, allowed {:.3g}",
                                 verdict.mean_error, verdict.ideal_error, allowed));
     }
+  }
+  verdict.accepted = true;
+  return verdict;
+}
+
+namespace {
+
+// The rules for one gradient. Why it is rejected; empty where it is right.
+std::string judge_gradient(const GoldGradient& gold, const std::vector<double>& ours, bool is_float32,
+                           GradientFigures* figures) {
+  figures->name = gold.name;
+  if (ours.size() != gold.value.size()) return fmt::format("{} has another size", gold.name);
+  const auto place = [&](std::size_t at) {
+    std::string text = gold.name + "[";
+    std::size_t rest = ours.size();
+    for (const std::int64_t extent : gold.shape) {
+      rest /= static_cast<std::size_t>(extent);
+      text += fmt::format("{}{}", text.back() == '[' ? "" : ", ", at / rest);
+      at %= rest;
+    }
+    return text + "]";
+  };
+  double error_sum = 0.0, ideal_sum = 0.0, gold_sum = 0.0, scatter_sum = 0.0;
+  for (std::size_t at = 0; at < ours.size(); ++at) {
+    const double expected = gold.value[at], bound = gold.bound[at];
+    if (bound == kInfinity) continue;
+    ++figures->judged;
+    if (!std::isfinite(expected) || !std::isfinite(ours[at])) {
+      const bool same = std::isnan(expected) ? std::isnan(ours[at]) : ours[at] == expected;
+      if (!same) return fmt::format("rule 3, pattern: {} is {}, expected {}", place(at), ours[at], expected);
+      continue;
+    }
+    const double error = std::fabs(ours[at] - expected);
+    if (bound > 0.0) figures->worst = std::max(figures->worst, error / bound);
+    if (!(error <= bound)) {
+      return fmt::format("rule 2, element: {} is {:.9g}, expected {:.9g}: off by {:.3g}, allowed {:.3g}", place(at),
+                         ours[at], expected, error, bound);
+    }
+    error_sum += error;
+    ideal_sum += std::fabs(gold.ideal[at] - expected);
+    gold_sum += std::fabs(expected);
+    scatter_sum += gold.scatter[at];
+  }
+  if (figures->judged == 0) return "";
+  const auto count = static_cast<double>(figures->judged);
+  figures->mean_error = error_sum / count;
+  figures->ideal_error = ideal_sum / count;
+  const double allowed = allowed_mean(is_float32, figures->ideal_error, gold_sum / count, scatter_sum / count);
+  if (figures->judged >= kRatioElements && figures->mean_error > allowed) {
+    return fmt::format("rule 1, ratio: mean error of {} {:.3g}, of the ideal fused kernel {:.3g}, allowed {:.3g}",
+                       gold.name, figures->mean_error, figures->ideal_error, allowed);
+  }
+  return "";
+}
+
+}  // namespace
+
+BackwardVerdict judge(const GoldGradients& gold, const Gradients& gradients) {
+  BackwardVerdict verdict;
+  verdict.judged = gold.rows - gold.undecided;
+  verdict.undecided = gold.undecided;
+  const auto ours = in_order(gold, gradients);
+  for (std::size_t i = 0; i < gold.wanted.size(); ++i) {
+    verdict.why =
+        judge_gradient(gold.wanted[i], *ours[i], gold.o.dtype() == dsl::DType::kF32, &verdict.gradients.emplace_back());
+    if (!verdict.why.empty()) return verdict;
   }
   verdict.accepted = true;
   return verdict;
@@ -166,6 +236,17 @@ std::string summary(const Verdict& verdict) {
       verdict.accepted ? "accepted" : "rejected", verdict.mean_error, ratio(verdict.mean_error, verdict.ideal_error),
       ratio(verdict.mean_error, verdict.eager_error), verdict.worst, verdict.judged, verdict.undecided,
       verdict.accepted ? "" : "\n  " + verdict.why);
+}
+
+std::string summary(const BackwardVerdict& verdict) {
+  std::string text = verdict.accepted ? "accepted" : "rejected";
+  for (const GradientFigures& each : verdict.gradients) {
+    text += fmt::format(
+        "; {}: mean error {:.3g}, {:.2f} times the ideal fused kernel's, worst element {:.2f} of its bound", each.name,
+        each.mean_error, each.ideal_error > 0.0 ? each.mean_error / each.ideal_error : 0.0, each.worst);
+  }
+  return text + fmt::format("; {} rows, {} undecided{}", verdict.judged + verdict.undecided, verdict.undecided,
+                            verdict.accepted ? "" : "\n  " + verdict.why);
 }
 
 }  // namespace attnjit::numerics

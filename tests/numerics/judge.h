@@ -1,10 +1,11 @@
-// Accepts or rejects a forward result by the rules of docs/numerics.md.
+// Accepts or rejects a result by the rules of docs/numerics.md.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "tests/numerics/gradients.h"
 #include "tests/numerics/oracle.h"
 
 namespace attnjit::numerics {
@@ -32,5 +33,23 @@ Verdict judge(const Problem& problem, const Gold& gold, const Outcome& outcome);
 
 // One line: errors, ratios, rows.
 std::string summary(const Verdict& verdict);
+
+// One gradient tensor's part of a verdict.
+struct GradientFigures {
+  std::string name;
+  std::int64_t judged = 0;  // elements
+  double mean_error = 0.0, ideal_error = 0.0, worst = 0.0;
+};
+
+struct BackwardVerdict {
+  bool accepted = false;
+  std::string why;
+  std::int64_t judged = 0, undecided = 0;  // query rows
+  std::vector<GradientFigures> gradients;
+};
+
+BackwardVerdict judge(const GoldGradients& gold, const Gradients& gradients);
+
+std::string summary(const BackwardVerdict& verdict);
 
 }  // namespace attnjit::numerics

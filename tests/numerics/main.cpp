@@ -66,7 +66,9 @@ int main(int argc, char** argv) {
   // What the device has no part in is tested without it.
   if (target().on_gpu()) {
     GTEST_FLAG_SET(
-        filter, "*NumericsExpression*:*NumericsRandom*:*NumericsGenerated*:*NumericsRelation*:*NumericsEdge*-*Slow*");
+        filter,
+        "*NumericsExpression*:*NumericsRandom*:*NumericsGenerated*:*NumericsRelation*:*NumericsEdge*:"
+        "*NumericsBackward*-*Slow*:*NumericsBackwardJudge*:*NumericsBackwardOracle*:*NumericsBackwardWrong*");
   }
   testing::InitGoogleTest(&argc, argv);
   if (!compile_only) return RUN_ALL_TESTS();

@@ -17,21 +17,13 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-std::vector<dsl::CaptureView> views_of(const BoundMod& mod) {
-  std::vector<dsl::CaptureView> views;
-  views.reserve(mod.captures.size());
-  for (const Tensor& tensor : mod.captures) views.push_back(tensor.capture_view());
-  return views;
-}
-
 class Rows {
  public:
   explicit Rows(const Problem& problem)
       : problem_(problem),
-        scores_(problem.score_mod.expr, views_of(problem.score_mod),
-                problem.mask_mod ? &problem.mask_mod->expr : nullptr,
-                problem.mask_mod ? views_of(*problem.mask_mod) : std::vector<dsl::CaptureView>()),
-        score_mod_(problem.score_mod.expr, views_of(problem.score_mod)) {
+        scores_(problem.score_mod.expr, problem.score_mod.views(), problem.mask_mod ? &problem.mask_mod->expr : nullptr,
+                problem.mask_mod ? problem.mask_mod->views() : std::vector<dsl::CaptureView>()),
+        score_mod_(problem.score_mod.expr, problem.score_mod.views()) {
     elements_.resize(static_cast<std::size_t>(problem.spec.seqlen_kv));
     eager_.resize(elements_.size());
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
 #include "dsl/bind.h"
 #include "dsl/interpreter.h"
@@ -55,20 +56,9 @@ void fill_normal(Tensor* tensor, Random* random, double factor, bool positive) {
 // NaN and infinity in every key row that no query row keeps, whatever its score is.
 void poison_dropped_keys(Problem* problem) {
   const Case& spec = problem->spec;
-  const auto views = [](const BoundMod& mod) {
-    std::vector<dsl::CaptureView> result;
-    result.reserve(mod.captures.size());
-    for (const Tensor& tensor : mod.captures) result.push_back(tensor.capture_view());
-    return result;
-  };
-  const auto score_views = views(problem->score_mod);
-  dsl::Interpreter score_mod(problem->score_mod.expr, score_views);
+  dsl::Interpreter score_mod(problem->score_mod.expr, problem->score_mod.views());
   std::optional<dsl::Interpreter> mask_mod;
-  std::vector<dsl::CaptureView> mask_views;
-  if (problem->mask_mod) {
-    mask_views = views(*problem->mask_mod);
-    mask_mod.emplace(problem->mask_mod->expr, mask_views);
-  }
+  if (problem->mask_mod) mask_mod.emplace(problem->mask_mod->expr, problem->mask_mod->views());
   const auto dropped = [&](dsl::Point point) {
     for (const double score : {0.0, std::numeric_limits<double>::quiet_NaN()}) {
       point.score = score;
@@ -97,6 +87,20 @@ void poison_dropped_keys(Problem* problem) {
 }
 
 }  // namespace
+
+std::vector<dsl::CaptureView> BoundMod::views() const {
+  std::vector<dsl::CaptureView> result;
+  result.reserve(captures.size());
+  for (const Tensor& tensor : captures) result.push_back(tensor.capture_view());
+  return result;
+}
+
+const NamedTensor& Problem::capture(std::string_view name) const {
+  const auto found =
+      std::find_if(captures.begin(), captures.end(), [&](const NamedTensor& tensor) { return tensor.name == name; });
+  if (found == captures.end()) throw std::logic_error("no capture named " + std::string(name));
+  return *found;
+}
 
 void fill_capture(Tensor* tensor, Fill fill, Random* random) {
   const bool is_float = dsl::value_type(tensor->dtype()) == dsl::Type::kFloat;
@@ -179,6 +183,24 @@ bool make_problem(const Case& spec, Problem* problem, std::string* error) {
     problem->captures.push_back({capture.name, std::move(tensor)});
   }
   if (!bind_mods(problem, error)) return false;
+  const BackwardSpec& backward = spec.backward;
+  for (const GradientSpec& wanted : backward.captures) {
+    const auto named = [&](const CaptureSpec& capture) { return capture.name == wanted.name; };
+    if (std::none_of(spec.captures.begin(), spec.captures.end(), named)) {
+      *error = "grads: the case has no capture named '" + wanted.name + "'";
+      return false;
+    }
+  }
+  if (backward.wanted()) {
+    problem->grad_out = Tensor(spec.dtype, {spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v},
+                               backward.layout_grad_out, backward.layout_grad_out == Layout::kPadded ? 1 : 0);
+    fill_normal(&problem->grad_out, &random, 1.0, positive);
+    if (backward.grad_lse) {
+      problem->grad_lse =
+          Tensor(dsl::DType::kF32, {spec.batch, spec.num_heads, spec.seqlen_q}, backward.layout_grad_out);
+      fill_normal(&problem->grad_lse, &random, 1.0, false);
+    }
+  }
   if (spec.inputs == Inputs::kPoisoned) poison_dropped_keys(problem);
   return true;
 }

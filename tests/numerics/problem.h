@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "dsl/expr.h"
@@ -20,6 +21,11 @@ struct NamedTensor {
 struct BoundMod {
   dsl::Expr expr;
   std::vector<Tensor> captures;
+
+  std::vector<dsl::CaptureView> views() const;
+  const std::string& name_of(std::int32_t capture) const {
+    return expr.captures[static_cast<std::size_t>(capture)].name;
+  }
 };
 
 struct Problem {
@@ -28,9 +34,12 @@ struct Problem {
   std::vector<NamedTensor> captures;  // 0-d ones are scalars
   BoundMod score_mod;
   std::optional<BoundMod> mask_mod;
+  // Of a backward: what flows in. grad_lse is made, and used, where the case has one.
+  Tensor grad_out, grad_lse;
 
   double scale() const { return spec.effective_scale(); }
   std::int64_t head_kv(std::int64_t h) const { return h / (spec.num_heads / spec.num_heads_kv); }
+  const NamedTensor& capture(std::string_view name) const;
 };
 
 // Builds the tensors from the seed and binds the expressions. On a mistake of the case (an expression that does not

@@ -2,52 +2,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <string>
 
 #include "tests/numerics/check.h"
 #include "tests/numerics/expressions.h"
+#include "tests/numerics/random_case.h"
 #include "tests/numerics/testing.h"
 
 namespace attnjit::numerics {
 namespace {
-
-constexpr std::array<std::int64_t, 16> kLengths = {1, 2, 7, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 160, 200, 257};
-constexpr std::array<std::int64_t, 26> kHeadDims = {1,  2,  3,  7,  8,  15, 16,  17,  24,  31,  32,  33,  40,
-                                                    48, 63, 64, 65, 80, 96, 112, 127, 128, 129, 192, 255, 256};
-constexpr std::array<dsl::DType, 3> kDTypes = {dsl::DType::kF32, dsl::DType::kBF16, dsl::DType::kF16};
-constexpr std::array<std::array<std::int64_t, 2>, 7> kHeads = {
-    {{1, 1}, {2, 2}, {4, 2}, {3, 1}, {6, 3}, {8, 2}, {5, 5}}};
-
-Case random_case(std::uint64_t seed) {
-  Random random(seed);
-  Case spec;
-  spec.seed = seed;
-  spec.batch = random.between(1, 3);
-  const auto heads = random.pick(kHeads);
-  spec.num_heads = heads[0];
-  spec.num_heads_kv = heads[1];
-  spec.seqlen_q = random.pick(kLengths);
-  spec.seqlen_kv = random.between(0, 2) == 0 ? spec.seqlen_q : random.pick(kLengths);
-  spec.head_dim = random.pick(kHeadDims);
-  spec.head_dim_v = random.between(0, 1) == 0 ? spec.head_dim : random.pick(kHeadDims);
-  spec.dtype = random.pick(kDTypes);
-  constexpr std::array<Layout, 8> kInputLayouts = {Layout::kPacked,         Layout::kPacked,       Layout::kBshd,
-                                                   Layout::kBshd,           Layout::kPadded,       Layout::kPadded,
-                                                   Layout::kBroadcastBatch, Layout::kBroadcastHead};
-  constexpr std::array<Layout, 3> kOutputLayouts = {Layout::kPacked, Layout::kBshd, Layout::kPadded};
-  spec.layout_q = random.pick(kInputLayouts);
-  spec.layout_k = random.pick(kInputLayouts);
-  spec.layout_v = random.between(0, 15) == 0 ? Layout::kBroadcastSeq : random.pick(kInputLayouts);
-  spec.layout_o = random.pick(kOutputLayouts);
-  constexpr std::array<Inputs, 6> kInputs = {Inputs::kNormal, Inputs::kNormal,   Inputs::kNormal,
-                                             Inputs::kLarge,  Inputs::kPositive, Inputs::kZero};
-  spec.inputs = random.pick(kInputs);
-  if (random.between(0, 3) == 0) spec.scale = static_cast<float>(random.normal());
-  spec.threads = static_cast<int>(random.between(1, 2));
-  spec.rows = 48;
-  return spec;
-}
 
 // A shape on which an expression shows what it is: some tiles, some heads, both a part of a tile at the end.
 Case shape_of(std::size_t number) {

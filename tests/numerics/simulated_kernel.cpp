@@ -16,13 +16,6 @@ namespace {
 constexpr std::int64_t kTile = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-std::vector<dsl::CaptureView> views(const BoundMod& mod) {
-  std::vector<dsl::CaptureView> result;
-  result.reserve(mod.captures.size());
-  for (const Tensor& tensor : mod.captures) result.push_back(tensor.capture_view());
-  return result;
-}
-
 }  // namespace
 
 std::string_view flaw_name(Flaw flaw) {
@@ -37,13 +30,10 @@ std::string_view flaw_name(Flaw flaw) {
 
 Outcome simulate(const Problem& problem, Flaw flaw) {
   const Case& spec = problem.spec;
-  const auto score_views = views(problem.score_mod);
-  dsl::Interpreter score_mod(problem.score_mod.expr, score_views);
-  std::vector<dsl::CaptureView> mask_views;
+  dsl::Interpreter score_mod(problem.score_mod.expr, problem.score_mod.views());
   std::optional<dsl::Interpreter> mask_mod;
   if (problem.mask_mod && flaw != Flaw::kMaskIgnored) {
-    mask_views = views(*problem.mask_mod);
-    mask_mod.emplace(problem.mask_mod->expr, mask_views);
+    mask_mod.emplace(problem.mask_mod->expr, problem.mask_mod->views());
   }
   const auto scale = static_cast<float>(problem.scale());
   const std::int64_t features = spec.head_dim_v;

@@ -238,6 +238,12 @@ DLTensor* Tensor::dl() {
   return &dl_;
 }
 
+std::size_t packed_offset(const Tensor& tensor, std::span<const std::int64_t> index) {
+  std::int64_t offset = 0;
+  for (std::size_t i = 0; i < index.size(); ++i) offset = offset * tensor.shape()[i] + index[i];
+  return static_cast<std::size_t>(offset);
+}
+
 dsl::CaptureView Tensor::capture_view() const {
   dsl::CaptureView view;
   view.data = buffer_->data() + first_ * dsl::dtype_size(dtype_);

@@ -86,6 +86,9 @@ class Tensor {
   DLTensor dl_ = {nullptr, {kDLCPU, 0}, 0, {kDLFloat, 32, 1}, nullptr, nullptr, 0};
 };
 
+// Where the element lies in a packed tensor of `tensor`'s shape.
+std::size_t packed_offset(const Tensor& tensor, std::span<const std::int64_t> index);
+
 // Calls `body` with every index of `shape`, the last dimension fastest.
 template <typename Body>
 void for_each_index(std::span<const std::int64_t> shape, Body&& body) {
