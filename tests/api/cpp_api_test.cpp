@@ -183,6 +183,53 @@ TEST(CppApi, ErrorsAreValues) {
               HasSubstr("lse_bound has 3 elements; it needs 1"));
 }
 
+TEST(CppApi, Backward) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  std::vector<float> lse(2 * 33), slope = {2.0f}, of_slope = {NAN}, dv(1, NAN), nothing;
+  std::vector<float> dq(buffers.q.size(), NAN);
+  Attention attention = buffers.attention();
+  attention.k = attention.v = {nothing.data(), {1, 2, 0, 16}};
+  attention.lse = {lse.data(), {1, 2, 33}};
+  attention.score_mod = "score * slope";
+  attention.captures = {{"slope", {slope.data(), {}}}};
+  Gradients gradients = {.grad_out = {buffers.q.data(), {1, 2, 33, 16}, {0, 0, 0, 1}},
+                         .dq = {dq.data(), {1, 2, 33, 16}},
+                         .captures = {{"slope", {of_slope.data(), {}}}},
+                         .deterministic = true};
+  Result<TrainingPlans> plans = context->prepare_training(attention, gradients);
+  ASSERT_TRUE(plans) << plans.status().message();
+  ASSERT_TRUE(plans->forward.run(attention));
+  EXPECT_THAT(lse, testing::Each(-INFINITY));
+  Status status = plans->backward.run_backward(attention, gradients);
+  ASSERT_TRUE(status) << status.message();
+  EXPECT_THAT(dq, testing::Each(0.0f));
+  EXPECT_EQ(of_slope[0], 0.0f);
+  EXPECT_THAT(plans->backward.description(), HasSubstr("\"deterministic\": true"));
+  EXPECT_FALSE(plans->backward.run(attention));
+
+  // In one call, and with what the caller has.
+  gradients.captures.clear();
+  dq.assign(dq.size(), NAN);
+  ASSERT_TRUE(context->backward(attention, gradients));
+  EXPECT_THAT(dq, testing::Each(0.0f));
+  gradients.dq = {};
+  gradients.dv = {dv.data(), {1, 2, 0, 16}};
+  ASSERT_TRUE(context->backward(attention, gradients, {}));
+  EXPECT_TRUE(context->prepare_backward(attention, gradients));
+
+  gradients.captures.resize(17);
+  EXPECT_THAT(context->backward(attention, gradients).message(), HasSubstr("gradients.num_captures is 17"));
+  gradients.captures = {{"nobody", {of_slope.data(), {}}}};
+  EXPECT_THAT(context->prepare_backward(attention, gradients).status().message(),
+              HasSubstr("gradients.captures has 'nobody'"));
+  gradients.captures.clear();
+  gradients.grad_out = {};
+  EXPECT_THAT(context->backward(attention, gradients, {}).message(), HasSubstr("grad_out is NULL"));
+  EXPECT_FALSE(context->prepare_training(attention, gradients));
+}
+
 TEST(CppApi, ReferenceBounds) {
   Result<Context> context = Context::create();
   ASSERT_TRUE(context);

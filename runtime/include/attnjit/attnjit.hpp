@@ -225,7 +225,27 @@ struct Attention {
   bool max_autotune = false;  // on a GPU, the configuration is found by timing a few when a plan is made
 };
 
+// A captured tensor whose gradient is wanted.
+struct CaptureGradient {
+  std::string name;
+  TensorRef tensor;  // of the captured tensor's shape and type
+};
+
+// What a backward is given beside its Attention, and what it computes: see attnjit_gradients. The Attention's o and lse
+// are what the forward computed. Outputs that are left out are not wanted.
+struct Gradients {
+  TensorRef grad_out;
+  TensorRef grad_lse = {};
+  TensorRef dq = {};
+  TensorRef dk = {};
+  TensorRef dv = {};
+  std::vector<CaptureGradient> captures = {};
+  bool deterministic = false;  // two runs on one machine give the same bits
+};
+
 namespace detail {
+
+inline constexpr std::size_t kMaxCaptures = 16;
 
 // The C structs of an Attention, on the stack; points into it and into itself.
 class CAttention {
@@ -262,12 +282,46 @@ class CAttention {
   const attnjit_attention* get() const { return &attention_; }
 
  private:
-  static constexpr std::size_t kMaxCaptures = 16;
   // Only those that are given are ever filled in and pointed to.
   std::array<DLTensor, 6> tensors_;
   std::array<DLTensor, kMaxCaptures> captured_;
   std::array<attnjit_capture, kMaxCaptures> captures_{};
   attnjit_attention attention_ = ATTNJIT_ATTENTION_INIT;
+};
+
+// Likewise of Gradients.
+class CGradients {
+ public:
+  explicit CGradients(const Gradients& g) {
+    const std::array<const TensorRef*, 5> given = {&g.grad_out, &g.grad_lse, &g.dq, &g.dk, &g.dv};
+    std::array<DLTensor*, 5> pointers{};
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      if (!*given[i]) continue;
+      tensors_[i] = given[i]->dlpack();
+      pointers[i] = &tensors_[i];
+    }
+    for (std::size_t i = 0; i < std::min(g.captures.size(), captures_.size()); ++i) {
+      captured_[i] = g.captures[i].tensor.dlpack();
+      captures_[i] = {g.captures[i].name.c_str(), g.captures[i].tensor ? &captured_[i] : nullptr};
+    }
+    gradients_.grad_out = pointers[0];
+    gradients_.grad_lse = pointers[1];
+    gradients_.dq = pointers[2];
+    gradients_.dk = pointers[3];
+    gradients_.dv = pointers[4];
+    gradients_.captures = captures_.data();
+    gradients_.num_captures = g.captures.size();
+    gradients_.deterministic = g.deterministic ? 1 : 0;
+  }
+  CGradients(const CGradients&) = delete;
+  CGradients& operator=(const CGradients&) = delete;
+  const attnjit_gradients* get() const { return &gradients_; }
+
+ private:
+  std::array<DLTensor, 5> tensors_;
+  std::array<DLTensor, kMaxCaptures> captured_;
+  std::array<attnjit_capture_gradient, kMaxCaptures> captures_{};
+  attnjit_gradients gradients_ = ATTNJIT_GRADIENTS_INIT;
 };
 
 // Takes over a text that the library allocated.
@@ -325,6 +379,14 @@ class Plan {
     return Status::of(attnjit_run(plan_.get(), c.get(), workspace.data, workspace.size, stream));
   }
 
+  // Likewise with a plan of a backward. Which gradients are wanted is as prepared.
+  Status run_backward(const Attention& attention, const Gradients& gradients, WorkspaceRef workspace = {},
+                      void* stream = nullptr) const {
+    const detail::CAttention c(attention);
+    const detail::CGradients g(gradients);
+    return Status::of(attnjit_run_backward(plan_.get(), c.get(), g.get(), workspace.data, workspace.size, stream));
+  }
+
   attnjit_plan* get() const { return plan_.get(); }
 
  private:
@@ -332,6 +394,12 @@ class Plan {
     void operator()(attnjit_plan* plan) const { attnjit_plan_destroy(plan); }
   };
   std::unique_ptr<attnjit_plan, Destroy> plan_;
+};
+
+// What a training step runs.
+struct TrainingPlans {
+  Plan forward;
+  Plan backward;
 };
 
 struct ContextOptions {
@@ -375,22 +443,37 @@ class Context {
     return Plan(plan);
   }
 
+  // The same for the backward.
+  Result<Plan> prepare_backward(const Attention& attention, const Gradients& gradients) const {
+    const detail::CAttention c(attention);
+    const detail::CGradients g(gradients);
+    attnjit_plan* plan = nullptr;
+    const attnjit_status status = attnjit_prepare_backward(context_.get(), c.get(), g.get(), nullptr, &plan);
+    if (status != ATTNJIT_OK) return Status::of(status);
+    return Plan(plan);
+  }
+
+  // Both, compiled at the same time.
+  Result<TrainingPlans> prepare_training(const Attention& attention, const Gradients& gradients) const {
+    const detail::CAttention c(attention);
+    const detail::CGradients g(gradients);
+    attnjit_plan *forward = nullptr, *backward = nullptr;
+    const attnjit_status status = attnjit_prepare_backward(context_.get(), c.get(), g.get(), &forward, &backward);
+    if (status != ATTNJIT_OK) return Status::of(status);
+    return TrainingPlans{Plan(forward), Plan(backward)};
+  }
+
   // Prepares, allocates a workspace and runs, on the CPU. To call again and again, keep the Plan and the Workspace
   // instead.
   Status forward(const Attention& attention) const {
-    Result<Plan> plan = prepare(attention);
-    if (!plan) return plan.status();
-    if (plan->workspace_size() > 0 && attention.q.device().device_type != kDLCPU) {
-      return Status(ATTNJIT_INVALID_ARGUMENT, "the plan needs a workspace of " +
-                                                  std::to_string(plan->workspace_size()) +
-                                                  " bytes in device memory; pass one");
-    }
-    const Workspace workspace(plan->workspace_size());
-    if (workspace.size() < plan->workspace_size()) {
-      return Status(ATTNJIT_OUT_OF_MEMORY,
-                    "no memory for a workspace of " + std::to_string(plan->workspace_size()) + " bytes");
-    }
-    return plan->run(attention, workspace);
+    return with_workspace(prepare(attention), attention,
+                          [&](const Plan& plan, const Workspace& workspace) { return plan.run(attention, workspace); });
+  }
+  Status backward(const Attention& attention, const Gradients& gradients) const {
+    return with_workspace(prepare_backward(attention, gradients), attention,
+                          [&](const Plan& plan, const Workspace& workspace) {
+                            return plan.run_backward(attention, gradients, workspace);
+                          });
   }
 
   // The same with what the caller has: a workspace, and on a CUDA device the stream to queue on. While the stream is
@@ -398,6 +481,12 @@ class Context {
   Status forward(const Attention& attention, WorkspaceRef workspace, void* stream = nullptr) const {
     const detail::CAttention c(attention);
     return Status::of(attnjit_forward(context_.get(), c.get(), workspace.data, workspace.size, stream));
+  }
+  Status backward(const Attention& attention, const Gradients& gradients, WorkspaceRef workspace,
+                  void* stream = nullptr) const {
+    const detail::CAttention c(attention);
+    const detail::CGradients g(gradients);
+    return Status::of(attnjit_backward(context_.get(), c.get(), g.get(), workspace.data, workspace.size, stream));
   }
 
   // The double-precision oracle: o (rows, Dv), lse and row_max (rows), each of that size or empty.
@@ -478,6 +567,22 @@ class Context {
     void operator()(attnjit_context* context) const { attnjit_context_destroy(context); }
   };
   explicit Context(attnjit_context* context) : context_(context) {}
+
+  template <typename Run>
+  static Status with_workspace(const Result<Plan>& plan, const Attention& attention, Run&& run) {
+    if (!plan) return plan.status();
+    if (plan->workspace_size() > 0 && attention.q.device().device_type != kDLCPU) {
+      return Status(ATTNJIT_INVALID_ARGUMENT, "the plan needs a workspace of " +
+                                                  std::to_string(plan->workspace_size()) +
+                                                  " bytes in device memory; pass one");
+    }
+    const Workspace workspace(plan->workspace_size());
+    if (workspace.size() < plan->workspace_size()) {
+      return Status(ATTNJIT_OUT_OF_MEMORY,
+                    "no memory for a workspace of " + std::to_string(plan->workspace_size()) + " bytes");
+    }
+    return run(*plan, workspace);
+  }
 
   static std::size_t head_dim_v(const Attention& attention) {
     const std::span<const std::int64_t> v = attention.v.shape();
