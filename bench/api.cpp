@@ -65,11 +65,12 @@ std::string eager_products(const nlohmann::ordered_json& description) {
   return "unknown code";
 }
 
-nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, const std::string& arch,
-                               bool dump) {
+nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention,
+                               const attnjit_gradients* gradients, const std::string& arch, bool dump) {
   attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
   options.arch = arch.empty() ? nullptr : arch.c_str();
   options.dump = dump ? 1 : 0;
+  options.gradients = gradients;
   char* text = nullptr;
   check(attnjit_explain(context, &attention, &options, &text));
   return take_json(text);

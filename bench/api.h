@@ -33,9 +33,10 @@ PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention);
 nlohmann::ordered_json description_of(const PlanPtr& plan);
 // What does the products of an eager plan, as "OpenBLAS 0.3.21, SkylakeX, ...": a baseline is worth what that is.
 std::string eager_products(const nlohmann::ordered_json& description);
-// `arch` "sm_80" and the like: of the CUDA kernels; empty: of what runs where the tensors are.
-nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention, const std::string& arch,
-                               bool dump);
+// `arch` "sm_80" and the like: of the CUDA kernels; empty: of what runs where the tensors are. `gradients`: of the
+// backward; null: of the forward.
+nlohmann::ordered_json explain(attnjit_context* context, const attnjit_attention& attention,
+                               const attnjit_gradients* gradients, const std::string& arch, bool dump);
 nlohmann::ordered_json list_mods(attnjit_context* context);
 nlohmann::ordered_json clamped_reads(attnjit_context* context, const attnjit_attention& attention,
                                      std::span<const attnjit_row> rows);

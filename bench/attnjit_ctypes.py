@@ -8,6 +8,8 @@ dtype and device works in the place of a PyTorch tensor, such as HostTensor belo
     call = Call(context, q, k, v, o, score_mod="score + slopes[h] * (kv_idx - q_idx)", captures={"slopes": slopes})
     workspace = torch.empty(call.workspace_size, dtype=torch.uint8, device="cuda")
     call.run(workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    backward = Backward(call, grad_out, dq=dq, dk=dk, dv=dv, captures={"slopes": grad_slopes})  # call has an lse
+    backward.run(...)  # as call.run
 """
 import array
 import ctypes
@@ -51,12 +53,20 @@ class _Attention(ctypes.Structure):
                 ("scale", ctypes.POINTER(ctypes.c_float)), ("backend", ctypes.c_int), ("max_autotune", ctypes.c_int)]
 
 
+class _Gradients(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t),
+                *[(name, ctypes.POINTER(_DLTensor)) for name in ("grad_out", "grad_lse", "dq", "dk", "dv")],
+                ("captures", ctypes.POINTER(_Capture)), ("num_captures", ctypes.c_size_t),
+                ("deterministic", ctypes.c_int)]
+
+
 class _ContextOptions(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("num_threads", ctypes.c_int), ("backends", ctypes.c_uint32)]
 
 
 class _ExplainOptions(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("arch", ctypes.c_char_p), ("dump", ctypes.c_int)]
+    _fields_ = [("struct_size", ctypes.c_size_t), ("arch", ctypes.c_char_p), ("dump", ctypes.c_int),
+                ("gradients", ctypes.c_void_p)]
 
 
 class _Row(ctypes.Structure):
@@ -128,12 +138,15 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
         attention, row = ctypes.POINTER(_Attention), ctypes.POINTER(_Row)
+        gradients = ctypes.POINTER(_Gradients)
         doubles, out = ctypes.POINTER(ctypes.c_double), ctypes.POINTER(pointer)
         checked = dict(
             context_create=[ctypes.POINTER(_ContextOptions), out],
             register_mod=[pointer, text, ctypes.POINTER(text), size, text, ctypes.c_int],
             prepare=[pointer, attention, out],
             run=[pointer, attention, pointer, size, pointer],
+            prepare_backward=[pointer, attention, gradients, out, out],
+            run_backward=[pointer, attention, gradients, pointer, size, pointer],
             reference=[pointer, attention, row, size, doubles, doubles, doubles],
             explain=[pointer, attention, ctypes.POINTER(_ExplainOptions), out],
         )
@@ -177,6 +190,14 @@ def _text(value):
     return None if value is None else value.encode()
 
 
+def _captures(tensors):
+    """The lent tensors of a dict by name, and the records that point to them."""
+    lent = {name: lend(tensor) for name, tensor in (tensors or {}).items()}
+    records = (_Capture * max(len(lent), 1))(
+        *[_Capture(name.encode(), ctypes.pointer(tensor)) for name, tensor in lent.items()])
+    return lent, records
+
+
 class Call:
     """One attention call with its plan; tensors as attnjit.h says: q, k, v, o (B, H, S, D), lse and row_max (B, H, S)."""
 
@@ -185,9 +206,7 @@ class Call:
         self.context, self.library, self.plan = context, context.library, None
         lent = {name: lend(tensor) for name, tensor in dict(q=q, k=k, v=v, o=o, lse=lse, row_max=row_max).items()
                 if tensor is not None}
-        captured = {name: lend(tensor) for name, tensor in (captures or {}).items()}
-        records = (_Capture * max(len(captured), 1))(
-            *[_Capture(name.encode(), ctypes.pointer(tensor)) for name, tensor in captured.items()])
+        captured, records = _captures(captures)
         call = _Attention(struct_size=ctypes.sizeof(_Attention), score_mod=_text(score_mod), mask_mod=_text(mask_mod),
                           captures=records, num_captures=len(captured), backend=BACKENDS[backend],
                           max_autotune=int(max_autotune))
@@ -219,7 +238,7 @@ class Call:
     def explain(self, dump=False, arch=None):
         """What the compiler makes of the call; with `arch`, "sm_80" and the like, of its CUDA kernels."""
         text = ctypes.c_void_p()
-        options = _ExplainOptions(ctypes.sizeof(_ExplainOptions), arch.encode() if arch else None, int(dump))
+        options = _ExplainOptions(ctypes.sizeof(_ExplainOptions), arch.encode() if arch else None, int(dump), None)
         self.library.explain(self.context.handle, ctypes.byref(self._call), ctypes.byref(options), ctypes.byref(text))
         try:
             return json.loads(ctypes.string_at(text.value))
@@ -229,3 +248,31 @@ class Call:
     def __del__(self):
         if getattr(self, "plan", None):
             self.library.plan_destroy(self.plan)
+
+
+class Backward:
+    """The gradients of a Call that has an lse, with a plan of its own. Outputs are those that are given: dq, dk and dv as
+    q, k and v, and `captures` as the captured tensors of those names; grad_lse (B, H, S) is optional."""
+
+    def __init__(self, call, grad_out, grad_lse=None, dq=None, dk=None, dv=None, captures=None, deterministic=False):
+        self.call, self.library, self.plan = call, call.library, None
+        lent = {name: lend(tensor)
+                for name, tensor in dict(grad_out=grad_out, grad_lse=grad_lse, dq=dq, dk=dk, dv=dv).items()
+                if tensor is not None}
+        captured, records = _captures(captures)
+        gradients = _Gradients(struct_size=ctypes.sizeof(_Gradients), captures=records, num_captures=len(captured),
+                               deterministic=int(deterministic))
+        for name, tensor in lent.items():
+            setattr(gradients, name, ctypes.pointer(tensor))
+        self._lent, self._gradients = (lent, captured, records), gradients
+        self.plan = ctypes.c_void_p()
+        self.library.prepare_backward(call.context.handle, ctypes.byref(call._call), ctypes.byref(gradients), None,
+                                      ctypes.byref(self.plan))
+        self.workspace_size = self.library.plan_workspace_size(self.plan)
+
+    def run(self, workspace=None, stream=None):
+        """As Call.run; the call's o and lse are read."""
+        self.library.run_backward(self.plan, ctypes.byref(self.call._call), ctypes.byref(self._gradients), workspace,
+                                  self.workspace_size, stream)
+
+    description, __del__ = Call.description, Call.__del__

@@ -10,6 +10,7 @@
 
 #include "bench/api.h"
 #include "bench/commands.h"
+#include "bench/failure.h"
 #include "bench/problem.h"
 
 namespace attnjit::tool {
@@ -23,7 +24,8 @@ constexpr const char* kDumpKinds[] = {"mlir", "llvm", "asm", "cuda", "ptx"};
 struct ExplainOptions {
   std::string score_mod, mask_mod, shape = "1,16,1024,16,1024,64", dtype = "float32", backend = "auto", arch,
                                    format = "text";
-  std::vector<std::string> captures, dumps;
+  std::vector<std::string> captures, dumps, gradients;
+  bool backward = false, deterministic = false;
 };
 
 std::string label(std::string key) {
@@ -31,14 +33,18 @@ std::string label(std::string key) {
   return key;
 }
 
-// A JSON value as a person reads it: strings bare, objects and arrays on one line.
+// A JSON value as a person reads it: strings bare, objects and arrays on one line, of objects separated by semicolons.
 std::string value_text(const Json& value) {
   if (value.is_string()) return value.get<std::string>();
   if (value.is_boolean()) return value.get<bool>() ? "yes" : "no";
   if (value.is_number_float()) return fmt::format("{:.3f}", value.get<double>());
   if (value.empty()) return "none";
-  if (!value.is_object()) return value.dump();
   std::string text;
+  if (value.is_array() && value[0].is_object()) {
+    for (const Json& part : value) text += (text.empty() ? "" : "; ") + value_text(part);
+    return text;
+  }
+  if (!value.is_object()) return value.dump();
   for (const auto& [key, part] : value.items()) {
     text += fmt::format("{}{} {}", text.empty() ? "" : ", ", label(key), value_text(part));
   }
@@ -99,7 +105,37 @@ std::string explain_text(const Json& json) {
   return text;
 }
 
+// The gradients that are asked for, all of q's, k's and v's among them. Whatever has no captured tensor is the
+// library's to refuse.
+struct Wanted {
+  std::vector<DLTensor> tensors;
+  std::vector<attnjit_capture_gradient> captures;
+  attnjit_gradients gradients = ATTNJIT_GRADIENTS_INIT;
+
+  Wanted(const ExplainOptions& options, const Captures& lent, const DLTensor& q, const DLTensor& kv)
+      : tensors{q, kv, kv} {
+    for (const std::string& name : options.gradients) {
+      const auto at = std::ranges::find(lent.names, name);
+      tensors.push_back(at == lent.names.end() ? q : lent.dl[static_cast<std::size_t>(at - lent.names.begin())]);
+    }
+    for (std::size_t i = 0; i < options.gradients.size(); ++i) {
+      captures.push_back({options.gradients[i].c_str(), &tensors[3 + i]});
+    }
+    gradients.dq = &tensors[0];
+    gradients.dk = &tensors[1];
+    gradients.dv = &tensors[2];
+    gradients.captures = captures.data();
+    gradients.num_captures = captures.size();
+    gradients.deterministic = options.deterministic ? 1 : 0;
+  }
+  Wanted(const Wanted&) = delete;
+  Wanted& operator=(const Wanted&) = delete;
+};
+
 int explain_expression(const ExplainOptions& options) {
+  if (!options.backward && (!options.gradients.empty() || options.deterministic)) {
+    throw user_error("--grad and --deterministic are the backward's: give --backward");
+  }
   const Shape shape = parse_shape(options.shape);
   const ElementType type = parse_dtype(options.dtype);
   const std::vector<CaptureSpec> specs = parse_captures(options.captures);
@@ -123,7 +159,9 @@ int explain_expression(const ExplainOptions& options) {
   attention.captures = captures.lent.data();
   attention.num_captures = captures.lent.size();
   attention.backend = parse_backend(options.backend);
-  Json json = explain(context.get(), attention, options.arch, !options.dumps.empty());
+  Wanted wanted(options, captures, q_dl, kv_dl);
+  Json json = explain(context.get(), attention, options.backward ? &wanted.gradients : nullptr, options.arch,
+                      !options.dumps.empty());
   for (const char* kind : kDumpKinds) {
     if (std::ranges::find(options.dumps, kind) == options.dumps.end()) json.erase(kind);
   }
@@ -151,6 +189,11 @@ void add_explain_command(CLI::App& app, Action& action) {
       "--arch", options->arch,
       "sm_80, sm_90a, ...: the CUDA kernels for this architecture, with registers, shared memory, spills "
       "and compile times; needs no GPU (default: what runs on the CPU)");
+  command->add_flag("--backward", options->backward, "the backward instead: gradients of q, k and v, and --grad's");
+  command->add_option("--grad", options->gradients, "captured tensors whose gradients are wanted, separated by commas")
+      ->delimiter(',')
+      ->allow_extra_args(false);
+  command->add_flag("--deterministic", options->deterministic, "with --backward: the same bits in every run");
   command->add_option("--dump", options->dumps, "mlir, llvm, asm, cuda or ptx, separated by commas; repeatable")
       ->delimiter(',')
       ->allow_extra_args(false)

@@ -269,6 +269,34 @@ Result<Tile> compile_for_cpu(const Request& request, const CollectText& collect,
   return std::move(tile.value);
 }
 
+std::string_view gradient_need_name(compiler::GradientNeed need) {
+  switch (need) {
+    case compiler::GradientNeed::kNothing:
+      return "nothing";
+    case compiler::GradientNeed::kFactor:
+      return "factor";
+    case compiler::GradientNeed::kScore:
+      return "score";
+  }
+  return "?";
+}
+
+std::string_view sink_level_name(compiler::SinkLevel level) {
+  switch (level) {
+    case compiler::SinkLevel::kBlock:
+      return "block";
+    case compiler::SinkLevel::kRow:
+      return "row";
+    case compiler::SinkLevel::kColumn:
+      return "column";
+    case compiler::SinkLevel::kDiagonal:
+      return "diagonal";
+    case compiler::SinkLevel::kElement:
+      return "element";
+  }
+  return "?";
+}
+
 }  // namespace
 
 Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, const Signature& signature) {
@@ -354,6 +382,36 @@ Json facts_json(const compiler::ModFacts& facts) {
           {"reads_proven", facts.reads_proven},
           {"reads_clamped", facts.reads_clamped},
           {"indices_fit_32", facts.indices_fit_32}};
+}
+
+Json gradient_facts_json(const compiler::ModFacts& facts, const CheckedCall& call) {
+  Json json = facts_json(facts);
+  json["gradient_need"] = gradient_need_name(facts.gradient_need);
+  Json& sinks = json["sinks"] = Json::array();
+  for (const compiler::SinkFacts& sink : facts.sinks) {
+    sinks.push_back({{"capture", call.capture_names[sink.capture]},
+                     {"level", sink_level_name(sink.level)},
+                     {"row_shift", sink.row_shift},
+                     {"data_dependent", sink.data_dependent},
+                     {"injective", sink.injective}});
+  }
+  return json;
+}
+
+Json gradients_json(const CheckedCall& call) {
+  const Signature& s = call.signature;
+  Json wanted = Json::array();
+  if (s.wants_dq) wanted.push_back("dq");
+  if (s.wants_dk) wanted.push_back("dk");
+  if (s.wants_dv) wanted.push_back("dv");
+  Json captures = Json::array();
+  for (std::size_t i = 0; i < call.forward.num_captures; ++i) {
+    if (s.capture_gradients >> i & 1u) captures.push_back(call.capture_names[i]);
+  }
+  return {{"wanted", std::move(wanted)},
+          {"captures", std::move(captures)},
+          {"grad_lse", s.has_grad_lse != 0},
+          {"deterministic", s.deterministic != 0}};
 }
 
 Json phases_json(const compiler::PhaseTimes& phases) {

@@ -85,6 +85,10 @@ inline WantedGradients wanted_gradients(const Signature& s) {
 std::string shape_text(const Signature& s);
 std::string hash_text(const compiler::ModFacts& facts);
 Json facts_json(const compiler::ModFacts& facts);
+// Of the backward of `call`, whose captured tensors it names.
+Json gradient_facts_json(const compiler::ModFacts& facts, const CheckedCall& call);
+// What the backward of `call` computes, and of what.
+Json gradients_json(const CheckedCall& call);
 Json phases_json(const compiler::PhaseTimes& phases);
 Json host_json(const Context& context);
 // What is known of one kernel of a binary: entry, key, where it was found, registers, spills, warnings, times.

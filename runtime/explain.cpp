@@ -42,7 +42,19 @@ struct Findings {
   Json dumps = Json::object();
 };
 
+Check analyze_backward(const Request& request, const CollectText& collect, Findings* findings) {
+  const Signature& s = request.call.signature;
+  auto facts = compiler::analyze_gradients(
+      mod_problem(request.mods, request.call, std::max<std::int64_t>(s.seqlen_q, cpu::kPanelLanes), s.seqlen_kv),
+      {.dump = collect});
+  if (facts.error)
+    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", facts.error->message)};
+  findings->facts = std::move(facts.value);
+  return {};
+}
+
 Check compile_for_cpu(const Request& request, const CollectText& collect, Findings* findings) {
+  if (request.call.signature.backward) return analyze_backward(request, collect, findings);
   Result<std::shared_ptr<const compiler::CpuTile>> tile = compile_tile(request, collect);
   if (!tile) return tile.failure();
   findings->facts = (*tile)->facts();
@@ -134,7 +146,12 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
     }
   }
   CheckedCall call;
-  if (Check failure = check_call(attention, arch ? Purpose::kExplainCuda : Purpose::kExplain, &call)) return *failure;
+  const attnjit_gradients* const gradients = options ? options->gradients : nullptr;
+  const Purpose purpose = arch ? Purpose::kExplainCuda : Purpose::kExplain;
+  if (Check failure = gradients ? check_backward_call(attention, gradients, purpose, &call)
+                                : check_call(attention, purpose, &call)) {
+    return *failure;
+  }
   const RegistrySnapshot snapshot = context.registry();
   Result<Mods> parsed = parse_mods(attention->score_mod, attention->mask_mod, *snapshot.registry);
   if (!parsed) return parsed.failure();
@@ -177,6 +194,7 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
                {"captures", captures_json(call)},
                {"problem", shape_text(call.signature)},
                {"backend", attnjit_backend_name(backends->front())}};
+  if (gradients) json["gradients"] = gradients_json(call);
   if (arch) {
     json["arch"] = compiler::cuda_arch_name(*arch);
     json["backend"] = findings.kernels[0]["backend"];
@@ -185,7 +203,7 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
     json["host"] = host_json(context);
   }
   json["hash"] = hash_text(findings.facts);
-  json["facts"] = facts_json(findings.facts);
+  json["facts"] = gradients ? gradient_facts_json(findings.facts, call) : facts_json(findings.facts);
   json["phases_ms"] = phases_json(findings.phases);
   json.update(findings.dumps);
   return json.dump(2);

@@ -26,22 +26,6 @@ void append_text(std::string* key, const char* text) {
   if (text) key->append(text, size);
 }
 
-// What a backward computes, and of what.
-Json gradients_json(const Signature& s, const std::vector<std::string>& names) {
-  Json wanted = Json::array();
-  if (s.wants_dq) wanted.push_back("dq");
-  if (s.wants_dk) wanted.push_back("dk");
-  if (s.wants_dv) wanted.push_back("dv");
-  Json captures = Json::array();
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    if (s.capture_gradients >> i & 1u) captures.push_back(names[i]);
-  }
-  return {{"wanted", std::move(wanted)},
-          {"captures", std::move(captures)},
-          {"grad_lse", s.has_grad_lse != 0},
-          {"deterministic", s.deterministic != 0}};
-}
-
 Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Registry& registry,
                                               const attnjit_attention& attention, const CheckedCall& call,
                                               std::string_view key) {
@@ -75,7 +59,7 @@ Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Regis
                {"problem", shape_text(s)},
                {"on", device_text(s.device)},
                {"host", host_json(context)}};
-  if (s.backward) json["gradients"] = gradients_json(s, plan->names);
+  if (s.backward) json["gradients"] = gradients_json(call);
   json.update(ready->description);
   json["workspace_bytes"] = plan->workspace_size();
   json["compiled"] = true;

@@ -277,8 +277,30 @@ class Explain(Tool):
         scalar = json.loads(self.tool("explain", "score * t", "--captures", "t:float16:=3", "--format", "json"))
         self.assertEqual(scalar["captures"][0]["shape"], [])
 
+    def test_backward(self):
+        def explain(*arguments):
+            return json.loads(self.tool("explain", *arguments, "--format", "json"))
+
+        facts = explain("score + bias[h, q_idx - kv_idx + 100]", "--captures", "bias:float32:16,201",
+                        "--shape", "2,16,100,16,100,64", "--backward", "--grad", "bias")["facts"]
+        self.assertEqual(facts["gradient_need"], "nothing")
+        self.assertEqual([(s["capture"], s["level"], s["row_shift"]) for s in facts["sinks"]],
+                         [("bias", "diagonal", False)])
+        both = explain("score * a[h] + tanh(score) * b", "--captures", "a:float32:Hq", "--captures", "b:float32:",
+                       "--backward", "--grad", "b,a", "--deterministic")
+        self.assertEqual(both["gradients"], {"wanted": ["dq", "dk", "dv"], "captures": ["a", "b"], "grad_lse": False,
+                                             "deterministic": True})
+        self.assertEqual(both["facts"]["gradient_need"], "score")
+        self.assertEqual({s["capture"] for s in both["facts"]["sinks"]}, {"a", "b"})
+        self.assertNotIn("gradient_need", explain("score * 2")["facts"])
+        text = self.tool("explain", "score + t[kv_idx] + u[q_idx]", "--backward", "--grad", "t,u")
+        for part in ("gradient need", "capture t, level column, row shift no", "capture u, level row, row shift yes"):
+            self.assertIn(part, text)
+
     def test_errors(self):
         for arguments, expected in [
+                (["score + x[h]", "--grad", "x"], "--backward"),
+                (["score + x[h]", "--backward", "--grad", "y"], "gradients.captures has 'y', which captures lacks"),
                 (["score +"], "^"),
                 (["score + scor"], "did you mean 'score'"),
                 (["score + x[h]", "--captures", "y:float32:4"], "'y'"),

@@ -181,8 +181,8 @@ typedef struct attnjit_gradients {
 } attnjit_gradients;
 #define ATTNJIT_GRADIENTS_INIT {sizeof(attnjit_gradients), NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
 
-/* As attnjit_prepare, for the backward. Where `forward` is not NULL, it receives the plan of attnjit_prepare for
- * `attention` with its lse: both are compiled at the same time. */
+/* As attnjit_prepare, for the backward, which does not look at max_autotune. Where `forward` is not NULL, it receives
+ * the plan of attnjit_prepare for `attention` with its lse: both are compiled at the same time. */
 ATTNJIT_API attnjit_status attnjit_prepare_backward(attnjit_context* context, const attnjit_attention* attention,
                                                     const attnjit_gradients* gradients, attnjit_plan** forward,
                                                     attnjit_plan** backward);
@@ -254,8 +254,11 @@ typedef struct attnjit_explain_options {
    * be. NULL: what is compiled where they are. */
   const char* arch;
   int dump; /* non-zero: the texts in between too: MLIR, LLVM IR and assembly, or MLIR, CUDA and PTX */
+  /* The backward is explained. What belongs to it may be left out: attention->o and lse, grad_out, and dq, dk, dv and
+   * captures that are not wanted. NULL: the forward is. */
+  const attnjit_gradients* gradients;
 } attnjit_explain_options;
-#define ATTNJIT_EXPLAIN_OPTIONS_INIT {sizeof(attnjit_explain_options), NULL, 0}
+#define ATTNJIT_EXPLAIN_OPTIONS_INIT {sizeof(attnjit_explain_options), NULL, 0, NULL}
 
 /* What the compiler makes of a problem, as JSON: canonical text, hash, types, facts, times; of CUDA kernels registers,
  * shared memory, spills and warnings. CUDA binaries are kept in the disk cache, as attnjit_prepare's are. attention->o,

@@ -517,13 +517,12 @@ class Context {
   // JSON: what the compiler makes of a problem; with `dump`, its intermediate texts too. `arch` "sm_80" and the like:
   // of its CUDA kernels, on any machine; empty: of what runs where the tensors are.
   Result<std::string> explain(const Attention& attention, bool dump = false, const std::string& arch = {}) const {
-    const detail::CAttention c(attention);
-    attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
-    options.arch = arch.empty() ? nullptr : arch.c_str();
-    options.dump = dump ? 1 : 0;
-    char* json = nullptr;
-    const attnjit_status status = attnjit_explain(context_.get(), c.get(), &options, &json);
-    return detail::take(status, json);
+    return explain(attention, nullptr, dump, arch);
+  }
+  // Likewise of its backward.
+  Result<std::string> explain(const Attention& attention, const Gradients& gradients, bool dump = false,
+                              const std::string& arch = {}) const {
+    return explain(attention, detail::CGradients(gradients).get(), dump, arch);
   }
   // JSON: which captured reads of these rows were clamped.
   Result<std::string> clamped_reads(const Attention& attention, std::span<const Row> rows) const {
@@ -582,6 +581,18 @@ class Context {
                     "no memory for a workspace of " + std::to_string(plan->workspace_size()) + " bytes");
     }
     return run(*plan, workspace);
+  }
+
+  Result<std::string> explain(const Attention& attention, const attnjit_gradients* gradients, bool dump,
+                              const std::string& arch) const {
+    const detail::CAttention c(attention);
+    attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+    options.arch = arch.empty() ? nullptr : arch.c_str();
+    options.dump = dump ? 1 : 0;
+    options.gradients = gradients;
+    char* json = nullptr;
+    const attnjit_status status = attnjit_explain(context_.get(), c.get(), &options, &json);
+    return detail::take(status, json);
   }
 
   static std::size_t head_dim_v(const Attention& attention) {
