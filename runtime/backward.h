@@ -22,10 +22,9 @@ struct CaptureGradient {
 
 // The ForwardCall's o and lse are inputs here, and lse is always there; its row_max is not.
 struct Gradients {
-  WantedGradients wanted;  // known before there is data, too
-  TensorView grad_out;     // as o
-  RowView grad_lse;        // data null: nothing flows into lse
-  TensorView dq, dk, dv;   // as q, k, v; data null: not wanted, or empty
+  TensorView grad_out;    // as o
+  RowView grad_lse;       // data null: nothing flows into lse
+  TensorView dq, dk, dv;  // as q, k, v; data null: not wanted, or empty
   // By capture number of the plan's joint table.
   CaptureGradient captures[dsl::kMaxCaptures];
 };

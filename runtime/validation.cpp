@@ -570,8 +570,6 @@ Check check_gradients(const attnjit_gradients& gradients, const Common& common, 
   }
   Tensor captured[dsl::kMaxCaptures];
   if (Check failure = check_capture_gradients(gradients, common_out, call, captured, &outputs)) return failure;
-  call->gradients.wanted = {
-      .dq = s.wants_dq != 0, .dk = s.wants_dk != 0, .dv = s.wants_dv != 0, .captures = s.capture_gradients};
   for (const Tensor* t : outputs.all()) {
     if (Check failure = check_no_self_overlap(*t)) return failure;
   }

@@ -84,7 +84,7 @@ struct CheckedCall {
   ForwardCall forward;
   dsl::CaptureView captures[dsl::kMaxCaptures];       // sorted by name, as in the signature
   const char* capture_names[dsl::kMaxCaptures] = {};  // the caller's strings
-  Gradients gradients;                                // of a backward
+  Gradients gradients;                                // of a backward; before there is data, see wanted_gradients()
 
   // What the rows of some tensors are aligned to; CUDA only.
   struct Rows {

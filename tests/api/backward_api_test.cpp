@@ -5,10 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "allocation_count.h"
 #include "test_problem.h"
 
 namespace attnjit::test {
@@ -19,6 +23,289 @@ using testing::HasSubstr;
 using Json = nlohmann::json;
 
 Json description(const PlanPtr& plan) { return Json::parse(attnjit_plan_description(plan.get())); }
+
+// The oracle's gradients of a whole problem.
+struct Gold {
+  std::vector<double> dq, dk, dv;
+  std::vector<std::vector<double>> captures;  // as GradientProblem::wanted
+
+  Gold(const ContextPtr& context, const GradientProblem& p) {
+    const auto size = [](const Tensor& tensor) {
+      std::size_t elements = 1;
+      for (const std::int64_t extent : tensor.shape) elements *= static_cast<std::size_t>(extent);
+      return elements;
+    };
+    dq.resize(size(p.q));
+    dk.resize(size(p.k));
+    dv.resize(size(p.v));
+    for (const auto& tensor : p.capture_gradients) captures.emplace_back(size(*tensor));
+    const std::size_t heads = static_cast<std::size_t>(p.k.shape[0] * p.k.shape[1]);
+    std::vector<std::vector<double>> parts = captures;
+    std::vector<double*> part_data;
+    for (std::vector<double>& part : parts) part_data.push_back(part.data());
+    for (std::size_t head = 0; head < heads; ++head) {
+      attnjit_reference_gradients out = ATTNJIT_REFERENCE_GRADIENTS_INIT;
+      out.dq = dq.data() + head * (dq.size() / heads);
+      out.dk = dk.data() + head * (dk.size() / heads);
+      out.dv = dv.data() + head * (dv.size() / heads);
+      out.captures = part_data.data();
+      const auto index = static_cast<std::int64_t>(head);
+      EXPECT_EQ(attnjit_reference_backward(context.get(), &p.attention, &p.gradients, index / p.k.shape[1],
+                                           index % p.k.shape[1], &out),
+                ATTNJIT_OK)
+          << attnjit_last_error();
+      for (std::size_t c = 0; c < captures.size(); ++c) {
+        for (std::size_t i = 0; i < captures[c].size(); ++i) captures[c][i] += parts[c][i];
+      }
+    }
+  }
+};
+
+void expect_close(const std::vector<float>& actual, const std::vector<double>& expected, double tolerance,
+                  const char* what) {
+  ASSERT_EQ(actual.size(), expected.size()) << what;
+  int wrong = 0;
+  for (std::size_t i = 0; i < actual.size() && wrong < 3; ++i) {
+    if (std::abs(static_cast<double>(actual[i]) - expected[i]) <= tolerance) continue;
+    ++wrong;
+    ADD_FAILURE() << what << "[" << i << "] is " << actual[i] << ", the oracle says " << expected[i];
+  }
+}
+
+// Runs the forward, for o and lse, and the backward.
+bool train(const ContextPtr& context, const GradientProblem& p) {
+  if (!forward(context, p.attention)) return false;
+  const PlanPtr plan = prepare_backward(context, p);
+  if (!plan) return false;
+  const Scratch scratch(plan.get());
+  const attnjit_status status =
+      attnjit_run_backward(plan.get(), &p.attention, &p.gradients, scratch.data, scratch.size, nullptr);
+  EXPECT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+  return status == ATTNJIT_OK;
+}
+
+constexpr attnjit_backend kBackends[] = {ATTNJIT_BACKEND_CPU, ATTNJIT_BACKEND_MATH};
+
+TEST(BackwardApi, AgreesWithTheOracle) {
+  const ContextPtr context = make_context();
+  for (const attnjit_backend backend : kBackends) {
+    SCOPED_TRACE(attnjit_backend_name(backend));
+    GradientProblem p;
+    p.attention.backend = backend;
+    std::vector<float> table = Problem::pattern(4 * 89, 9), of_table(4 * 89, NAN);
+    std::vector<float> shift = Problem::pattern(40, 10), of_shift(40, NAN);
+    float slope = 0.75f, of_slope = NAN;
+    std::int32_t ids[50];
+    for (int i = 0; i < 50; ++i) ids[i] = i / 13;
+    p.attention.score_mod = "score * slope + table[h, q_idx - kv_idx + 49] + shift[q_idx]";
+    p.attention.mask_mod = "q_idx + 20 >= kv_idx and ids[kv_idx] != 1";
+    p.capture("table", table.data(), {4, 89});
+    p.capture("slope", &slope, {});
+    p.capture("shift", shift.data(), {40});
+    p.capture("ids", ids, {50}, kI32);
+    // In another order than the captures.
+    p.gradient("slope", &of_slope, {});
+    p.gradient("table", of_table.data(), {4, 89});
+    p.gradient("shift", of_shift.data(), {40});
+    ASSERT_TRUE(train(context, p));
+    const Gold gold(context, p);
+    expect_close(p.dq_data, gold.dq, 2e-5, "dq");
+    expect_close(p.dk_data, gold.dk, 5e-5, "dk");
+    expect_close(p.dv_data, gold.dv, 5e-5, "dv");
+    expect_close({of_slope}, gold.captures[0], 1e-3, "the gradient of slope");
+    expect_close(of_table, gold.captures[1], 1e-4, "the gradient of table");
+    expect_close(of_shift, gold.captures[2], 1e-4, "the gradient of shift");
+
+    // What is left out changes nothing about the rest.
+    std::vector<float> dk(p.dk_data.size(), NAN);
+    p.dk.dl.data = dk.data();
+    p.gradients.dq = p.gradients.dv = nullptr;
+    p.gradients.num_captures = 1;
+    p.dq_data[0] = NAN;
+    of_table[0] = NAN;
+    ASSERT_TRUE(train(context, p));
+    EXPECT_TRUE(std::isnan(p.dq_data[0]) && std::isnan(of_table[0]));
+    expect_close(dk, gold.dk, 5e-5, "dk alone");
+
+    // Without a gradient flowing into lse, a row shift has none.
+    p.gradients.grad_lse = nullptr;
+    p.gradients.num_captures = 3;
+    ASSERT_TRUE(train(context, p));
+    EXPECT_THAT(of_shift, Each(0.0f));
+    expect_close(of_table, Gold(context, p).captures[1], 1e-4, "the gradient of table without grad_lse");
+  }
+}
+
+// Inputs and outputs in (B, S, H, D) order, a broadcast grad_out, a captured tensor's gradient with strides of its own.
+TEST(BackwardApi, Layouts) {
+  const ContextPtr context = make_context();
+  for (const attnjit_backend backend : kBackends) {
+    SCOPED_TRACE(attnjit_backend_name(backend));
+    GradientProblem packed, strided;
+    std::vector<float> table = Problem::pattern(4 * 50, 9), of_table(4 * 50, NAN), transposed(50 * 4 * 2, NAN);
+    for (GradientProblem* p : {&packed, &strided}) {
+      p->attention.backend = backend;
+      p->attention.score_mod = "score + table[h, kv_idx]";
+      p->capture("table", table.data(), {4, 50});
+    }
+    packed.gradient("table", of_table.data(), {4, 50});
+    strided.gradient("table", transposed.data(), {4, 50}, kF32, {2, 8});
+    std::fill(packed.grad_out_data.begin(), packed.grad_out_data.end(), 0.0f);
+    for (std::size_t i = 0; i < packed.grad_out_data.size(); ++i) {
+      packed.grad_out_data[i] = 0.25f * static_cast<float>(i % 24);
+    }
+    strided.grad_out.strides = {0, 0, 0, 1};
+    strided.grad_out.dl.data = packed.grad_out_data.data();
+    strided.grad_out.sync();
+    std::vector<float> dk(2 * 50 * 2 * 20, NAN);
+    strided.dk.dl.data = dk.data();
+    strided.dk.strides = {2000, 20, 40, 1};
+    strided.dk.sync();
+    ASSERT_TRUE(train(context, packed));
+    ASSERT_TRUE(train(context, strided));
+    EXPECT_EQ(packed.dq_data, strided.dq_data);
+    EXPECT_EQ(packed.dv_data, strided.dv_data);
+    int wrong = 0;
+    for (std::size_t b = 0; b < 2; ++b) {
+      for (std::size_t h = 0; h < 2; ++h) {
+        for (std::size_t s = 0; s < 50; ++s) {
+          for (std::size_t d = 0; d < 20; ++d) {
+            const float found = dk[((b * 50 + s) * 2 + h) * 20 + d];
+            wrong += d < 16 ? found != packed.dk_data[((b * 2 + h) * 50 + s) * 16 + d] : !std::isnan(found);
+          }
+        }
+      }
+    }
+    EXPECT_EQ(wrong, 0);
+    for (std::size_t i = 0; i < transposed.size(); ++i) {
+      const std::size_t kv = i / 8, h = i % 8 / 2;
+      EXPECT_TRUE(i % 2 ? std::isnan(transposed[i]) : transposed[i] == of_table[h * 50 + kv]) << i;
+    }
+  }
+}
+
+// Whatever stands where an element is dropped, not chosen or in an empty row, gradients are finite and it has none.
+TEST(BackwardApi, MaskedRowsAndPoison) {
+  const ContextPtr context = make_context();
+  for (const attnjit_backend backend : kBackends) {
+    SCOPED_TRACE(attnjit_backend_name(backend));
+    GradientProblem p;
+    p.attention.backend = backend;
+    p.attention.score_mod = "where(score > 0, log(score), score * score)";
+    p.attention.mask_mod = "kv_idx < q_idx and kv_idx < 30";  // row 0 keeps nothing
+    for (std::size_t head = 0; head < 4; ++head) {
+      for (std::size_t s = 30; s < 50; ++s) p.k_data[(head * 50 + s) * 16] = NAN;
+    }
+    ASSERT_TRUE(train(context, p));
+    for (const std::vector<float>* gradient : {&p.dq_data, &p.dk_data, &p.dv_data}) {
+      EXPECT_TRUE(std::ranges::all_of(*gradient, [](float value) { return std::isfinite(value); }));
+    }
+    for (std::size_t d = 0; d < 16; ++d) EXPECT_EQ(p.dq_data[d], 0.0f) << "of a row without a kept element";
+    for (std::size_t i = 30 * 24; i < 50 * 24; ++i) EXPECT_EQ(p.dv_data[i], 0.0f) << "of a dropped key";
+    const Gold gold(context, p);
+    expect_close(p.dv_data, gold.dv, 5e-5, "dv");
+  }
+}
+
+TEST(BackwardApi, OneCallAndNewValues) {
+  const ContextPtr context = make_context();
+  for (const attnjit_backend backend : kBackends) {
+    SCOPED_TRACE(attnjit_backend_name(backend));
+    GradientProblem p;
+    float slope = 0.5f, of_slope = NAN, scale = 0.3f;
+    p.attention.backend = backend;
+    p.attention.score_mod = "softcap(20) * slope";
+    p.capture("slope", &slope, {});
+    p.gradient("slope", &of_slope, {});
+    p.attention.scale = &scale;
+    ASSERT_TRUE(train(context, p));
+    // The same plan with other values.
+    slope = -1.25f;
+    scale = 0.1f;
+    ASSERT_TRUE(forward(context, p.attention));
+    const PlanPtr plan = prepare_backward(context, p);
+    EXPECT_FALSE(description(plan)["compiled"].get<bool>());
+    const Scratch scratch(plan.get());
+    ASSERT_EQ(attnjit_backward(context.get(), &p.attention, &p.gradients, scratch.data, scratch.size, nullptr),
+              ATTNJIT_OK)
+        << attnjit_last_error();
+    const Gold gold(context, p);
+    expect_close(p.dq_data, gold.dq, 2e-5, "dq");
+    expect_close({of_slope}, gold.captures[0], 1e-3, "the gradient of slope");
+    // The workspace is checked like a forward's.
+    const auto refused = [&](void* workspace, std::size_t size) {
+      EXPECT_EQ(attnjit_run_backward(plan.get(), &p.attention, &p.gradients, workspace, size, nullptr),
+                ATTNJIT_INVALID_ARGUMENT);
+      return std::string(attnjit_last_error());
+    };
+    ASSERT_GT(scratch.size, 0u);
+    EXPECT_THAT(refused(scratch.data, scratch.size - 1), HasSubstr("workspace_size is "));
+    EXPECT_THAT(refused(nullptr, scratch.size), HasSubstr("workspace is NULL"));
+    p.capture_gradients[0]->dl.data = scratch.data;
+    EXPECT_THAT(refused(scratch.data, scratch.size), HasSubstr("workspace shares memory with the gradient of slope"));
+  }
+}
+
+TEST(BackwardApi, RunAllocatesNothing) {
+  if (!counts_allocations()) GTEST_SKIP() << "malloc belongs to a sanitizer";
+  const ContextPtr context = make_context();
+  for (const attnjit_backend backend : kBackends) {
+    SCOPED_TRACE(attnjit_backend_name(backend));
+    GradientProblem p;
+    float slope = 0.5f, of_slope = 0, table[50] = {}, of_table[50];
+    p.attention.backend = backend;
+    p.attention.score_mod = "score * slope + table[kv_idx]";
+    p.capture("slope", &slope, {});
+    p.capture("table", table, {50});
+    p.gradient("slope", &of_slope, {});
+    p.gradient("table", of_table, {50});
+    ASSERT_TRUE(train(context, p));
+    const PlanPtr plan = prepare_backward(context, p);
+    const Scratch scratch(plan.get());
+    // The fewest of several runs: see CApi.RunAllocatesNothing.
+    long fewest = std::numeric_limits<long>::max();
+    for (int run = 0; run < 10; ++run) {
+      const long before = allocation_count();
+      const attnjit_status status =
+          attnjit_run_backward(plan.get(), &p.attention, &p.gradients, scratch.data, scratch.size, nullptr);
+      fewest = std::min(fewest, allocation_count() - before);
+      ASSERT_EQ(status, ATTNJIT_OK);
+    }
+    EXPECT_EQ(fewest, 0);
+  }
+}
+
+TEST(BackwardApi, ConcurrentRunsOfOnePlan) {
+  const ContextPtr context = make_context();
+  GradientProblem first;
+  first.attention.mask_mod = "causal";
+  ASSERT_TRUE(train(context, first));
+  const PlanPtr plan = prepare_backward(context, first);
+  std::vector<std::thread> threads;
+  std::vector<int> wrong(4);
+  for (int& count : wrong) {
+    threads.emplace_back([&] {
+      GradientProblem p;
+      p.attention.mask_mod = "causal";
+      p.o_data = first.o_data;
+      p.lse_data = first.lse_data;
+      p.o.dl.data = p.o_data.data();
+      p.lse.dl.data = p.lse_data.data();
+      const Scratch scratch(plan.get());
+      for (int round = 0; round < 10; ++round) {
+        std::fill(p.dk_data.begin(), p.dk_data.end(), NAN);
+        count += attnjit_run_backward(plan.get(), &p.attention, &p.gradients, scratch.data, scratch.size, nullptr) !=
+                 ATTNJIT_OK;
+        for (std::size_t i = 0; i < p.dk_data.size(); ++i) {
+          // Threads of the pool may come and go: a sum's order with them.
+          count += !(std::abs(p.dk_data[i] - first.dk_data[i]) <= 1e-4f);
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(wrong, Each(0));
+}
 
 TEST(BackwardApi, WithoutKeysOrQueriesGradientsAreZero) {
   const ContextPtr context = make_context();
@@ -124,6 +411,32 @@ TEST(BackwardApi, Description) {
       << json;
   EXPECT_EQ(json["problem"], "B=2 Hq=4 Hkv=2 Sq=40 Skv=0 D=16 Dv=24 float32 backward");
   EXPECT_FALSE(description(prepare(context, p.attention)).contains("gradients"));
+}
+
+TEST(BackwardApi, Explain) {
+  const ContextPtr context = make_context();
+  GradientProblem p;
+  float table[50] = {}, of_table[50];
+  p.attention.score_mod = "tanh(score) + table[kv_idx]";
+  p.capture("table", table, {50});
+  p.gradient("table", of_table, {50});
+  p.attention.o = p.attention.lse = nullptr;
+  p.gradients.grad_out = nullptr;
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  options.gradients = &p.gradients;
+  options.dump = 1;
+  char* text = nullptr;
+  ASSERT_EQ(attnjit_explain(context.get(), &p.attention, &options, &text), ATTNJIT_OK) << attnjit_last_error();
+  const Json json = Json::parse(text);
+  attnjit_free(text);
+  EXPECT_EQ(json["facts"]["gradient_need"], "score");
+  EXPECT_EQ(json["facts"]["sinks"], Json::parse(R"([{"capture": "table", "level": "column", "row_shift": false,
+                                                     "data_dependent": false, "injective": false}])"));
+  EXPECT_EQ(json["gradients"]["captures"], Json({"table"}));
+  EXPECT_THAT(json["mlir"].get<std::string>(), HasSubstr("attnjit.sink"));
+  p.gradients.deterministic = 5;
+  EXPECT_EQ(attnjit_explain(context.get(), &p.attention, &options, &text), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("gradients.deterministic is 5"));
 }
 
 TEST(BackwardApi, PreparesBothPlans) {

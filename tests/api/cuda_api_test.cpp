@@ -5,15 +5,20 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
 #include <iterator>
 #include <limits>
+#include <mutex>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "allocation_count.h"
@@ -557,6 +562,184 @@ TEST_F(CudaApi, AutotuneDuringACapture) {
   EXPECT_EQ(autotune_of(prepared())["config"], autotune_of(tuned)["config"]);
   EXPECT_EQ(fake_->events_recorded, 0);
   EXPECT_FALSE(fake_->capture_broken);
+}
+
+// The same driver with a backward of a call with a captured table, whose gradient is wanted.
+class CudaBackward : public CudaApi {
+ protected:
+  void SetUp() override {
+    CudaApi::SetUp();
+    if (IsSkipped()) return;
+    fake_->parameter_bytes = 0;
+    g_.attention.score_mod = "score + table[h]";
+    g_.capture("table", table_, {4});
+    g_.gradient("table", of_table_, {4});
+    for (Tensor* tensor : {&g_.q, &g_.k, &g_.v, &g_.o, &g_.lse, &g_.grad_out, &g_.grad_lse, &g_.dq, &g_.dk, &g_.dv,
+                           g_.captured[0].get(), g_.capture_gradients[0].get()}) {
+      tensor->dl.device = {kDLCUDA, 0};
+    }
+    g_.attention.row_max = nullptr;
+  }
+  // Skips, visibly, where there is no NVRTC.
+  PlanPtr prepared_backward() {
+    attnjit_plan* plan = nullptr;
+    const attnjit_status status =
+        attnjit_prepare_backward(context_.get(), &g_.attention, &g_.gradients, nullptr, &plan);
+    no_compiler_ =
+        status == ATTNJIT_ENVIRONMENT && std::string(attnjit_last_error()).find("NVRTC") != std::string::npos;
+    if (!no_compiler_) EXPECT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+    return PlanPtr(plan);
+  }
+  attnjit_status run_backward(const PlanPtr& plan, void* stream = nullptr) {
+    memory_.resize(attnjit_plan_workspace_size(plan.get()) + 256);
+    void* const workspace = memory_.data() + (256 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 256);
+    return attnjit_run_backward(plan.get(), &g_.attention, &g_.gradients, workspace, memory_.size() - 256, stream);
+  }
+
+  float table_[4] = {}, of_table_[4] = {};
+  std::vector<char> memory_;
+  GradientProblem g_;
+};
+
+#define PREPARE_BACKWARD_OR_SKIP(plan)                    \
+  const PlanPtr plan = prepared_backward();               \
+  if (no_compiler_) GTEST_SKIP() << attnjit_last_error(); \
+  ASSERT_TRUE(plan)
+
+class CudaBackwardOf : public CudaBackward, public testing::WithParamInterface<attnjit_backend> {
+ protected:
+  void SetUp() override {
+    CudaBackward::SetUp();
+    g_.attention.backend = GetParam();
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Backends, CudaBackwardOf, testing::Values(ATTNJIT_BACKEND_SM80, ATTNJIT_BACKEND_MATH),
+                         [](const auto& backend) { return attnjit_backend_name(backend.param); });
+
+// Everything is queued on the stream, becomes part of its capture, and costs no allocation.
+TEST_P(CudaBackwardOf, RunsAndIsCaptured) {
+  int stream = 0;
+  fake_->capturing = true;
+  fake_->captured_stream = &stream;
+  {
+    PREPARE_BACKWARD_OR_SKIP(plan);
+    EXPECT_EQ(attnjit_plan_backend(plan.get()), GetParam());
+    EXPECT_EQ(fake_->launched, 0) << "prepare launched something";
+    ASSERT_EQ(run_backward(plan, &stream), ATTNJIT_OK) << attnjit_last_error();
+    ASSERT_GE(fake_->launches.size(), 2u);
+    for (const FakeCuda::Launch& launch : fake_->launches) {
+      EXPECT_EQ(launch.stream, &stream) << launch.entry;
+      EXPECT_TRUE(launch.captured) << launch.entry;
+    }
+    EXPECT_FALSE(fake_->capture_broken);
+    EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+    const Json json = Json::parse(attnjit_plan_description(plan.get()));
+    EXPECT_EQ(json["gradients"]["captures"], Json({"table"}));
+    EXPECT_GE(json["kernels"].size(), 2u) << json;
+
+    fake_->record = false;
+    ASSERT_EQ(run_backward(plan, &stream), ATTNJIT_OK);
+    if (counts_allocations()) {
+      const long before = allocation_count();
+      for (int i = 0; i < 3; ++i) ASSERT_EQ(run_backward(plan, &stream), ATTNJIT_OK);
+      EXPECT_EQ(allocation_count(), before);
+    }
+    fake_->failing = {{"cuLaunchKernel", 400}};
+    EXPECT_EQ(run_backward(plan, &stream), ATTNJIT_ENVIRONMENT);
+    EXPECT_THAT(attnjit_last_error(), HasSubstr("cuLaunchKernel failed: CUDA_ERROR_INVALID_HANDLE"));
+    fake_->failing.clear();
+    EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+  }
+  context_.reset();
+  EXPECT_FALSE(fake_->capture_broken);
+  EXPECT_EQ(fake_->unbalanced_pops, 0);
+}
+
+TEST_P(CudaBackwardOf, CompilesTogetherWithTheForward) {
+  // Each load waits for the other's: both are under way at once.
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::set<std::thread::id> loading;
+  bool met = false;
+  fake_->before_load = [&] {
+    std::unique_lock lock(mutex);
+    loading.insert(std::this_thread::get_id());
+    met = met || loading.size() == 2;
+    changed.notify_all();
+    changed.wait_for(lock, std::chrono::seconds(60), [&] { return met; });
+    met = true;  // whoever waited in vain does so once
+  };
+  attnjit_plan *forward = nullptr, *backward = nullptr;
+  const attnjit_status status =
+      attnjit_prepare_backward(context_.get(), &g_.attention, &g_.gradients, &forward, &backward);
+  fake_->before_load = nullptr;
+  if (status == ATTNJIT_ENVIRONMENT) GTEST_SKIP() << attnjit_last_error();
+  ASSERT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+  const PlanPtr first(forward), second(backward);
+  EXPECT_EQ(loading.size(), 2u) << "one thread compiled both";
+  EXPECT_EQ(attnjit_plan_backend(forward), GetParam());
+  EXPECT_EQ(attnjit_plan_backend(backward), GetParam());
+}
+
+TEST_P(CudaBackwardOf, EmptyProblems) {
+  for (const bool keys : {false, true}) {
+    SCOPED_TRACE(keys ? "no queries" : "no keys");
+    for (Tensor* tensor : {&g_.q, &g_.o, &g_.lse, &g_.grad_out, &g_.grad_lse, &g_.dq}) tensor->shape[2] = keys ? 0 : 40;
+    for (Tensor* tensor : {&g_.k, &g_.v, &g_.dk, &g_.dv}) tensor->shape[2] = keys ? 50 : 0;
+    PREPARE_BACKWARD_OR_SKIP(plan);
+    ASSERT_EQ(run_backward(plan), ATTNJIT_OK) << attnjit_last_error();
+    for (const FakeCuda::Launch& launch : fake_->launches) {
+      EXPECT_GT(launch.grid[0] * launch.grid[1] * launch.grid[2], 0u) << launch.entry << ": a GPU refuses such a grid";
+    }
+  }
+}
+
+TEST_F(CudaBackward, RefusesToCompileDuringACapture) {
+  int stream = 0;
+  fake_->capturing = true;
+  fake_->captured_stream = &stream;
+  ASSERT_EQ(attnjit_backward(context_.get(), &g_.attention, &g_.gradients, nullptr, 0, &stream), ATTNJIT_NOT_PREPARED);
+  EXPECT_THAT(attnjit_last_error(),
+              AllOf(HasSubstr("float32 backward is not compiled yet"), HasSubstr("its stream is being captured"),
+                    HasSubstr("call attnjit_prepare_backward, or attnjit_backward once")));
+  EXPECT_EQ(fake_->modules_loaded, 0);
+  EXPECT_FALSE(fake_->capture_broken);
+  PREPARE_BACKWARD_OR_SKIP(plan);
+  std::vector<char> memory(attnjit_plan_workspace_size(plan.get()) + 256);
+  void* const workspace = memory.data() + (256 - reinterpret_cast<std::uintptr_t>(memory.data()) % 256);
+  ASSERT_EQ(attnjit_backward(context_.get(), &g_.attention, &g_.gradients, workspace, memory.size() - 256, &stream),
+            ATTNJIT_OK)
+      << attnjit_last_error();
+  EXPECT_TRUE(fake_->launches.back().captured);
+  EXPECT_FALSE(fake_->capture_broken);
+}
+
+TEST_F(CudaBackward, Alignment) {
+  PREPARE_BACKWARD_OR_SKIP(plan);
+  const struct {
+    Tensor& tensor;
+    const char* name;
+  } tensors[] = {{g_.q, "q"},   {g_.k, "k"},   {g_.v, "v"},  {g_.o, "o"}, {g_.grad_out, "grad_out"},
+                 {g_.dq, "dq"}, {g_.dk, "dk"}, {g_.dv, "dv"}};
+  // Within its buffer, and apart from the others: one row less.
+  for (const auto& [tensor, name] : tensors) {
+    tensor.dl.byte_offset = 4;
+    EXPECT_EQ(run_backward(plan), ATTNJIT_INVALID_ARGUMENT) << name;
+    EXPECT_THAT(attnjit_last_error(), HasSubstr(std::string(name) + " has rows aligned to 4 bytes, by its address and "
+                                                                    "strides; the plan was prepared for 16"));
+    // A plan that is prepared so takes it.
+    const PlanPtr unaligned = prepared_backward();
+    ASSERT_TRUE(unaligned);
+    EXPECT_EQ(run_backward(unaligned), ATTNJIT_OK) << attnjit_last_error();
+    tensor.dl.byte_offset = 0;
+    EXPECT_EQ(run_backward(unaligned), ATTNJIT_OK) << attnjit_last_error();
+  }
+  // What is not wanted does not count; neither do lse, grad_lse and captured gradients, which are read by element.
+  g_.gradients.dq = nullptr;
+  const PlanPtr without = prepared_backward();
+  ASSERT_TRUE(without);
+  g_.grad_lse.dl.byte_offset = 4;
+  EXPECT_EQ(run_backward(without), ATTNJIT_OK) << attnjit_last_error();
 }
 
 TEST_F(CudaApi, ExplainNeedsNoDevice) {

@@ -91,6 +91,38 @@ class CtypesTest(unittest.TestCase):
             self.run_call(call)
             self.expect(lambda s, b, h, i, j: s * self.slopes.values[h], 8 ** -0.5)
 
+    def test_backward(self):
+        """Against differences of the loss, in the oracle's double precision."""
+        score_mod, mask_mod = "score * slopes[h] + tanh(score) * (kv_idx - q_idx) * 0.1", "q_idx >= kv_idx - 2"
+        grad_out = Strided(self.o.shape, [random.gauss(0, 1) for _ in self.o.values])
+        grad_lse = attnjit.HostTensor(self.lse.shape, [random.gauss(0, 1) for _ in self.lse.values])
+        rows = [(b, h, i) for b in range(2) for h in range(4) for i in range(9)]
+
+        def loss(call):
+            o, lse = call.reference(rows)
+            return sum(grad_lse.values[(b * 4 + h) * 9 + i] * lse[n] +
+                       sum(grad_out.at(b, h, i, d) * o[n][d] for d in range(5)) for n, (b, h, i) in enumerate(rows))
+
+        for backend in ("cpu", "math"):
+            call = self.call(score_mod=score_mod, mask_mod=mask_mod, captures={"slopes": self.slopes}, backend=backend)
+            self.run_call(call)
+            dq, dk, dv = (Strided(t.shape) for t in (self.q, self.k, self.v))
+            slopes = attnjit.HostTensor((4,))
+            backward = attnjit.Backward(call, grad_out, grad_lse, dq, dk, dv, captures={"slopes": slopes},
+                                        deterministic=True)
+            self.run_call(backward)
+            self.assertEqual(backward.description()["gradients"]["captures"], ["slopes"])
+            for tensor, gradient in ((self.q, dq), (self.k, dk), (self.v, dv), (self.slopes, slopes)):
+                for at in random.sample(range(len(tensor.values)), 3):
+                    value = tensor.values[at]
+                    tensor.values[at] = value + 2 ** -8
+                    step, above = tensor.values[at], loss(call)
+                    tensor.values[at] = value - 2 ** -8
+                    step, below = step - tensor.values[at], loss(call)
+                    tensor.values[at] = value
+                    expected = (above - below) / step
+                    self.assertAlmostEqual(gradient.values[at], expected, delta=1e-3 * (1 + abs(expected)))
+
     def test_reference(self):
         rows = [(0, 0, 0), (1, 3, 8), (1, 0, 4)]
         o, lse = self.call(score_mod="causal").reference(rows)

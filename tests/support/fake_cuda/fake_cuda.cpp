@@ -156,6 +156,7 @@ FAKE int cuCtxPopCurrent_v2(void** context) {
 }
 // An image is text here, or what the compiler made; anything that starts with "bad" is refused, with a log.
 FAKE int cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* options, void** values) {
+  if (state.before_load) state.before_load();
   MAY_FAIL("cuModuleLoadDataEx");
   if (current() == 0) return kInvalidContext;
   if (const int result = forbidden_in_capture()) return result;

@@ -34,6 +34,9 @@ struct FakeCuda {
   // event is a millisecond after the last.
   std::function<float(unsigned block, unsigned shared)> kernel_ms;
 
+  // Called by each load of a module, before it and without the driver's lock.
+  std::function<void()> before_load;
+
   // ---- What happened.
   struct Launch {
     std::string entry;
@@ -59,7 +62,7 @@ struct FakeCuda {
     devices = 1, major = 9, minor = 0, sms = 132, shared_memory = 232448, lazy = true;
     failing.clear();
     capturing = false, captured_stream = nullptr, parameter_bytes = 0, record = true;
-    kernel_ms = nullptr, events_recorded = memory_allocated = memory_freed = 0;
+    kernel_ms = nullptr, before_load = nullptr, events_recorded = memory_allocated = memory_freed = 0;
     launches.clear();
     launched = 0, capture_broken = false;
     modules_loaded = modules_unloaded = contexts_retained = contexts_released = unbalanced_pops = 0;
