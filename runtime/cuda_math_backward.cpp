@@ -16,6 +16,11 @@
 namespace attnjit::runtime {
 namespace {
 
+constexpr const char* kModEntry = "attnjit_math_mod_backward";
+constexpr const char* kDeltaEntry = "attnjit_math_delta";
+constexpr const char* kCopyEntry = "attnjit_math_copy";
+constexpr const char* kFinishEntry = "attnjit_finish_gradient";
+
 math::Element element_of(dsl::DType dtype) {
   return dtype == dsl::DType::kF16    ? math::Element::kF16
          : dtype == dsl::DType::kBF16 ? math::Element::kBF16
@@ -253,21 +258,18 @@ Check CudaMathBackwardPlan::run_zeros(const TensorView& tensor, char* room, Cuda
 
 // ---- Making one
 
-Result<ReadyBackend> prepare_cuda_math_backward(const Request& request) {
-  const Signature& s = request.call.signature;
-  Result<std::shared_ptr<CudaDevice>> found_device = request.context.cuda_device(s.device);
-  if (!found_device) return found_device.failure();
-  const std::shared_ptr<CudaDevice>& device = *found_device;
-  const compiler::CudaArch arch{.number = device->arch(), .specific = false};
+Result<CudaMathBackwardBinaries> build_cuda_math_backward(const Request& request, compiler::CudaArch arch,
+                                                          const CollectText& collect) {
   if (Check failure = check_cuda_arch(arch)) return *failure;
   if (std::string reason = CudaProducts::refuse(request.call.forward); !reason.empty()) {
     return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
   }
-
+  const Signature& s = request.call.signature;
   compiler::CompileOptions options;
-  if (request.files.any()) {
+  if (request.files.any() || collect) {
     options.dump = [&](std::string_view kind, std::string_view text) {
       if (request.files.wants(kind)) request.files.write(kind, "", text);
+      if (collect) collect(kind, text);
     };
   }
   auto emitted = compiler::emit_cuda_math_backward(mod_problem(request.mods, request.call, s.seqlen_q, s.seqlen_kv),
@@ -275,43 +277,63 @@ Result<ReadyBackend> prepare_cuda_math_backward(const Request& request) {
   if (emitted.error) {
     return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
   }
-  const compiler::ModFacts& facts = emitted.value.facts;
+  CudaMathBackwardBinaries binaries{.facts = std::move(emitted.value.facts),
+                                    .mod = {},
+                                    .kernels = {},
+                                    .finish = {},
+                                    .phases = std::move(emitted.value.phases)};
+  const auto find = [&](const compiler::CudaSource& source, FoundBinary* binary) -> Check {
+    Result<FoundBinary> found = find_cuda_binary(request.context, source, arch, options);
+    if (!found) return found.failure();
+    *binary = std::move(*found);
+    add_phases(binary->phases, &binaries.phases);
+    return {};
+  };
   // Texts of the emission do not need a compile.
-  if (!request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
-  const Result<FoundBinary> mod = find_cuda_binary(request.context, emitted.value.source, arch, options);
-  if (!mod) return mod.failure();
+  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  if (Check failure = find(emitted.value.source, &binaries.mod)) return *failure;
   // Nothing of the expression is in these.
   options.dump = nullptr;
-  const auto kernels =
-      find_cuda_binary(request.context, compiler::cuda_math_kernels(request.call.forward.q.dtype), arch, options);
-  if (!kernels) return kernels.failure();
-  const auto finish = find_cuda_binary(request.context, compiler::cuda_finish_gradients(), arch, options);
-  if (!finish) return finish.failure();
+  if (Check failure = find(compiler::cuda_math_kernels(request.call.forward.q.dtype), &binaries.kernels)) {
+    return *failure;
+  }
+  if (Check failure = find(compiler::cuda_finish_gradients(), &binaries.finish)) return *failure;
+  return binaries;
+}
+
+Json kernels_json(const CudaMathBackwardBinaries& binaries) {
+  return Json::array({binary_json(binaries.mod, kModEntry), binary_json(binaries.kernels, kDeltaEntry),
+                      binary_json(binaries.kernels, kCopyEntry), binary_json(binaries.finish, kFinishEntry)});
+}
+
+Result<ReadyBackend> prepare_cuda_math_backward(const Request& request) {
+  const Signature& s = request.call.signature;
+  Result<std::shared_ptr<CudaDevice>> found = request.context.cuda_device(s.device);
+  if (!found) return found.failure();
+  const std::shared_ptr<CudaDevice>& device = *found;
+  Result<CudaMathBackwardBinaries> binaries =
+      build_cuda_math_backward(request, {.number = device->arch(), .specific = false}, nullptr);
+  if (!binaries) return binaries.failure();
 
   const auto start = std::chrono::steady_clock::now();
   CudaMathBackwardPlan::Parts parts;
   parts.device = device;
   parts.arch = device->arch();
-  for (const compiler::SinkFacts& sink : facts.sinks) {
+  for (const compiler::SinkFacts& sink : binaries->facts.sinks) {
     if (s.deterministic != 0 && !sink.injective) parts.accumulators |= 1u << sink.capture;
   }
-  ReadyBackend ready;
-  ready.phases = std::move(emitted.value.phases);
-  ready.description = {{"device", device->name()}, {"hash", hash_text(facts)}, {"facts", facts_json(facts)}};
   const struct {
     std::shared_ptr<const CudaKernel>* kernel;
     const FoundBinary& binary;
     const char* entry;
-  } wanted[] = {{&parts.mod, *mod, "attnjit_math_mod_backward"},
-                {&parts.delta, *kernels, "attnjit_math_delta"},
-                {&parts.copy, *kernels, "attnjit_math_copy"},
-                {&parts.finish, *finish, "attnjit_finish_gradient"}};
-  Json rows = Json::array();
+  } wanted[] = {{&parts.mod, binaries->mod, kModEntry},
+                {&parts.delta, binaries->kernels, kDeltaEntry},
+                {&parts.copy, binaries->kernels, kCopyEntry},
+                {&parts.finish, binaries->finish, kFinishEntry}};
   for (const auto& [kernel, binary, entry] : wanted) {
     auto loaded = CudaKernel::load(device, binary.binary->cubin, entry, 0);
     if (!loaded) return loaded.failure();
     *kernel = std::move(*loaded);
-    rows.push_back(binary_json(binary, entry));
   }
   const auto loaded_at = std::chrono::steady_clock::now();
   Result<std::shared_ptr<const Cublas>> cublas = Cublas::get(device, request.context.environment().cublas);
@@ -319,14 +341,18 @@ Result<ReadyBackend> prepare_cuda_math_backward(const Request& request) {
   parts.cublas = std::move(*cublas);
   const auto end = std::chrono::steady_clock::now();
 
-  for (const FoundBinary* binary : {&*mod, &*kernels, &*finish}) add_phases(binary->phases, &ready.phases);
   using Milliseconds = std::chrono::duration<double, std::milli>;
+  ReadyBackend ready;
+  ready.phases = std::move(binaries->phases);
   ready.phases.emplace_back("load", Milliseconds(loaded_at - start).count());
   ready.phases.emplace_back("cublas", Milliseconds(end - loaded_at).count());
   const auto plan =
       std::make_shared<const CudaMathBackwardPlan>(request.call.forward, wanted_gradients(s), std::move(parts));
-  ready.description["passes"] = plan->describe();
-  ready.description["kernels"] = std::move(rows);
+  ready.description = {{"device", device->name()},
+                       {"hash", hash_text(binaries->facts)},
+                       {"facts", gradient_facts_json(binaries->facts, request.call)},
+                       {"passes", plan->describe()},
+                       {"kernels", kernels_json(*binaries)}};
   ready.backward.workspace_size = plan->workspace_size();
   ready.backward.run = [plan](const ForwardCall& call, const Gradients& gradients, void* workspace, CudaStream stream) {
     return plan->run(call, gradients, workspace, stream);

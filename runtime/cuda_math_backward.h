@@ -70,6 +70,19 @@ class CudaMathBackwardPlan {
   std::size_t workspace_size_ = 0;
 };
 
+// The kernels of a call as compiled for an architecture.
+struct CudaMathBackwardBinaries {
+  compiler::ModFacts facts;
+  FoundBinary mod, kernels, finish;
+  compiler::PhaseTimes phases;  // of all it took
+};
+// As build_cuda_math, for a request of a backward.
+Result<CudaMathBackwardBinaries> build_cuda_math_backward(const Request& request, compiler::CudaArch arch,
+                                                          const CollectText& collect);
+
+// Its rows of a description: the kernels that a call runs, with their resources.
+Json kernels_json(const CudaMathBackwardBinaries& binaries);
+
 // As prepare_cuda_math, for a request of a backward.
 Result<ReadyBackend> prepare_cuda_math_backward(const Request& request);
 

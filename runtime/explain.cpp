@@ -15,6 +15,7 @@
 #include "dsl/printer.h"
 #include "runtime/backends.h"
 #include "runtime/cuda_math_backend.h"
+#include "runtime/cuda_math_backward.h"
 #include "runtime/plan.h"
 #include "runtime/sm80_backend.h"
 
@@ -84,21 +85,26 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
   std::string reasons;
   for (const attnjit_backend backend : backends) {
     Check failure;
-    if (backend == ATTNJIT_BACKEND_SM80) {
-      Result<Sm80Binary> binary = build_sm80(
-          request, {.arch = arch, .max_shared_memory = shared_memory, .device = device, .may_time = false}, collect);
-      if (binary) {
-        found(backend, Json::array({kernel_json(*binary)}), *binary);
+    const auto take = [&](const auto& built, auto&& rows) {
+      if (built) {
+        found(backend, rows(*built), *built);
       } else {
-        failure = binary.failure();
+        failure = built.failure();
       }
+    };
+    const bool backward = request.call.signature.backward != 0;
+    if (backend == ATTNJIT_BACKEND_SM80 && backward) {
+      failure = Failure{ATTNJIT_UNSUPPORTED, "it has no backward"};
+    } else if (backend == ATTNJIT_BACKEND_SM80) {
+      take(build_sm80(request, {.arch = arch, .max_shared_memory = shared_memory, .device = device, .may_time = false},
+                      collect),
+           [](const Sm80Binary& binary) { return Json::array({kernel_json(binary)}); });
+    } else if (backward) {
+      take(build_cuda_math_backward(request, arch, collect),
+           [](const CudaMathBackwardBinaries& binaries) { return kernels_json(binaries); });
     } else {
-      Result<CudaMathBinaries> binaries = build_cuda_math(request, arch, collect);
-      if (binaries) {
-        found(backend, kernels_json(*binaries, request.call.signature.seqlen_kv), *binaries);
-      } else {
-        failure = binaries.failure();
-      }
+      take(build_cuda_math(request, arch, collect),
+           [&](const CudaMathBinaries& binaries) { return kernels_json(binaries, request.call.signature.seqlen_kv); });
     }
     if (failure && failure->status != ATTNJIT_UNSUPPORTED) return failure;
     if (failure) reasons += fmt::format("; {}: {}", attnjit_backend_name(backend), failure->message);
