@@ -31,17 +31,18 @@ using mlir::Value;
 
 constexpr double kUnbounded = std::numeric_limits<double>::infinity();
 
-// Choices that an element went through, as the number of the last one; the empty list is kNoChoice.
-using Choices = int;
-constexpr Choices kNoChoice = -1;
+// Conditions that an element went through, as the number of the last one; the empty list is kNone.
+using Conditions = int;
+constexpr Conditions kNone = -1;
 
-// What flows into a value from the modified score: `raw` where all choices were made as `choices` says, else exactly 0.
-// So a chain of operations is a chain of products, and a single select at its end keeps out what was not chosen.
+// What flows into a value from the modified score: `raw * factor` under its conditions, else exactly 0. So a chain of
+// operations is a chain of products, and one select at its end keeps out what was not chosen; and literals meet in one
+// product, or in none: 30 * tanh(score / 30).
 struct Flow {
   Value raw;
-  Choices choices = kNoChoice;
-  bool fragile = false;    // was multiplied by what may be infinite or NaN: no zero where `grad` is 0
-  bool along_row = false;  // `grad` times what is free of kv_idx and score, under choices that are, too
+  double factor = 1.0;
+  Conditions under = kNone;
+  bool along_row = false;  // `grad` times what is free of kv_idx and score, under conditions that are, too
 };
 
 class Differentiator {
@@ -75,14 +76,14 @@ class Differentiator {
 
     llvm::SmallVector<Value> results(ret.getOperands());
     const std::optional<Flow> of_score = incoming_[score].other;
-    results.push_back(of_score ? guarded(*of_score) : literal(0.0));
+    results.push_back(of_score ? value_under(*of_score, kNone) : literal(0.0));
     for (mlir::Operation* op : operations) {
       auto read = llvm::dyn_cast<ReadOp>(op);
       if (!read) continue;
       const Incoming incoming = incoming_.lookup(read);
       for (const std::optional<Flow>& flow : {incoming.along_row, incoming.other}) {
         if (!flow) continue;
-        results.push_back(SinkOp::create(b_, loc_, b_.getF32Type(), guarded(*flow), read.getCapture(),
+        results.push_back(SinkOp::create(b_, loc_, b_.getF32Type(), value_under(*flow, kNone), read.getCapture(),
                                          read.getIndices(), read.getExtents(), mlir::DenseBoolArrayAttr(),
                                          flow->along_row));
       }
@@ -184,83 +185,89 @@ class Differentiator {
     return made;
   }
 
-  // ---- Choices
+  // ---- Conditions
 
-  struct Choice {
-    Choices before;
-    Value condition;
-    bool yes;
-    Value all = {};  // whether this and all before were made; set when asked for
+  struct Condition {
+    Conditions before;
+    Value value;
+    bool holds;
   };
-  Choice& choice(Choices last) { return choices_[static_cast<std::size_t>(last)]; }
+  const Condition& condition(Conditions last) const { return conditions_[static_cast<std::size_t>(last)]; }
 
   // `before` and one more; nothing where the two exclude each other.
-  std::optional<Choices> with(Choices before, Value condition, bool yes) {
-    for (Choices at = before; at != kNoChoice; at = choice(at).before)
-      if (choice(at).condition == condition) return choice(at).yes == yes ? std::optional(before) : std::nullopt;
-    const auto [found, is_new] = known_choices_.try_emplace({before, condition.getAsOpaquePointer(), yes},
-                                                            static_cast<Choices>(choices_.size()));
-    if (is_new) choices_.push_back({before, condition, yes});
+  std::optional<Conditions> with(Conditions before, Value value, bool holds) {
+    for (Conditions at = before; at != kNone; at = condition(at).before)
+      if (condition(at).value == value) return condition(at).holds == holds ? std::optional(before) : std::nullopt;
+    const auto [found, is_new] = known_conditions_.try_emplace({before, value.getAsOpaquePointer(), holds},
+                                                               static_cast<Conditions>(conditions_.size()));
+    if (is_new) conditions_.push_back({before, value, holds});
     return found->second;
   }
 
-  Value made(Choices last) { return choice(last).yes ? choice(last).condition : negation(choice(last).condition); }
-
-  // The condition that all choices were made so; there is at least one.
-  Value all(Choices last) {
-    std::vector<Choices> missing;
-    Choices at = last;
-    for (; at != kNoChoice && !choice(at).all; at = choice(at).before) missing.push_back(at);
-    Value result = at == kNoChoice ? Value() : choice(at).all;
-    for (const Choices next : llvm::reverse(missing)) {
-      result = result ? both(result, made(next)) : made(next);
-      choice(next).all = result;
+  // Those that `last` has beyond `given`, its part, in one value; there is at least one.
+  Value all(Conditions last, Conditions given) {
+    Value& known = conjunctions_[{last, given}];
+    if (known) return known;
+    std::vector<Conditions> more;
+    for (Conditions at = last; at != given; at = condition(at).before) more.push_back(at);
+    Value result;
+    for (const Conditions next : llvm::reverse(more)) {
+      const Value holds = condition(next).holds ? condition(next).value : negation(condition(next).value);
+      result = result ? both(result, holds) : holds;
     }
-    return result;
+    return known = result;
   }
 
-  // The choices that both have made, from the first one on.
-  Choices common(Choices a, Choices b) {
-    llvm::DenseSet<Choices> of_a;
-    for (; a != kNoChoice; a = choice(a).before) of_a.insert(a);
-    while (b != kNoChoice && !of_a.contains(b)) b = choice(b).before;
-    return b;
+  // What two lists have in common, from the first one on, and their next conditions.
+  struct Fork {
+    Conditions common, next_a = kNone, next_b = kNone;
+  };
+  Fork fork(Conditions a, Conditions b) {
+    llvm::DenseMap<Conditions, Conditions> of_a;  // to the next one
+    for (Conditions next = kNone;; next = a, a = condition(a).before) {
+      of_a[a] = next;
+      if (a == kNone) break;
+    }
+    Conditions next = kNone;
+    while (!of_a.contains(b)) {
+      next = b;
+      b = condition(b).before;
+    }
+    return {.common = b, .next_a = of_a[b], .next_b = next};
   }
 
   // ---- Flows
 
-  // With nothing where the choices were not made: a value for any element, where `grad` is not 0.
-  Value chosen(const Flow& flow, Choices given) {
-    if (flow.choices == given) return flow.raw;
-    const Value condition = choice(flow.choices).before == given ? made(flow.choices) : all(flow.choices);
-    return select(condition, flow.raw, literal(0.0));
+  // The raw value with its factor in it.
+  Value product(const Flow& flow) {
+    if (flow.factor == -1.0) return make<arith::NegFOp>(flow.raw);
+    return flow.factor == 1.0 ? flow.raw : mul(flow.raw, literal(flow.factor));
   }
 
-  // The flow as a value for any element.
-  Value guarded(const Flow& flow) {
-    if (!flow.fragile) return chosen(flow, kNoChoice);
-    const Value nonzero = compare(CmpFPredicate::UNE, grad_, literal(0.0));
-    const Value condition = flow.choices == kNoChoice ? nonzero : both(nonzero, all(flow.choices));
-    return select(condition, flow.raw, literal(0.0));
+  // The flow as a value wherever `given` holds.
+  Value value_under(const Flow& flow, Conditions given) {
+    if (flow.under == given) return product(flow);
+    return select(all(flow.under, given), product(flow), literal(0.0));
   }
 
-  Flow sum(const Flow& a, const Flow& b) {
-    Flow result{.fragile = a.fragile || b.fragile, .along_row = a.along_row};
-    result.choices = common(a.choices, b.choices);
-    const bool differ = a.choices != result.choices && b.choices != result.choices;
-    if (differ && choice(a.choices).before == result.choices && choice(b.choices).before == result.choices &&
-        choice(a.choices).condition == choice(b.choices).condition) {
-      // The two arms of one choice.
-      const bool a_first = choice(a.choices).yes;
-      result.raw = a.raw == b.raw
-                       ? a.raw
-                       : select(choice(a.choices).condition, a_first ? a.raw : b.raw, a_first ? b.raw : a.raw);
-      return result;
+  // Of two flows that are both along the row or both not.
+  Flow sum(Flow a, Flow b) {
+    Flow result{.along_row = a.along_row};
+    if (a.factor == b.factor) {
+      result.factor = a.factor;
+      a.factor = b.factor = 1.0;
     }
-    result.raw = add(chosen(a, result.choices), chosen(b, result.choices));
-    // Elsewhere it is 0, and has to stay so under what it is multiplied by.
-    if (differ)
-      if (const auto more = with(result.choices, either(all(a.choices), all(b.choices)), true)) result.choices = *more;
+    const Fork at = fork(a.under, b.under);
+    result.under = at.common;
+    if (at.next_a != kNone && at.next_b != kNone && condition(at.next_a).value == condition(at.next_b).value) {
+      // The two sides of one choice.
+      const Value of_a = value_under(a, at.next_a), of_b = value_under(b, at.next_b);
+      const bool a_first = condition(at.next_a).holds;
+      result.raw = of_a;
+      if (of_a != of_b) result.raw = select(condition(at.next_a).value, a_first ? of_a : of_b, a_first ? of_b : of_a);
+    } else {
+      result.raw = add(value_under(a, at.common), value_under(b, at.common));
+    }
     return result;
   }
 
@@ -275,33 +282,60 @@ class Differentiator {
   }
 
   Flow times(Flow flow, Value factor) {
+    double value = 0;
+    if (is_literal(factor, &value)) return scaled(flow, value);
+    if (!is_finite(factor)) flow = where_not_zero(flow);
     flow.raw = mul(flow.raw, factor);
-    flow.fragile |= !is_finite(factor);
     flow.along_row &= !varies_.contains(factor);
     return flow;
   }
   Flow divided(Flow flow, Value divisor) {
     double value = 0;
+    const bool by_literal = is_literal(divisor, &value);
+    if (by_literal && is_usual(1.0 / value)) return scaled(flow, 1.0 / value);
+    if (!by_literal || value == 0.0 || std::isnan(value)) flow = where_not_zero(flow);
     flow.raw = div(flow.raw, divisor);
-    flow.fragile |= !is_literal(divisor, &value) || value == 0 || std::isnan(value);
     flow.along_row &= !varies_.contains(divisor);
     return flow;
   }
   Flow negated(Flow flow) {
-    flow.raw = make<arith::NegFOp>(flow.raw);
+    flow.factor = -flow.factor;
     return flow;
   }
-  // One of two flows of the same choices.
+  // What literals of this size are taken out of neither overflows nor vanishes for it.
+  static bool is_usual(double factor) {
+    constexpr double kLargest = 0x1p12;
+    return std::abs(factor) <= kLargest && std::abs(factor) >= 1.0 / kLargest;
+  }
+  Flow scaled(Flow flow, double by) {
+    if (is_usual(flow.factor * by)) {
+      flow.factor *= by;
+      return flow;
+    }
+    const Value rest = literal(by);
+    if (!is_finite(rest)) flow = where_not_zero(flow);
+    flow.raw = mul(product(flow), rest);
+    flow.factor = 1.0;
+    return flow;
+  }
+  // What is nothing stays nothing, whatever it is about to be multiplied by.
+  Flow where_not_zero(Flow flow) {
+    Value& nonzero = nonzero_[flow.raw];
+    if (!nonzero) nonzero = compare(CmpFPredicate::UNE, flow.raw, literal(0.0));
+    flow.under = with(flow.under, nonzero, true).value_or(flow.under);
+    return flow;
+  }
+  // One of two flows under the same conditions.
   Flow one_of(Value condition, Flow yes, const Flow& no) {
-    yes.raw = select(condition, yes.raw, no.raw);
-    yes.fragile |= no.fragile;
+    yes.raw = select(condition, product(yes), product(no));
+    yes.factor = 1.0;
     yes.along_row &= !varies_.contains(condition);
     return yes;
   }
   std::optional<Flow> where(Flow flow, Value condition, bool yes = true) {
-    const std::optional<Choices> choices = with(flow.choices, condition, yes);
-    if (!choices) return std::nullopt;
-    flow.choices = *choices;
+    const std::optional<Conditions> under = with(flow.under, condition, yes);
+    if (!under) return std::nullopt;
+    flow.under = *under;
     flow.along_row &= !varies_.contains(condition);
     return flow;
   }
@@ -388,8 +422,7 @@ class Differentiator {
           // NaN on either side is a choice of both.
           const Value is_chosen = compare(is_max ? CmpFPredicate::UGE : CmpFPredicate::ULE, x, other);
           const Value tie = compare(CmpFPredicate::OEQ, x, other);
-          if (const auto to_chosen = where(flow, is_chosen))
-            give(x, one_of(tie, times(*to_chosen, literal(0.5)), *to_chosen));
+          if (const auto to_chosen = where(flow, is_chosen)) give(x, one_of(tie, scaled(*to_chosen, 0.5), *to_chosen));
           return mlir::success();
         })
         .Case<math::AbsFOp>([&](auto) {
@@ -399,11 +432,11 @@ class Differentiator {
           return mlir::success();
         })
         .Case<math::ExpOp>([&](auto) { return given(x, times(flow, out)); })
-        .Case<math::Exp2Op>([&](auto) { return given(x, times(flow, mul(out, literal(std::numbers::ln2)))); })
+        .Case<math::Exp2Op>([&](auto) { return given(x, times(scaled(flow, std::numbers::ln2), out)); })
         .Case<math::LogOp>([&](auto) { return given(x, divided(flow, x)); })
-        .Case<math::Log2Op>([&](auto) { return given(x, divided(times(flow, literal(std::numbers::log2e)), x)); })
+        .Case<math::Log2Op>([&](auto) { return given(x, divided(scaled(flow, std::numbers::log2e), x)); })
         .Case<math::Log1pOp>([&](auto) { return given(x, divided(flow, add(x, literal(1.0)))); })
-        .Case<math::SqrtOp>([&](auto) { return given(x, divided(times(flow, literal(0.5)), out)); })
+        .Case<math::SqrtOp>([&](auto) { return given(x, divided(scaled(flow, 0.5), out)); })
         .Case<math::RsqrtOp>([&](auto) { return given(x, times(flow, mul(mul(mul(out, out), out), literal(-0.5)))); })
         .Case<math::TanhOp>([&](auto) { return given(x, times(flow, sub(literal(1.0), mul(out, out)))); })
         .Case<math::ErfOp>(
@@ -468,9 +501,10 @@ class Differentiator {
   llvm::DenseMap<Value, double> largest_;
   llvm::DenseSet<Value> active_, feeds_row_shift_;
   llvm::DenseMap<Value, Incoming> incoming_;
-  std::vector<Choice> choices_;
-  std::map<std::tuple<Choices, const void*, bool>, Choices> known_choices_;
-  llvm::DenseMap<Value, Value> negations_;
+  std::vector<Condition> conditions_;
+  std::map<std::tuple<Conditions, const void*, bool>, Conditions> known_conditions_;
+  std::map<std::pair<Conditions, Conditions>, Value> conjunctions_;
+  llvm::DenseMap<Value, Value> negations_, nonzero_;
 };
 
 class Differentiate : public impl::DifferentiateBase<Differentiate> {
