@@ -42,7 +42,7 @@ struct Flow {
   Value raw;
   double factor = 1.0;
   Conditions under = kNone;
-  bool along_row = false;  // `grad` times what is free of kv_idx and score, under conditions that are, too
+  bool of_row = false;  // `raw` is `grad` times what is free of kv_idx and score
 };
 
 class Differentiator {
@@ -65,12 +65,12 @@ class Differentiator {
 
     grad_ = block.addArgument(b_.getF32Type(), loc_);
     b_.setInsertionPoint(ret);
-    give(ret.getOperand(0), {.raw = grad_, .along_row = true});
+    give(ret.getOperand(0), {.raw = grad_, .of_row = true});
     for (mlir::Operation* op : llvm::reverse(operations)) {
       const auto found = incoming_.find(op->getResult(0));
       if (found == incoming_.end()) continue;
       const Incoming incoming = found->second;
-      for (const std::optional<Flow>& flow : {incoming.along_row, incoming.other})
+      for (const std::optional<Flow>& flow : {incoming.of_row, incoming.other})
         if (flow && mlir::failed(propagate(*op, *flow))) return mlir::failure();
     }
 
@@ -81,11 +81,11 @@ class Differentiator {
       auto read = llvm::dyn_cast<ReadOp>(op);
       if (!read) continue;
       const Incoming incoming = incoming_.lookup(read);
-      for (const std::optional<Flow>& flow : {incoming.along_row, incoming.other}) {
+      for (const std::optional<Flow>& flow : {incoming.of_row, incoming.other}) {
         if (!flow) continue;
         results.push_back(SinkOp::create(b_, loc_, b_.getF32Type(), value_under(*flow, kNone), read.getCapture(),
                                          read.getIndices(), read.getExtents(), mlir::DenseBoolArrayAttr(),
-                                         flow->along_row));
+                                         feeds_row_shift_.contains(read) && is_of_row(*flow, kNone)));
       }
     }
     ret->setOperands(results);
@@ -250,9 +250,15 @@ class Differentiator {
     return select(all(flow.under, given), product(flow), literal(0.0));
   }
 
-  // Of two flows that are both along the row or both not.
+  // Whether the flow, as a value wherever `given` holds, is `grad` times what is free of kv_idx and score.
+  bool is_of_row(const Flow& flow, Conditions given) const {
+    for (Conditions at = flow.under; at != given; at = condition(at).before)
+      if (varies_.contains(condition(at).value)) return false;
+    return flow.of_row;
+  }
+
   Flow sum(Flow a, Flow b) {
-    Flow result{.along_row = a.along_row};
+    Flow result;
     if (a.factor == b.factor) {
       result.factor = a.factor;
       a.factor = b.factor = 1.0;
@@ -264,20 +270,25 @@ class Differentiator {
       const Value of_a = value_under(a, at.next_a), of_b = value_under(b, at.next_b);
       const bool a_first = condition(at.next_a).holds;
       result.raw = of_a;
-      if (of_a != of_b) result.raw = select(condition(at.next_a).value, a_first ? of_a : of_b, a_first ? of_b : of_a);
+      result.of_row = is_of_row(a, at.next_a) && is_of_row(b, at.next_b);
+      if (of_a != of_b) {
+        result.raw = select(condition(at.next_a).value, a_first ? of_a : of_b, a_first ? of_b : of_a);
+        result.of_row &= !varies_.contains(condition(at.next_a).value);
+      }
     } else {
+      result.of_row = is_of_row(a, at.common) && is_of_row(b, at.common);
       result.raw = add(value_under(a, at.common), value_under(b, at.common));
     }
     return result;
   }
 
   // Adds `flow` to what flows into `v`.
-  void give(Value v, Flow flow) {
+  void give(Value v, const Flow& flow) {
     if (!active_.contains(v)) return;
-    // Apart only as long as it may matter.
-    if (!feeds_row_shift_.contains(v)) flow.along_row = false;
     Incoming& incoming = incoming_[v];
-    std::optional<Flow>& slot = flow.along_row ? incoming.along_row : incoming.other;
+    // Apart only as long as it may matter.
+    const bool apart = feeds_row_shift_.contains(v) && is_of_row(flow, kNone);
+    std::optional<Flow>& slot = apart ? incoming.of_row : incoming.other;
     slot = slot ? sum(*slot, flow) : flow;
   }
 
@@ -286,7 +297,7 @@ class Differentiator {
     if (is_literal(factor, &value)) return scaled(flow, value);
     if (!is_finite(factor)) flow = where_not_zero(flow);
     flow.raw = mul(flow.raw, factor);
-    flow.along_row &= !varies_.contains(factor);
+    flow.of_row &= !varies_.contains(factor);
     return flow;
   }
   Flow divided(Flow flow, Value divisor) {
@@ -295,7 +306,7 @@ class Differentiator {
     if (by_literal && is_usual(1.0 / value)) return scaled(flow, 1.0 / value);
     if (!by_literal || value == 0.0 || std::isnan(value)) flow = where_not_zero(flow);
     flow.raw = div(flow.raw, divisor);
-    flow.along_row &= !varies_.contains(divisor);
+    flow.of_row &= !varies_.contains(divisor);
     return flow;
   }
   Flow negated(Flow flow) {
@@ -329,14 +340,13 @@ class Differentiator {
   Flow one_of(Value condition, Flow yes, const Flow& no) {
     yes.raw = select(condition, product(yes), product(no));
     yes.factor = 1.0;
-    yes.along_row &= !varies_.contains(condition);
+    yes.of_row &= !varies_.contains(condition);
     return yes;
   }
   std::optional<Flow> where(Flow flow, Value condition, bool yes = true) {
     const std::optional<Conditions> under = with(flow.under, condition, yes);
     if (!under) return std::nullopt;
     flow.under = *under;
-    flow.along_row &= !varies_.contains(condition);
     return flow;
   }
   void give_where(Value v, const Flow& flow, Value condition, bool yes = true) {
@@ -487,9 +497,9 @@ class Differentiator {
     return mlir::success();
   }
 
-  // What flows into a value. The part along the row is apart where it may end in a row shift.
+  // What flows into a value. What is the row's is apart where it may end in a row shift.
   struct Incoming {
-    std::optional<Flow> along_row, other;
+    std::optional<Flow> of_row, other;
   };
 
   mlir::func::FuncOp function_;

@@ -37,6 +37,7 @@ struct Gradients {
   double value = 0, dscore = 0;
   bool keep = false;
   Places captured;
+  Places row_shifts;  // of `captured`, what sinks that are row shifts add
 };
 
 // A function of the backward, operation by operation. Floats are doubles.
@@ -64,8 +65,9 @@ class Evaluator {
     result.dscore = f(ret->getOperand(2));
     for (const mlir::Value value : ret->getOperands().drop_front(3)) {
       auto sink = value.getDefiningOp<SinkOp>();
-      const int capture = static_cast<int>(sink.getCapture());
-      result.captured[{capture, place(sink, true)}] += f(sink.getValue());
+      const std::pair<int, std::int64_t> at{static_cast<int>(sink.getCapture()), place(sink, true)};
+      result.captured[at] += f(sink.getValue());
+      if (sink.getRowShift()) result.row_shifts[at] += f(sink.getValue());
     }
     return result;
   }
@@ -253,8 +255,27 @@ struct Case {
 };
 
 struct Counts {
-  int compared = 0, unspecified = 0;
+  int compared = 0, unspecified = 0, row_shifts = 0;
 };
+
+// What is called a row shift is the same everywhere along the row, and a multiple of the gradient.
+void expect_right_row_shifts(const Case& made, const Point& point, Counts* counts) {
+  Point elsewhere = point;
+  elsewhere.score = 0.375 - point.score;
+  elsewhere.kv_idx = 19 - point.kv_idx;
+  for (const std::unique_ptr<Frontend>& frontend : made.frontends) {
+    Evaluator evaluator(frontend->function(), made.views);
+    const Places here = evaluator.at(point, 0.75).row_shifts, there = evaluator.at(elsewhere, 1.5).row_shifts;
+    ASSERT_EQ(here.size(), there.size()) << made.text;
+    for (const auto& [place, value] : here) {
+      const auto found = there.find(place);
+      ASSERT_NE(found, there.end()) << made.text;
+      ++counts->row_shifts;
+      if (std::isfinite(value))
+        EXPECT_EQ(2 * value, found->second) << made.text << "\n" << text_of(frontend->function());
+    }
+  }
+}
 
 // Whether both functions give the oracle's gradients at `point`. What the oracle has no finite number for may be
 // anything, and so may all that comes from a modified score that is not finite: its row is poisoned, or its `grad` is
@@ -369,11 +390,13 @@ TEST(CompilerDifferentiate, RandomExpressionsAgreeWithTheOracle) {
     const test::Captures captures = test::random_captures(random, expression);
     const Case made(expression.text, captures);
     for (int p = 0; p < 20; ++p) {
-      Point point = test::random_point(random);
+      const Point point = test::random_point(random);
       expect_right(made, point, &counts);
+      expect_right_row_shifts(made, point, &counts);
     }
   }
   EXPECT_GT(counts.compared, 3 * counts.unspecified);
+  EXPECT_GT(counts.row_shifts, 1000);
 }
 
 // ---- Facts
@@ -442,10 +465,12 @@ TEST(CompilerDifferentiate, SaysWhatAPlaceDependsOn) {
 
 TEST(CompilerDifferentiate, FindsRowShifts) {
   for (const char* text : {"score + row[q_idx]", "score + g", "score - 2 * t[h]", "score + t[ids[q_idx]] / (h + 1)",
-                           "where(q_idx > kv_idx, score, -inf) + where(q_idx > 3, row[q_idx], 0)"})
+                           "where(q_idx > kv_idx, score, -inf) + where(q_idx > 3, row[q_idx], 0)",
+                           "let x = score + row[q_idx]; where(q_idx > kv_idx, x, x + 1)"})
     EXPECT_TRUE(sink_of(text).row_shift) << text;
   for (const char* text : {"score * row[q_idx]", "score + row[kv_idx]", "score + row[q_idx] * kv_idx",
-                           "score + where(q_idx > kv_idx, row[q_idx], 0)", "max(score, row[q_idx])"})
+                           "score + where(q_idx > kv_idx, row[q_idx], 0)", "max(score, row[q_idx])",
+                           "let x = score + row[q_idx]; where(q_idx > kv_idx, x, 2 * x)"})
     EXPECT_FALSE(sink_of(text).row_shift) << text;
   // One read in both ways.
   const ModFacts both = facts_of("score * row[q_idx] + row[q_idx]");

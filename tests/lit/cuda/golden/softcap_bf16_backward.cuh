@@ -11,7 +11,7 @@ struct Mod : ModDefaults {
   static __device__ __forceinline__ float dscore(const CapturedView* captured, float s, float grad, const Block& block,
                                                  const Row& row, const Column& column, const Diagonal& diagonal) {
     const float x1 = tanh_approx(s * 0.033333335f);
-    const float x2 = (1.0f - x1 * x1) * (grad * 30.0f) * 0.033333335f;
+    const float x2 = grad * (1.0f - x1 * x1);
     return grad == 0.0f ? 0.0f : x2;
   }
 };
