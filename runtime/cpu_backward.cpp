@@ -47,6 +47,16 @@ std::int64_t elements(const dsl::CaptureView& capture) {
   return n;
 }
 
+// Whether a captured tensor's gradient lies in memory as an accumulator does.
+bool is_packed_f32(const dsl::CaptureView& capture, const CaptureGradient& gradient) {
+  std::int64_t stride = 1;
+  for (int d = capture.rank; d-- > 0;) {
+    if (capture.extent[d] != 1 && gradient.stride[d] != stride) return false;
+    stride *= capture.extent[d];
+  }
+  return capture.dtype == dsl::DType::kF32;
+}
+
 // How one call is cut. A task has the keys of one split of one (batch, key/value head), and all queries of the head's
 // group: dK and dV are its own. Splits have a buffer of dQ each, which are added up in their order.
 struct Schedule {
@@ -78,7 +88,6 @@ struct Layout {
   std::int64_t row_delta = 0;  // likewise
   std::int64_t dq_sum = 0;     // [split][batch * head][panel][head_dim][kPanelLanes]
   std::int64_t dq_split = 0;   // size of a split's part
-  std::int64_t accumulators = 0, accumulators_end = 0;
   std::array<Accumulator, dsl::kMaxCaptures> captures;
   // Of each thread, from threads + thread * thread_size.
   std::int64_t threads = 0, thread_size = 0;
@@ -178,7 +187,6 @@ Layout layout(const ForwardCall& call, const WantedGradients& wants, const compi
   l.row_delta = take(heads * s.panels * kPanelLanes);
   l.dq_split = heads * s.panels * head_dim * kPanelLanes;
   l.dq_sum = take(wants.dq ? s.splits * l.dq_split : 0);
-  l.accumulators = size;
   for (std::size_t i = 0; i < call.num_captures; ++i) {
     Accumulator& a = l.captures[i];
     a.wanted = (wants.captures >> i & 1) != 0;
@@ -189,7 +197,6 @@ Layout layout(const ForwardCall& call, const WantedGradients& wants, const compi
     a.stride = round_up(a.elements, 16);
     a.start = take(a.copies * a.stride);
   }
-  l.accumulators_end = size;
 
   l.threads = size;
   size = 0;
@@ -231,6 +238,8 @@ struct Pass {
   Layout layout;
   float* workspace;
   const cpu::CapturedView* captured;
+  // By capture number: in the workspace, or where one copy is all and it has the type and order for it the gradient.
+  std::array<float*, dsl::kMaxCaptures> accumulators;
   cpu::Storage storage;
   ScoreScale factor;  // on the scores
   bool bf16;          // the products are computed on BF16 itself
@@ -281,7 +290,7 @@ struct Place {
 
 float* accumulator_of(const Pass& pass, const SinkFacts& sink, std::int64_t run) {
   const Accumulator& a = pass.layout.captures[static_cast<std::size_t>(sink.capture)];
-  return pass.workspace + a.start + (sink.injective ? 0 : run * a.stride);
+  return pass.accumulators[static_cast<std::size_t>(sink.capture)] + (sink.injective ? 0 : run * a.stride);
 }
 
 // Where each sink has an element's place.
@@ -417,7 +426,7 @@ void store_capture(const Pass& pass, std::size_t number, std::int64_t first, std
         std::min({std::int64_t{cpu::kMaxHeadDim}, count - done, last_extent - (first + done) % last_extent});
     alignas(64) float sums[cpu::kMaxHeadDim] = {};
     for (std::int64_t copy = 0; copy < a.copies; ++copy) {
-      const float* const from = pass.workspace + a.start + copy * a.stride + first + done;
+      const float* const from = pass.accumulators[number] + copy * a.stride + first + done;
       for (std::int64_t i = 0; i < run; ++i) sums[i] += from[i];
     }
     char* const out = static_cast<char*>(gradient.data) + offset * size;
@@ -637,6 +646,13 @@ void cpu_backward(const ForwardCall& call, const Gradients& gradients, const com
   const WantedGradients wants = wanted(call, gradients);
   const cpu::Products& products = cpu::products(static_cast<int>(isa));
   const cpu::Storage storage = storage_of(call.q.dtype);
+  const Layout l = layout(call, wants, tile, s, pool.size());
+  std::array<float*, dsl::kMaxCaptures> accumulators{};
+  for (std::size_t i = 0; i < call.num_captures; ++i) {
+    const bool in_place = l.captures[i].copies == 1 && is_packed_f32(call.captures[i], gradients.captures[i]);
+    accumulators[i] = in_place ? static_cast<float*>(gradients.captures[i].data)
+                               : static_cast<float*>(workspace) + l.captures[i].start;
+  }
   const Pass pass{.call = call,
                   .gradients = gradients,
                   .products = products,
@@ -644,24 +660,26 @@ void cpu_backward(const ForwardCall& call, const Gradients& gradients, const com
                   .sinks = sinks,
                   .wants = wants,
                   .schedule = s,
-                  .layout = layout(call, wants, tile, s, pool.size()),
+                  .layout = l,
                   .workspace = static_cast<float*>(workspace),
                   .captured = captured.data(),
+                  .accumulators = accumulators,
                   .storage = storage,
                   .factor = score_scale(call.scale, 1.0),
                   // An odd head dim has no pairs.
                   .bf16 = storage == cpu::Storage::kBF16 && products.qk_bf16 && call.q.shape[3] % 2 == 0 &&
                           call.v.shape[3] % 2 == 0};
-  const Layout& l = pass.layout;
   const std::int64_t heads = call.q.shape[0] * call.q.shape[1];
-  // Every row's lse and delta, and accumulators of zero.
   const std::int64_t rows = heads * s.panels;
-  const std::int64_t zeros = l.accumulators_end - l.accumulators;
-  pool.parallel_for(rows + ceil_div(zeros, kBlockElements), [&](std::int64_t task, int) {
-    if (task < rows) return prepare_panel(pass, task / s.panels, task % s.panels);
-    const std::int64_t start = (task - rows) * kBlockElements;
-    std::fill_n(pass.workspace + l.accumulators + start, std::min(kBlockElements, zeros - start), 0.0f);
-  });
+  pool.parallel_for(rows, [&](std::int64_t task, int) { prepare_panel(pass, task / s.panels, task % s.panels); });
+  for (std::size_t i = 0; i < call.num_captures; ++i) {
+    const Accumulator& a = l.captures[i];
+    const std::int64_t size = a.copies > 1 ? a.copies * a.stride : a.copies * a.elements;
+    pool.parallel_for(ceil_div(size, kBlockElements), [&](std::int64_t task, int) {
+      const std::int64_t first = task * kBlockElements;
+      std::fill_n(pass.accumulators[i] + first, std::min(kBlockElements, size - first), 0.0f);
+    });
+  }
   pool.parallel_for(s.runs, [&](std::int64_t run, int thread) {
     for (std::int64_t task = run * s.tasks / s.runs; task < (run + 1) * s.tasks / s.runs; ++task)
       run_task(pass, task, run, thread);
@@ -670,7 +688,7 @@ void cpu_backward(const ForwardCall& call, const Gradients& gradients, const com
     pool.parallel_for(rows, [&](std::int64_t task, int) { store_dq(pass, task / s.panels, task % s.panels); });
   for (std::size_t i = 0; i < call.num_captures; ++i) {
     const Accumulator& a = l.captures[i];
-    if (!a.wanted) continue;
+    if (!a.wanted || pass.accumulators[i] == gradients.captures[i].data) continue;
     pool.parallel_for(ceil_div(a.elements, kBlockElements), [&](std::int64_t task, int) {
       const std::int64_t first = task * kBlockElements;
       store_capture(pass, i, first, std::min(kBlockElements, a.elements - first));

@@ -544,6 +544,7 @@ TEST_F(CpuBackward, CapturedGradientsOfEveryLevel) {
   for (const int threads : {1, 2, 3}) {
     for (const auto& [seqlen_q, seqlen_kv] : {std::pair(7, 5), std::pair(70, 130), std::pair(150, 390)}) {
       for (const bool grad_lse : {true, false}) {
+        if (!grad_lse && seqlen_q != 70) continue;
         check({.batch = 2,
                .num_heads = 4,
                .num_heads_kv = 2,
@@ -583,6 +584,7 @@ TEST_F(CpuBackward, SplitsAndChunksOfKeys) {
 }
 
 TEST_F(CpuBackward, EveryRunGivesTheSameBits) {
+  std::vector<std::uint8_t> dk, dv;  // whatever the number of threads is
   for (const int threads : {1, 2, 3}) {
     Case c{.batch = 1,
            .num_heads = 4,
@@ -594,6 +596,12 @@ TEST_F(CpuBackward, EveryRunGivesTheSameBits) {
     ThreadPool pool(threads);
     Problem first(c);
     first.run(pool);
+    if (threads == 1) {
+      dk = first.dk.bytes;
+      dv = first.dv.bytes;
+    }
+    EXPECT_EQ(first.dk.bytes, dk);
+    EXPECT_EQ(first.dv.bytes, dv);
     for (int i = 0; i < 5; ++i) {
       Problem again(c);
       again.run(pool);
