@@ -175,6 +175,7 @@ class Differentiation {
       return {.kind = Link::kSame};  // where the other one is chosen, there is no gradient
     }
     std::vector<int> x;
+    x.reserve(node.args.size());
     for (dsl::NodeId argument : node.args) x.push_back(lowered_.value[static_cast<std::size_t>(argument)]);
     return link_of(node, a, x, lowered_.value[i]);
   }

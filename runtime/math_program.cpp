@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <span>
 #include <utility>
 
 #include "dsl/functions.h"
@@ -64,32 +65,23 @@ bool is_surely_finite(const dsl::Expr& expr, const dsl::Node& node) {
 }
 
 // The arguments whose `keep` a node's `keep` is made of; "Dropped elements" of the language's rules.
-int keep_arguments(const dsl::Expr& expr, const dsl::Node& node, int (&arguments)[2]) {
+std::span<const std::size_t> keep_arguments(const dsl::Expr& expr, const dsl::Node& node) {
+  static constexpr std::size_t kPositions[] = {0, 1, 2};
+  const std::span all(kPositions);
   switch (node.op) {
     case dsl::Op::kSelect:
-      arguments[0] = 1;
-      arguments[1] = 2;
-      return 2;
+      return all.subspan(1, 2);
     case dsl::Op::kAdd:
-      arguments[0] = 0;
-      arguments[1] = 1;
-      return 2;
+      return all.first(2);
     case dsl::Op::kSub:
-      arguments[0] = 0;
-      return 1;
+      return all.first(1);
     case dsl::Op::kMul:
-      if (is_positive_literal(expr, node.args[0])) {
-        arguments[0] = 1;
-        return 1;
-      }
-      arguments[0] = 0;
-      return is_positive_literal(expr, node.args[1]) ? 1 : 0;
+      if (is_positive_literal(expr, node.args[0])) return all.subspan(1, 1);
+      return all.first(is_positive_literal(expr, node.args[1]) ? 1 : 0);
     case dsl::Op::kCall:
-      arguments[0] = 0;
-      arguments[1] = 1;
-      return node.function == dsl::Function::kMin ? 2 : 0;
+      return all.first(node.function == dsl::Function::kMin ? 2 : 0);
     default:
-      return 0;
+      return {};
   }
 }
 
@@ -227,13 +219,8 @@ LoweredExpr MathBuilder::lower(const dsl::Expr& expr, bool wants_keep) {
     if (used[i]) {
       for (dsl::NodeId argument : node.args) used[static_cast<std::size_t>(argument)] = true;
     }
-    if (lowered.decides[i]) {
-      int arguments[2];
-      const int count = keep_arguments(expr, node, arguments);
-      for (int a = 0; a < count; ++a) {
-        lowered.decides[static_cast<std::size_t>(node.args[static_cast<std::size_t>(arguments[a])])] = true;
-      }
-    }
+    if (!lowered.decides[i]) continue;
+    for (std::size_t a : keep_arguments(expr, node)) lowered.decides[static_cast<std::size_t>(node.args[a])] = true;
   }
 
   for (std::size_t i = 0; i < n; ++i) {
@@ -343,6 +330,7 @@ int MathBuilder::lower_node(const dsl::Expr& expr, const dsl::Node& node, const 
     if (operand.op == dsl::Op::kInt) return literal(static_cast<float>(operand.int_value));
   }
   std::vector<int> in;
+  in.reserve(node.args.size());
   for (dsl::NodeId argument : node.args) in.push_back(value[static_cast<std::size_t>(argument)]);
   switch (node.op) {
     case dsl::Op::kScore:
@@ -393,22 +381,19 @@ int MathBuilder::lower_keep(const dsl::Expr& expr, LoweredExpr* lowered) {
       lowered->drops[i] = true;
       continue;
     }
-    int arguments[2];
-    const int count = keep_arguments(expr, node, arguments);
-    const auto argument = [&](int a) {
-      return static_cast<std::size_t>(node.args[static_cast<std::size_t>(arguments[a])]);
-    };
-    if (count == 1) {
+    const std::span<const std::size_t> arguments = keep_arguments(expr, node);
+    const auto argument = [&](std::size_t a) { return static_cast<std::size_t>(node.args[arguments[a]]); };
+    if (arguments.size() == 1) {
       keep[i] = keep[argument(0)];
-    } else if (count == 2 && node.op == dsl::Op::kSelect) {
+    } else if (arguments.size() == 2 && node.op == dsl::Op::kSelect) {
       keep[i] =
           keep_select(lowered->value[static_cast<std::size_t>(node.args[0])], keep[argument(0)], keep[argument(1)]);
-    } else if (count == 2) {
+    } else if (arguments.size() == 2) {
       keep[i] = keep_and(keep[argument(0)], keep[argument(1)]);
     }
     lowered->drops[i] = keep[i] == LoweredExpr::kFalse;
     if (keep[i] == LoweredExpr::kTrue) continue;
-    for (int a = 0; a < count; ++a) exact[i] = exact[i] && exact[argument(a)];
+    for (std::size_t a = 0; a < arguments.size(); ++a) exact[i] = exact[i] && exact[argument(a)];
     if (node.op != dsl::Op::kSelect && node.op != dsl::Op::kMul) {
       // -inf plus NaN or infinity is not -inf: one side drops, the other has to be finite.
       int finite = 0;
@@ -540,13 +525,18 @@ void MathBuilder::finish_step(Pending& pending) {
 }
 
 void MathBuilder::arrange_sum(Pending& pending) {
-  const unsigned all = dims(pending.in[0]);
-  const int over = std::countr_zero(all ^ dims(pending.out));
+  const unsigned all = dims(pending.in[0]), kept = dims(pending.out);
   MathProgram::Step& step = pending.step;
   step.rank = 3;
-  step.extent[1] = extent_[over];
+  int part = 0;  // in front of the dimension that is summed over, or behind
   for (int d = 0; d < 4; ++d) {
-    if (d != over && (all & (1u << d)) != 0) step.extent[d < over ? 0 : 2] *= extent_[d];
+    if ((all & (1u << d)) == 0) continue;
+    if ((kept & (1u << d)) == 0) {
+      step.extent[1] = extent_[d];
+      part = 2;
+    } else {
+      step.extent[part] *= extent_[d];
+    }
   }
   step.elements = step.extent[0] * step.extent[2];
 }
