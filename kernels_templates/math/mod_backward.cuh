@@ -280,11 +280,7 @@ extern "C" __global__ void __launch_bounds__(kModThreads, 1)
           step.score[r][i] = score;
           step.grad[r][i] = grad;
           s[r].x[i] = probability * probability_factor;
-          float gradient = grad;
-          if constexpr (!Mod::kUnitDerivative) {
-            gradient = Mod::dscore(p.captured, score, grad, at.block, at.row[r], step.column[i], diagonal);
-          }
-          ds[r].x[i] = gradient * p.factor;
+          ds[r].x[i] = p.factor * Mod::dscore(p.captured, score, grad, at.block, at.row[r], step.column[i], diagonal);
         }
         if (!inside || first_q + r >= p.seqlen_q) continue;
         store_vector(p.element, p.scores + (first_row + r) * p.pitch, index, s[r]);

@@ -318,6 +318,7 @@ struct Call {
       for (std::int64_t h = 0; h < p.heads; ++h) {
         for (std::int64_t i = 0; i < p.seqlen_q; ++i) {
           std::vector<double> m;
+          m.reserve(static_cast<std::size_t>(p.seqlen_kv));
           double factor, maximum = -kInf, sum = 0.0;
           for (std::int64_t j = 0; j < p.seqlen_kv; ++j) m.push_back(modified(score(b, h, i, j), b, h, i, j, &factor));
           for (double x : m) maximum = std::max(maximum, x);

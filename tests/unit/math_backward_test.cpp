@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <optional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,7 +45,11 @@ class Problem : public MathProblem {
   explicit Problem(const Shape& shape)
       : MathProblem(shape),
         grad_out(shape.batch, shape.heads, shape.seqlen_q, shape.head_dim_v, shape.dtype, shape.layout),
-        grad_lse(static_cast<std::size_t>(shape.batch * shape.heads * shape.seqlen_q)) {
+        grad_lse(static_cast<std::size_t>(shape.batch * shape.heads * shape.seqlen_q)),
+        dq(0, 0, 0, 0, shape.dtype, shape.layout),
+        dk(dq),
+        dv(dq),
+        o_(dq) {
     std::uniform_int_distribution<int> value(-256, 256);
     grad_out.fill([&] { return value(random_) / 256.0; });
     for (float& x : grad_lse) x = static_cast<float>(value(random_)) / 256.0f;
@@ -65,7 +69,7 @@ class Problem : public MathProblem {
     ThreadPool pool(threads);
     plan.run(call_, gradients, workspace.data(), pool);
     if (!workspace.intact()) return "wrote outside its workspace";
-    for (const Tensor* tensor : {&*dq, &*dk, &*dv}) {
+    for (const Tensor* tensor : {&dq, &dk, &dv}) {
       if (!tensor->untouched_between()) return "wrote between the rows of a gradient";
     }
     if (spoil != nullptr) spoil(*this);
@@ -96,7 +100,7 @@ class Problem : public MathProblem {
   std::string description;
   Tensor grad_out;
   std::vector<float> grad_lse;
-  std::optional<Tensor> dq, dk, dv;
+  Tensor dq, dk, dv;
 
  private:
   std::size_t number_of(const std::string& name) const {
@@ -131,11 +135,10 @@ class Problem : public MathProblem {
 
   // o and lse, in double and rounded, are the backward's inputs.
   void forward() {
-    interpreter_.emplace(score_, views_);
-    mask_interpreter_.reset();
-    if (mask_) mask_interpreter_.emplace(*mask_, views_);
+    interpreter_ = std::make_unique<dsl::Interpreter>(score_, views_);
+    mask_interpreter_ = mask_ ? std::make_unique<dsl::Interpreter>(*mask_, views_) : nullptr;
     const Shape::Layout layout = shape_.layout == Shape::kOverlapping ? Shape::kPacked : shape_.layout;
-    o_.emplace(shape_.batch, shape_.heads, shape_.seqlen_q, shape_.head_dim_v, shape_.dtype, layout);
+    o_ = Tensor(shape_.batch, shape_.heads, shape_.seqlen_q, shape_.head_dim_v, shape_.dtype, layout);
     lse_.assign(static_cast<std::size_t>(shape_.batch * shape_.heads * shape_.seqlen_q), 0.0f);
     for (std::int64_t b = 0; b < shape_.batch; ++b) {
       for (std::int64_t h = 0; h < shape_.heads; ++h) {
@@ -158,7 +161,7 @@ class Problem : public MathProblem {
               if (p != 0.0) value += p * v.get(b, h_kv, static_cast<std::int64_t>(j), d);
             }
             // Kept to what write_element() can round.
-            o_->set(b, h, i, d, shape_.dtype == DType::kF32 ? value : std::nearbyint(value * 256.0) / 256.0);
+            o_.set(b, h, i, d, shape_.dtype == DType::kF32 ? value : std::nearbyint(value * 256.0) / 256.0);
           }
         }
       }
@@ -166,24 +169,24 @@ class Problem : public MathProblem {
     call_.q = q.view();
     call_.k = k.view();
     call_.v = v.view();
-    call_.o = o_->view();
+    call_.o = o_.view();
     call_.lse = {lse_.data(), {shape_.heads * shape_.seqlen_q, shape_.seqlen_q, 1}};
     call_.scale = shape_.scale;
   }
 
   WantedGradients prepare(const Wants& wants, Gradients* gradients) {
     const Shape::Layout layout = shape_.layout == Shape::kOverlapping ? Shape::kPacked : shape_.layout;
-    dq.emplace(shape_.batch, shape_.heads, shape_.seqlen_q, shape_.head_dim, shape_.dtype, layout);
-    dk.emplace(shape_.batch, shape_.heads_kv, shape_.seqlen_kv, shape_.head_dim, shape_.dtype, layout);
-    dv.emplace(shape_.batch, shape_.heads_kv, shape_.seqlen_kv, shape_.head_dim_v, shape_.dtype, layout);
+    dq = Tensor(shape_.batch, shape_.heads, shape_.seqlen_q, shape_.head_dim, shape_.dtype, layout);
+    dk = Tensor(shape_.batch, shape_.heads_kv, shape_.seqlen_kv, shape_.head_dim, shape_.dtype, layout);
+    dv = Tensor(shape_.batch, shape_.heads_kv, shape_.seqlen_kv, shape_.head_dim_v, shape_.dtype, layout);
     gradients->grad_out = grad_out.view();
     if (wants.grad_lse) {
       gradients->grad_lse = {grad_lse.data(), {shape_.heads * shape_.seqlen_q, shape_.seqlen_q, 1}};
     }
     WantedGradients wanted{.dq = wants.dq, .dk = wants.dk, .dv = wants.dv};
-    if (wants.dq) gradients->dq = dq->view();
-    if (wants.dk) gradients->dk = dk->view();
-    if (wants.dv) gradients->dv = dv->view();
+    if (wants.dq) gradients->dq = dq.view();
+    if (wants.dk) gradients->dk = dk.view();
+    if (wants.dv) gradients->dv = dv.view();
     captured_data_.assign(views_.size(), {});
     for (std::size_t n = 0; n < views_.size(); ++n) {
       const dsl::CaptureView& view = views_[n];
@@ -224,7 +227,7 @@ class Problem : public MathProblem {
             for (std::int64_t d = 0; d < shape_.head_dim; ++d) {
               const std::string place = place_of("dq", b, h, i, d);
               const Sum& sum = sums_q[static_cast<std::size_t>(d)];
-              if (std::string error = compare(wants.dq, place, dq->get(b, h, i, d), sum, shape_.dtype); !error.empty())
+              if (std::string error = compare(wants.dq, place, dq.get(b, h, i, d), sum, shape_.dtype); !error.empty())
                 return error;
             }
           }
@@ -233,13 +236,13 @@ class Problem : public MathProblem {
           for (std::int64_t d = 0; d < shape_.head_dim; ++d) {
             const Sum& sum = sums_k[static_cast<std::size_t>(j * shape_.head_dim + d)];
             const std::string place = place_of("dk", b, h_kv, j, d);
-            if (std::string error = compare(wants.dk, place, dk->get(b, h_kv, j, d), sum, shape_.dtype); !error.empty())
+            if (std::string error = compare(wants.dk, place, dk.get(b, h_kv, j, d), sum, shape_.dtype); !error.empty())
               return error;
           }
           for (std::int64_t d = 0; d < shape_.head_dim_v; ++d) {
             const Sum& sum = sums_v[static_cast<std::size_t>(j * shape_.head_dim_v + d)];
             const std::string place = place_of("dv", b, h_kv, j, d);
-            if (std::string error = compare(wants.dv, place, dv->get(b, h_kv, j, d), sum, shape_.dtype); !error.empty())
+            if (std::string error = compare(wants.dv, place, dv.get(b, h_kv, j, d), sum, shape_.dtype); !error.empty())
               return error;
           }
         }
@@ -268,7 +271,7 @@ class Problem : public MathProblem {
     const double scale = static_cast<double>(shape_.scale);
     Sum delta;
     for (std::int64_t d = 0; d < shape_.head_dim_v; ++d) {
-      const double x = grad_out.get(b, h, i, d) * o_->get(b, h, i, d);
+      const double x = grad_out.get(b, h, i, d) * o_.get(b, h, i, d);
       delta.add(x, x);
     }
     if (wants.grad_lse) delta.add(-static_cast<double>(grad_lse[row]), static_cast<double>(grad_lse[row]));
@@ -322,8 +325,8 @@ class Problem : public MathProblem {
            std::to_string(tolerance);
   }
 
-  std::optional<dsl::Interpreter> interpreter_, mask_interpreter_;
-  std::optional<Tensor> o_;
+  std::unique_ptr<dsl::Interpreter> interpreter_, mask_interpreter_;
+  Tensor o_;
   std::vector<float> lse_;
   std::vector<std::vector<char>> captured_data_;
 };
@@ -603,7 +606,7 @@ TEST(MathBackward, TwoRunsGiveTheSameBits) {
               "");
     std::vector<double> all = {problem.captured_gradient("factor", 0)};
     for (std::size_t i = 0; i < 23; ++i) all.push_back(problem.captured_gradient("table", i));
-    for (std::int64_t j = 0; j < 131; ++j) all.push_back(problem.dk->get(0, 0, j, 3));
+    for (std::int64_t j = 0; j < 131; ++j) all.push_back(problem.dk.get(0, 0, j, 3));
     if (run == 0) first = all;
     EXPECT_EQ(all, first);
   }
@@ -616,10 +619,10 @@ TEST(MathBackward, JudgeRejectsWrongResults) {
     return problem.check("score + table[kv_idx]", "", {}, {}, 1, spoil);
   };
   EXPECT_EQ(check([](Problem&) {}), "");
-  EXPECT_NE(check([](Problem& p) { p.dq->set(1, 2, 3, 4, p.dq->get(1, 2, 3, 4) * 1.005); }), "");
-  EXPECT_NE(check([](Problem& p) { p.dk->set(1, 1, 20, 4, p.dk->get(1, 1, 20, 4) * 0.995); }), "");
-  EXPECT_NE(check([](Problem& p) { p.dv->set(0, 1, 36, 7, 0.0); }), "");
-  EXPECT_NE(check([](Problem& p) { p.dq->set(0, 0, 0, 0, kNaN); }), "");
+  EXPECT_NE(check([](Problem& p) { p.dq.set(1, 2, 3, 4, p.dq.get(1, 2, 3, 4) * 1.005); }), "");
+  EXPECT_NE(check([](Problem& p) { p.dk.set(1, 1, 20, 4, p.dk.get(1, 1, 20, 4) * 0.995); }), "");
+  EXPECT_NE(check([](Problem& p) { p.dv.set(0, 1, 36, 7, 0.0); }), "");
+  EXPECT_NE(check([](Problem& p) { p.dq.set(0, 0, 0, 0, kNaN); }), "");
   EXPECT_NE(check([](Problem& p) { p.set_captured_gradient("table", 22, 0.0); }), "");
 }
 
