@@ -49,6 +49,13 @@ PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention) {
   return PlanPtr(plan);
 }
 
+TrainingPlans prepare_training(attnjit_context* context, const attnjit_attention& attention,
+                               const attnjit_gradients& gradients) {
+  attnjit_plan *forward = nullptr, *backward = nullptr;
+  check(attnjit_prepare_backward(context, &attention, &gradients, &forward, &backward));
+  return {.forward = PlanPtr(forward), .backward = PlanPtr(backward)};
+}
+
 nlohmann::ordered_json description_of(const PlanPtr& plan) {
   return nlohmann::ordered_json::parse(attnjit_plan_description(plan.get()));
 }

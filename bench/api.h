@@ -29,6 +29,12 @@ struct PlanDelete {
 };
 using PlanPtr = std::unique_ptr<attnjit_plan, PlanDelete>;
 PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention);
+// Both plans of a training step, compiled at the same time.
+struct TrainingPlans {
+  PlanPtr forward, backward;
+};
+TrainingPlans prepare_training(attnjit_context* context, const attnjit_attention& attention,
+                               const attnjit_gradients& gradients);
 
 nlohmann::ordered_json description_of(const PlanPtr& plan);
 // What does the products of an eager plan, as "OpenBLAS 0.3.21, SkylakeX, ...": a baseline is worth what that is.

@@ -8,12 +8,14 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
@@ -55,7 +57,7 @@ struct BenchOptions {
   std::vector<std::int64_t> batches, seqlens, head_dims;
   std::vector<std::string> heads, mods, captures;
   std::string dtype = "bfloat16", device = "auto", baseline = "math", backend = "auto", format = "github", output;
-  bool dynamic = false, max_autotune = false;
+  bool dynamic = false, max_autotune = false, calculate_bwd = false, deterministic = false;
   bool on_gpu = false, default_sweep = false;  // found out from the others
   int repetitions = 5, threads = 0;
   std::size_t rows = 16;
@@ -77,6 +79,8 @@ std::string command_line(const BenchOptions& o) {
   for (const std::string& capture : o.captures) text += " --captures " + shell_quoted(capture);
   if (o.dynamic) text += " --dynamic";
   if (o.max_autotune) text += " --max-autotune";
+  if (o.calculate_bwd) text += " --calculate-bwd";
+  if (o.deterministic) text += " --deterministic";
   return text + " --format " + o.format;
 }
 
@@ -128,10 +132,12 @@ std::vector<Shape> make_shapes(const BenchOptions& options) {
   return shapes;
 }
 
-std::uint64_t tensor_bytes(const Shape& s, ElementType type) {
+std::uint64_t tensor_bytes(const Shape& s, ElementType type, bool backward) {
+  // q and two o; k and v. In the backward, besides, grad_out and two dq; two dk and two dv.
+  const double of_queries = backward ? 6.0 : 3.0, of_keys = backward ? 6.0 : 2.0;
   const double elements = static_cast<double>(s.batch) * static_cast<double>(s.head_dim) *
-                          (3.0 * static_cast<double>(s.heads_q) * static_cast<double>(s.seqlen_q) +  // q and two o
-                           2.0 * static_cast<double>(s.heads_kv) * static_cast<double>(s.seqlen_kv));
+                          (of_queries * static_cast<double>(s.heads_q) * static_cast<double>(s.seqlen_q) +
+                           of_keys * static_cast<double>(s.heads_kv) * static_cast<double>(s.seqlen_kv));
   return static_cast<std::uint64_t>(std::min(elements * info(type).bits / 8, 1e18));
 }
 
@@ -151,6 +157,28 @@ struct Inputs {
     for (const Placed* input : {&q, &k, &v}) input->device.upload();
   }
   Placed q, k, v, o, eager_o, lse, eager_lse;
+};
+
+// What the backward of a problem needs besides.
+struct Gradients {
+  Gradients(const Shape& s, ElementType type, std::uint64_t seed, bool on_gpu)
+      : grad_out(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim), on_gpu),
+        compiled(s, type, on_gpu),
+        eager(s, type, on_gpu) {
+    fill_normal(grad_out.host, seed ^ 0x9e3779b9u);
+    grad_out.device.upload();
+  }
+
+  struct Outputs {
+    Outputs(const Shape& s, ElementType type, bool on_gpu)
+        : dq(Tensor::sequence_major(type, s.batch, s.heads_q, s.seqlen_q, s.head_dim), on_gpu),
+          dk(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim), on_gpu),
+          dv(Tensor::sequence_major(type, s.batch, s.heads_kv, s.seqlen_kv, s.head_dim), on_gpu) {}
+    std::array<const Placed*, 3> all() const { return {&dq, &dk, &dv}; }
+    Placed dq, dk, dv;
+  };
+  Placed grad_out;
+  Outputs compiled, eager;
 };
 
 // Captured tensors where the calls want them; scalars stay on the host, and are passed by value.
@@ -175,7 +203,29 @@ class PlacedCaptures {
   std::vector<attnjit_capture> lent_;
 };
 
-// A call with its plan. Stays where it is made: the structs point into each other.
+// The structs of a backward call. Stays where it is made: they point into each other.
+class GradientsOfCall {
+ public:
+  GradientsOfCall(const DLTensor& grad_out, const DLTensor& dq, const DLTensor& dk, const DLTensor& dv,
+                  bool deterministic)
+      : grad_out_(grad_out), dq_(dq), dk_(dk), dv_(dv) {
+    gradients_.grad_out = &grad_out_;
+    gradients_.dq = &dq_;
+    gradients_.dk = &dk_;
+    gradients_.dv = &dv_;
+    gradients_.deterministic = deterministic ? 1 : 0;
+  }
+  GradientsOfCall(const GradientsOfCall&) = delete;
+  GradientsOfCall& operator=(const GradientsOfCall&) = delete;
+  const attnjit_gradients& get() const { return gradients_; }
+
+ private:
+  DLTensor grad_out_, dq_, dk_, dv_;
+  attnjit_gradients gradients_ = ATTNJIT_GRADIENTS_INIT;
+};
+
+// A call with its plan, and that of its backward where there is one. Stays where it is made: the structs point into
+// each other.
 class Call {
  public:
   Call(attnjit_context* context, const DLTensor& q, const DLTensor& k, const DLTensor& v,
@@ -201,19 +251,35 @@ class Call {
     attention_.lse = &lse_;
   }
 
+  void bind_gradients(const attnjit_gradients& gradients) { gradients_ = &gradients; }
+
   // Milliseconds.
   double prepare() {
     plan_.reset();
+    backward_plan_.reset();
     const auto begin = std::chrono::steady_clock::now();
-    plan_ = tool::prepare(context_, attention_);
+    if (gradients_ != nullptr) {
+      TrainingPlans plans = prepare_training(context_, attention_, *gradients_);
+      plan_ = std::move(plans.forward);
+      backward_plan_ = std::move(plans.backward);
+    } else {
+      plan_ = tool::prepare(context_, attention_);
+    }
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
   }
   nlohmann::ordered_json description() const { return description_of(plan_); }
-  std::size_t workspace_size() const { return attnjit_plan_workspace_size(plan_.get()); }
+  std::size_t workspace_size() const {
+    return std::max(attnjit_plan_workspace_size(plan_.get()), attnjit_plan_workspace_size(backward_plan_.get()));
+  }
   void allocate_workspace() { workspace_ = Workspace(workspace_size(), q_.device.device_type == kDLCUDA); }
   void free_workspace() { workspace_ = Workspace(); }
   void run(void* stream = nullptr) {
     check(attnjit_run(plan_.get(), &attention_, workspace_.data(), workspace_size(), stream));
+  }
+  // Of the results of a run before it.
+  void run_backward(void* stream = nullptr) {
+    check(attnjit_run_backward(backward_plan_.get(), &attention_, gradients_, workspace_.data(), workspace_size(),
+                               stream));
   }
   const attnjit_attention& attention() const { return attention_; }
 
@@ -222,7 +288,8 @@ class Call {
   attnjit_attention attention_ = ATTNJIT_ATTENTION_INIT;
   DLTensor q_, k_, v_;
   DLTensor o_ = q_, lse_ = q_;  // until bind_outputs()
-  PlanPtr plan_;
+  const attnjit_gradients* gradients_ = nullptr;
+  PlanPtr plan_, backward_plan_;
   Workspace workspace_;
 };
 
@@ -334,6 +401,109 @@ Verdict judge_cell(attnjit_context* context, const attnjit_attention& attention,
   return verdict;
 }
 
+// ---- Gradients
+
+// One batch and key/value head with the query heads that share it.
+struct HeadGroup {
+  std::int64_t b, h_kv;
+};
+
+// A gradient as it is judged: the result and the eager one, (B, H, S, D), and how many of its heads a group has.
+struct JudgedGradient {
+  const char* name;
+  const Tensor &result, &eager;
+  std::int64_t heads;
+};
+
+// Every gradient of a group against the oracle.
+Verdict judge_group(attnjit_context* context, const attnjit_attention& attention, const attnjit_gradients& gradients,
+                    std::span<const JudgedGradient, 3> judged, const HeadGroup& group, Allowed* allowed) {
+  std::array<std::vector<double>, 3> gold, bound;
+  for (std::size_t i = 0; i < judged.size(); ++i) {
+    const std::vector<std::int64_t>& shape = judged[i].result.shape();
+    gold[i].resize(static_cast<std::size_t>(judged[i].heads * shape[2] * shape[3]));
+    bound[i].resize(gold[i].size());
+  }
+  attnjit_reference_gradients out = ATTNJIT_REFERENCE_GRADIENTS_INIT;
+  out.dq = gold[0].data();
+  out.dk = gold[1].data();
+  out.dv = gold[2].data();
+  out.dq_bound = bound[0].data();
+  out.dk_bound = bound[1].data();
+  out.dv_bound = bound[2].data();
+  check(attnjit_reference_backward(context, &attention, &gradients, group.b, group.h_kv, &out));
+  Verdict verdict;
+  for (std::size_t i = 0; i < judged.size(); ++i) {
+    const JudgedGradient& g = judged[i];
+    const std::int64_t seqlen = g.result.shape()[2];
+    const auto dim = static_cast<std::size_t>(g.result.shape()[3]);
+    std::vector<double> values(dim);
+    for (std::int64_t row = 0; row < g.heads * seqlen; ++row) {
+      const attnjit_row at{group.b, group.h_kv * g.heads + row / seqlen, row % seqlen};
+      const std::int64_t offset = offset_of(g.result, at);
+      for (std::size_t d = 0; d < dim; ++d) values[d] = g.result.get(offset + static_cast<std::int64_t>(d));
+      const std::size_t first = static_cast<std::size_t>(row) * dim;
+      verdict.merge(judge_values(values, std::span(gold[i]).subspan(first, dim),
+                                 std::span(bound[i]).subspan(first, dim), g.result.type(), g.name,
+                                 fmt::format("b={} h={} row {}", at.b, at.h, at.q_idx)));
+    }
+    for (const double each : bound[i]) {
+      if (std::isfinite(each)) allowed[i].o = std::max(allowed[i].o, each);
+    }
+  }
+  return verdict;
+}
+
+// How far a group's result is from the eager one, in units of what is allowed; infinite where something is NaN that is
+// not NaN there.
+double distance_from_eager(std::span<const JudgedGradient, 3> judged, const HeadGroup& group, const Allowed* allowed) {
+  double worst = 0.0;
+  for (std::size_t i = 0; i < judged.size(); ++i) {
+    const JudgedGradient& g = judged[i];
+    const std::vector<std::int64_t>& shape = g.result.shape();
+    for (std::int64_t h = group.h_kv * g.heads; h < (group.h_kv + 1) * g.heads; ++h) {
+      for (std::int64_t row = 0; row < shape[2]; ++row) {
+        const std::int64_t at = offset_of(g.result, {group.b, h, row});
+        for (std::int64_t d = 0; d < shape[3]; ++d) {
+          const double a = g.result.get(at + d), b = g.eager.get(at + d);
+          if (a == b || (std::isnan(a) && std::isnan(b))) continue;
+          const double difference = std::fabs(a - b) / allowed[i].o;
+          worst = std::max(worst, std::isnan(difference) ? std::numeric_limits<double>::infinity() : difference);
+        }
+      }
+    }
+  }
+  return worst;
+}
+
+// One group of heads in full, and of the others the one that is furthest from eager, where it is suspiciously far.
+Verdict judge_gradients(attnjit_context* context, const attnjit_attention& attention,
+                        const attnjit_gradients& gradients, std::span<const JudgedGradient, 3> judged,
+                        std::uint64_t seed) {
+  const std::vector<std::int64_t>& shape = judged[1].result.shape();
+  const std::int64_t groups = shape[0] * shape[1];
+  const auto group_at = [&](std::int64_t i) { return HeadGroup{i / shape[1], i % shape[1]}; };
+  const std::int64_t sampled = static_cast<std::int64_t>(seed % static_cast<std::uint64_t>(groups));
+  Allowed allowed[3];
+  Verdict verdict = judge_group(context, attention, gradients, judged, group_at(sampled), allowed);
+  if (verdict.ok && verdict.unbounded > allowed_left_out(verdict.rows)) {
+    verdict.ok = false;
+    verdict.why = fmt::format("float32 does not decide {} of {} rows of the gradients; at most {} may be left out",
+                              verdict.unbounded, verdict.rows, allowed_left_out(verdict.rows));
+  }
+  if (!verdict.ok) return verdict;
+  double worst = kScreenFactor;
+  std::optional<std::int64_t> suspect;
+  for (std::int64_t i = 0; i < groups; ++i) {
+    const double distance = i == sampled ? 0.0 : distance_from_eager(judged, group_at(i), allowed);
+    if (distance <= worst) continue;
+    worst = distance;
+    suspect = i;
+  }
+  if (suspect) verdict.merge(judge_group(context, attention, gradients, judged, group_at(*suspect), allowed));
+  return verdict;
+}
+
 struct PrepareTimes {
   std::vector<double> new_shape, cached;
 };
@@ -398,9 +568,11 @@ class Bench {
     const std::uint64_t available = on_gpu_ ? Gpu::get().free_memory() : host_memory;
     std::set<std::string> read;
     for (const Shape& s : shapes_) {
-      check_memory(s, "for q, k, v and o", tensor_bytes(s, type_), host_memory);
+      const std::uint64_t bytes = tensor_bytes(s, type_, options_.calculate_bwd);
+      check_memory(s, options_.calculate_bwd ? "for tensors and gradients" : "for q, k, v and o", bytes, host_memory);
       const std::vector q_shape = {s.batch, s.heads_q, s.seqlen_q, s.head_dim};
       const std::vector kv_shape = {s.batch, s.heads_kv, s.seqlen_kv, s.head_dim};
+      const std::vector lse_shape = {s.batch, s.heads_q, s.seqlen_q};
       DLTensor q = dl_without_data(type_, q_shape), kv = dl_without_data(type_, kv_shape), o = q;
       for (DLTensor* tensor : {&q, &kv, &o}) tensor->device.device_type = on_gpu_ ? kDLCUDA : kDLCPU;
       for (const std::string& mod : options_.mods) {
@@ -415,10 +587,21 @@ class Bench {
         attention.captures = captures.lent.data();
         attention.num_captures = captures.lent.size();
         attention.backend = ATTNJIT_BACKEND_MATH;
-        const PlanPtr plan = prepare(context.get(), attention);
+        DLTensor lse = dl_without_data(ElementType::kFloat32, lse_shape);
+        lse.device = q.device;
+        TrainingPlans plans;
+        if (options_.calculate_bwd) {
+          attention.lse = &lse;
+          const GradientsOfCall gradients(o, q, kv, kv, options_.deterministic);
+          plans = prepare_training(context.get(), attention, gradients.get());
+        } else {
+          plans.forward = prepare(context.get(), attention);
+        }
         check_memory(s, "with the eager baseline's scores",
-                     tensor_bytes(s, type_) + attnjit_plan_workspace_size(plan.get()), available);
-        if (math_products_.empty()) math_products_ = eager_products(description_of(plan));
+                     bytes + std::max(attnjit_plan_workspace_size(plans.forward.get()),
+                                      attnjit_plan_workspace_size(plans.backward.get())),
+                     available);
+        if (math_products_.empty()) math_products_ = eager_products(description_of(plans.forward));
       }
     }
     for (const CaptureSpec& spec : specs_) {
@@ -452,6 +635,8 @@ class Bench {
     const Shape& shape = shapes_[shape_index];
     Inputs inputs(shape, type_, options_.seed + shape_index, on_gpu_);
     const DLTensor q = inputs.q.device.dl(), k = inputs.k.device.dl(), v = inputs.v.device.dl();
+    std::optional<Gradients> gradients;
+    if (options_.calculate_bwd) gradients.emplace(shape, type_, options_.seed + shape_index, on_gpu_);
     for (std::size_t i = 0; i < options_.mods.size(); ++i) {
       const std::string& mod = options_.mods[i];
       progress.begin(fmt::format("{} {}", mod, shape.text()));
@@ -461,6 +646,16 @@ class Bench {
 
       Call compiled(cold_context_.get(), q, k, v, placed.lent(), mod.c_str(), backend_, options_.max_autotune);
       compiled.bind_outputs(inputs.o.device.dl(), inputs.lse.device.dl());
+      std::optional<GradientsOfCall> compiled_gradients, eager_gradients;
+      if (gradients) {
+        const auto bind = [&](std::optional<GradientsOfCall>& of_call, const Gradients::Outputs& outputs) {
+          of_call.emplace(gradients->grad_out.device.dl(), outputs.dq.device.dl(), outputs.dk.device.dl(),
+                          outputs.dv.device.dl(), options_.deterministic);
+        };
+        bind(compiled_gradients, gradients->compiled);
+        bind(eager_gradients, gradients->eager);
+        compiled.bind_gradients(compiled_gradients->get());
+      }
       const double milliseconds = compiled.prepare();
       CompileRow& row = report.compiles[i];
       const nlohmann::ordered_json description = compiled.description();
@@ -478,6 +673,7 @@ class Bench {
       Call& eager = options_.baseline == "plain" ? plain : math;
       for (Call* call : {&math, &eager}) {
         call->bind_outputs(inputs.eager_o.device.dl(), inputs.eager_lse.device.dl());
+        if (gradients) call->bind_gradients(eager_gradients->get());
         call->prepare();
       }
       compiled.allocate_workspace();
@@ -488,42 +684,70 @@ class Bench {
                 .backend = description.value("backend", ""),
                 .shape = shape};
       time_cell(eager, compiled, cell);
+      std::vector<const Placed*> outputs = {&inputs.o, &inputs.lse, &inputs.eager_o, &inputs.eager_lse};
+      if (gradients) {
+        for (const Gradients::Outputs* of_side : {&gradients->compiled, &gradients->eager}) {
+          for (const Placed* output : of_side->all()) outputs.push_back(output);
+        }
+      }
 
       // Judged is a run into poisoned outputs: an element that is not written shows.
-      for (const Placed* output : {&inputs.o, &inputs.lse, &inputs.eager_o, &inputs.eager_lse}) {
-        output->device.fill_nan();
-      }
+      for (const Placed* output : outputs) output->device.fill_nan();
       compiled.run();
+      if (gradients) compiled.run_backward();
       if (&eager != &math) {
         if (on_gpu_) Gpu::get().synchronize();
         eager.free_workspace();  // there need not be room for both
         math.allocate_workspace();
       }
       math.run();
-      for (const Placed* output : {&inputs.o, &inputs.lse, &inputs.eager_o, &inputs.eager_lse}) {
-        output->device.download();
-      }
+      if (gradients) math.run_backward();
+      for (const Placed* output : outputs) output->device.download();
       const Call oracle(context_.get(), inputs.q.host.dl(), inputs.k.host.dl(), inputs.v.host.dl(), captures.lent,
                         mod.c_str(), ATTNJIT_BACKEND_AUTO);
-      cell.verdict = judge_cell(context_.get(), oracle.attention(), inputs.o.host, inputs.eager_o.host, inputs.lse.host,
-                                inputs.eager_lse.host, sample_rows(shape, options_.rows, options_.seed));
+      cell.forward.verdict =
+          judge_cell(context_.get(), oracle.attention(), inputs.o.host, inputs.eager_o.host, inputs.lse.host,
+                     inputs.eager_lse.host, sample_rows(shape, options_.rows, options_.seed));
+      if (gradients) {
+        const GradientsOfCall of_oracle(gradients->grad_out.host.dl(), gradients->compiled.dq.host.dl(),
+                                        gradients->compiled.dk.host.dl(), gradients->compiled.dv.host.dl(), false);
+        const JudgedGradient judged[] = {
+            {"dq", gradients->compiled.dq.host, gradients->eager.dq.host, shape.heads_q / shape.heads_kv},
+            {"dk", gradients->compiled.dk.host, gradients->eager.dk.host, 1},
+            {"dv", gradients->compiled.dv.host, gradients->eager.dv.host, 1}};
+        cell.backward->verdict = judge_gradients(context_.get(), oracle.attention(), of_oracle.get(), judged,
+                                                 options_.seed + 7 * shape_index + i);
+      }
       report.cells.push_back(std::move(cell));
     }
   }
 
   void time_cell(Call& eager, Call& compiled, Cell& cell) const {
+    cell.forward = time_pass([&](void* stream) { eager.run(stream); }, [&](void* stream) { compiled.run(stream); });
+    cell.forward.flops = cell.shape.flops();
+    if (!options_.calculate_bwd) return;
+    // What they need of the forward is there: it ran before.
+    cell.backward = time_pass([&](void* stream) { eager.run_backward(stream); },
+                              [&](void* stream) { compiled.run_backward(stream); });
+    cell.backward->flops = cell.shape.backward_flops();
+  }
+
+  Pass time_pass(const std::function<void(void* stream)>& eager,
+                 const std::function<void(void* stream)>& compiled) const {
+    Pass pass;
     std::vector<Timing> timings;
     if (on_gpu_) {
-      const Enqueue candidates[] = {[&](const GpuStream& stream) { eager.run(stream.handle()); },
-                                    [&](const GpuStream& stream) { compiled.run(stream.handle()); }};
+      const Enqueue candidates[] = {[&](const GpuStream& stream) { eager(stream.handle()); },
+                                    [&](const GpuStream& stream) { compiled(stream.handle()); }};
       timings = time_graphs(candidates, options_.repetitions);
-      cell.host_us = 1e3 * host_milliseconds(candidates[1]);
+      pass.host_us = 1e3 * host_milliseconds(candidates[1]);
     } else {
-      const std::function<void()> candidates[] = {[&] { eager.run(); }, [&] { compiled.run(); }};
+      const std::function<void()> candidates[] = {[&] { eager(nullptr); }, [&] { compiled(nullptr); }};
       timings = time_interleaved(candidates, options_.repetitions);
     }
-    cell.eager = timings[0];
-    cell.compiled = timings[1];
+    pass.eager = timings[0];
+    pass.compiled = timings[1];
+    return pass;
   }
 
   void fill_header(Report& report) const {
@@ -576,6 +800,12 @@ class Bench {
             "{} rows a cell against the double-precision oracle, and those furthest from eager; \"of bound\" is "
             "the largest error in units of what is allowed; rows that float32 does not decide are left out and counted",
             options_.rows));
+    if (options_.calculate_bwd) {
+      add("backward",
+          fmt::format("dq, dk and dv{}, given o and lse; TFLOP/s count 10 B Hq M N D operations; checked are all "
+                      "gradients of one batch and key/value head, and those furthest from eager",
+                      options_.deterministic ? ", deterministic" : ""));
+    }
     add("first compile in the process", fmt::format("{:.1f} ms", first_compile_));
     if (options_.max_autotune) {
       add("max autotune",
@@ -661,6 +891,7 @@ int bench_score_mod(const BenchOptions& given) {
     throw user_error(fmt::format("--baseline {}: allowed are math (eager with the mod) and plain (without it)",
                                  in_quotes(options.baseline)));
   }
+  if (options.deterministic && !options.calculate_bwd) throw user_error("--deterministic goes with --calculate-bwd");
   const std::optional<ReportFormat> format = report_format_named(options.format);
   if (!format) {
     throw user_error(fmt::format("--format {}: allowed are github, csv and json", in_quotes(options.format)));
@@ -702,6 +933,8 @@ void add_bench_command(CLI::App& app, Action& action) {
                     "fail where one compile of a mod does not serve all shapes (CPU code is shared by itself)");
   command->add_flag("--max-autotune", options->max_autotune,
                     "on a GPU, time a few configurations of each kernel beforehand and keep the fastest");
+  command->add_flag("--calculate-bwd", options->calculate_bwd, "also the backward: dq, dk, dv");
+  command->add_flag("--deterministic", options->deterministic, "the backward that gives the same bits in every run");
   command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
   command->add_option("--baseline", options->baseline,
                       "math: eager with the mod; plain: unfused attention without it (default: math)");

@@ -53,40 +53,43 @@ void Verdict::merge(const Verdict& other) {
 
 std::size_t allowed_left_out(std::size_t rows) { return std::max<std::size_t>(1, rows / 100); }
 
-Verdict judge_row(std::span<const double> o, double lse, const RowTruth& truth, ElementType type,
-                  const std::string& where) {
+Verdict judge_values(std::span<const double> values, std::span<const double> gold, std::span<const double> bound,
+                     ElementType type, const std::string& name, const std::string& where) {
   Verdict verdict{.rows = 1};
-  if (!truth.decided) {
-    verdict.left_out = 1;
-    return verdict;
-  }
-  const auto fail = [&](const std::string& why) {
-    if (verdict.ok) verdict.why = fmt::format("{}: {}", where, why);
-    verdict.ok = false;
-  };
-  for (std::size_t i = 0; i < o.size(); ++i) {
-    const double bound = truth.o_bound[i];
-    if (bound == kInfinity) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (bound[i] == kInfinity) {
       verdict.unbounded = 1;
       continue;
     }
-    const double part = of_bound(o[i], truth.o[i], bound, largest(type));
-    if (std::isfinite(o[i]) && std::isfinite(truth.o[i])) {
-      verdict.max_error = std::max(verdict.max_error, std::fabs(o[i] - truth.o[i]));
+    const double part = of_bound(values[i], gold[i], bound[i], largest(type));
+    if (std::isfinite(values[i]) && std::isfinite(gold[i])) {
+      verdict.max_error = std::max(verdict.max_error, std::fabs(values[i] - gold[i]));
     }
     verdict.o_of_bound = std::max(verdict.o_of_bound, part);
     // Written so that a NaN bound (a sum that overflowed) fails as well.
-    if (!(part <= 1.0)) {
-      fail(
-          fmt::format("o[{}] is {:.9g}, the oracle has {:.9g}, allowed difference {:.3g}", i, o[i], truth.o[i], bound));
+    if (part <= 1.0) continue;
+    if (verdict.ok) {
+      verdict.why = fmt::format("{}: {}[{}] is {:.9g}, the oracle has {:.9g}, allowed difference {:.3g}", where, name,
+                                i, values[i], gold[i], bound[i]);
     }
+    verdict.ok = false;
   }
+  return verdict;
+}
+
+Verdict judge_row(std::span<const double> o, double lse, const RowTruth& truth, ElementType type,
+                  const std::string& where) {
+  if (!truth.decided) return {.rows = 1, .left_out = 1};
+  Verdict verdict = judge_values(o, truth.o, truth.o_bound, type, "o", where);
   const bool nan_as_infinity = std::isnan(truth.lse) && lse == kInfinity;
   verdict.lse_of_bound =
       nan_as_infinity ? 0.0 : of_bound(lse, truth.lse, truth.lse_bound, std::numeric_limits<float>::max());
   if (!(verdict.lse_of_bound <= 1.0)) {
-    fail(fmt::format("lse is {:.9g}, the oracle has {:.9g}, allowed difference {:.3g}", lse, truth.lse,
-                     truth.lse_bound));
+    if (verdict.ok) {
+      verdict.why = fmt::format("{}: lse is {:.9g}, the oracle has {:.9g}, allowed difference {:.3g}", where, lse,
+                                truth.lse, truth.lse_bound);
+    }
+    verdict.ok = false;
   }
   return verdict;
 }

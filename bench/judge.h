@@ -28,6 +28,11 @@ struct Verdict {
   void merge(const Verdict& other);
 };
 
+// Values that were computed against those of the oracle and their bounds, one by one; `type` is their element type,
+// `name` and `where` say in `why` what they are. As one row of judge_row, without an LSE.
+Verdict judge_values(std::span<const double> values, std::span<const double> gold, std::span<const double> bound,
+                     ElementType type, const std::string& name, const std::string& where);
+
 // `o` (Dv) is the row that was computed, widened; `type` its element type. `where` names the row in `why`.
 // A row that float32 does not decide is left out. Else |o - gold| is at most its bound for every element; NaN and
 // infinity stand where the oracle has them; a fully masked row is exactly zero, its LSE -inf; the LSE is within its

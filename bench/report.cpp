@@ -15,30 +15,51 @@ using Json = nlohmann::ordered_json;
 
 constexpr std::string_view kShapeName = "shape(B,Hq,M,Hkv,N,D)";
 
+// The passes of a report: how columns and headings call them, and where a cell has one, or null.
+struct PassName {
+  std::string_view prefix, adjective;
+  const Pass* (*of)(const Cell&);
+};
+constexpr PassName kForward = {"fwd", "Forward", [](const Cell& cell) { return &cell.forward; }};
+constexpr PassName kBackward = {
+    "bwd", "Backward", [](const Cell& cell) -> const Pass* { return cell.backward ? &*cell.backward : nullptr; }};
+
+std::vector<PassName> passes_of(const Report& report) {
+  std::vector<PassName> passes = {kForward};
+  if (std::ranges::any_of(report.cells, [](const Cell& cell) { return cell.backward.has_value(); })) {
+    passes.push_back(kBackward);
+  }
+  return passes;
+}
+
 struct Summary {
   double geometric, arithmetic;
   const Cell &max, &min;
+  double max_speedup, min_speedup;
 };
 
 // Of the cells that are right: a wrong result's speed is no speedup.
-std::optional<Summary> summary_of(const Report& report) {
+std::optional<Summary> summary_of(const Report& report, const PassName& name) {
   std::vector<const Cell*> right;
   std::vector<double> speedups;
   for (const Cell& cell : report.cells) {
-    if (!cell.verdict.ok) continue;
+    const Pass* const pass = name.of(cell);
+    if (pass == nullptr || !pass->verdict.ok) continue;
     right.push_back(&cell);
-    speedups.push_back(cell.speedup());
+    speedups.push_back(pass->speedup());
   }
   if (right.empty()) return std::nullopt;
   const auto max = std::ranges::max_element(speedups), min = std::ranges::min_element(speedups);
   return Summary{.geometric = geometric_mean(speedups),
                  .arithmetic = arithmetic_mean(speedups),
                  .max = *right[static_cast<std::size_t>(max - speedups.begin())],
-                 .min = *right[static_cast<std::size_t>(min - speedups.begin())]};
+                 .min = *right[static_cast<std::size_t>(min - speedups.begin())],
+                 .max_speedup = *max,
+                 .min_speedup = *min};
 }
 
 std::size_t num_wrong(const Report& report) {
-  return static_cast<std::size_t>(std::ranges::count_if(report.cells, [](const Cell& c) { return !c.verdict.ok; }));
+  return static_cast<std::size_t>(std::ranges::count_if(report.cells, [](const Cell& c) { return !c.ok(); }));
 }
 
 // A GPU's calls may take some microseconds.
@@ -48,7 +69,7 @@ std::string timing(const Timing& t) {
 }
 
 bool has_host_times(const Report& report) {
-  return std::ranges::any_of(report.cells, [](const Cell& cell) { return cell.host_us > 0.0; });
+  return std::ranges::any_of(report.cells, [](const Cell& cell) { return cell.forward.host_us > 0.0; });
 }
 
 // A bar would end the cell.
@@ -96,43 +117,59 @@ std::string github_report(const Report& report) {
   for (const auto& [name, value] : report.header) text += fmt::format("- {}: {}\n", name, value);
   text += "\n";
 
-  std::vector<std::string> columns = {"score_mod",
-                                      std::string(kShapeName),
-                                      "dtype",
-                                      "fwd_eager_time (ms)",
-                                      "fwd_compiled_time (ms)",
-                                      "fwd_speedup",
-                                      "TFLOP/s",
-                                      "max error",
-                                      "of bound",
-                                      "check"};
-  std::vector<bool> right = {false, false, false, true, true, true, true, true, true, false};
-  constexpr std::ptrdiff_t kHostColumn = 7;
+  const std::vector<PassName> passes = passes_of(report);
   const bool host = has_host_times(report);
-  if (host) {
-    columns.insert(columns.begin() + kHostColumn, "host (us)");
-    right.insert(right.begin() + kHostColumn, true);
+  std::vector<std::string> columns = {"score_mod", std::string(kShapeName), "dtype"};
+  std::vector<bool> right = {false, false, false};
+  const auto column = [&](std::string name, bool to_the_right = true) {
+    columns.push_back(std::move(name));
+    right.push_back(to_the_right);
+  };
+  for (const PassName& name : passes) {
+    // The forward's have no prefix where they stand alone.
+    const std::string prefix = passes.size() == 1 ? std::string() : fmt::format("{} ", name.prefix);
+    column(fmt::format("{}_eager_time (ms)", name.prefix));
+    column(fmt::format("{}_compiled_time (ms)", name.prefix));
+    column(fmt::format("{}_speedup", name.prefix));
+    column(prefix + "TFLOP/s");
+    if (host) column(prefix + "host (us)");
+    column(prefix + "max error");
+    column(prefix + "of bound");
+    column(prefix + "check", false);
   }
   std::vector<std::vector<std::string>> rows;
   rows.reserve(report.cells.size());
   for (const Cell& cell : report.cells) {
-    rows.push_back({escape_bars(cell.mod), cell.shape.text(), cell.dtype, timing(cell.eager), timing(cell.compiled),
-                    fmt::format("{:.3f}", cell.speedup()), fmt::format("{:.3f}", cell.tflops()),
-                    fmt::format("{:.2e}", cell.verdict.max_error),
-                    fmt::format("{:.3f}", std::max(cell.verdict.o_of_bound, cell.verdict.lse_of_bound)),
-                    verdict_text(cell.verdict)});
-    if (host) rows.back().insert(rows.back().begin() + kHostColumn, fmt::format("{:.2f}", cell.host_us));
+    std::vector<std::string>& row =
+        rows.emplace_back(std::vector{escape_bars(cell.mod), cell.shape.text(), cell.dtype});
+    for (const PassName& name : passes) {
+      const Pass* const pass = name.of(cell);
+      if (pass == nullptr) {
+        row.insert(row.end(), host ? 8 : 7, "-");
+        continue;
+      }
+      const Verdict& verdict = pass->verdict;
+      row.insert(row.end(), {timing(pass->eager), timing(pass->compiled), fmt::format("{:.3f}", pass->speedup()),
+                             fmt::format("{:.3f}", pass->tflops())});
+      if (host) row.push_back(fmt::format("{:.2f}", pass->host_us));
+      row.insert(row.end(),
+                 {fmt::format("{:.2e}", verdict.max_error),
+                  fmt::format("{:.3f}", std::max(verdict.o_of_bound, verdict.lse_of_bound)), verdict_text(verdict)});
+    }
   }
   text += github_table(columns, right, rows);
 
-  if (const std::optional<Summary> summary = summary_of(report)) {
+  for (const PassName& name : passes) {
+    const std::optional<Summary> summary = summary_of(report, name);
+    if (!summary) continue;
     rows = {{"Average (geometric)", fmt::format("{:.3f}", summary->geometric), "", "", ""},
             {"Average (arithmetic)", fmt::format("{:.3f}", summary->arithmetic), "", "", ""}};
-    for (const auto& [name, cell] : {std::pair("Max", &summary->max), std::pair("Min", &summary->min)}) {
-      rows.push_back(
-          {name, fmt::format("{:.3f}", cell->speedup()), escape_bars(cell->mod), cell->shape.text(), cell->dtype});
-    }
-    text += "\n### Forward speedups\n\n";
+    const auto extreme = [&](const char* type, const Cell& cell, double speedup) {
+      rows.push_back({type, fmt::format("{:.3f}", speedup), escape_bars(cell.mod), cell.shape.text(), cell.dtype});
+    };
+    extreme("Max", summary->max, summary->max_speedup);
+    extreme("Min", summary->min, summary->min_speedup);
+    text += fmt::format("\n### {} speedups\n\n", name.adjective);
     text += github_table({"Type", "Speedup", "score_mod", std::string(kShapeName), "dtype"},
                          {false, true, false, false, false}, rows);
   }
@@ -150,8 +187,12 @@ std::string github_report(const Report& report) {
   if (const std::size_t wrong = num_wrong(report)) {
     text += fmt::format("\n{} of {} cells are WRONG (left out of the averages):\n", wrong, report.cells.size());
     for (const Cell& cell : report.cells) {
-      if (cell.verdict.ok) continue;
-      text += fmt::format("- {} {} {}: {}\n", cell.mod, cell.shape.text(), cell.dtype, cell.verdict.why);
+      for (const PassName& name : passes) {
+        const Pass* const pass = name.of(cell);
+        if (pass == nullptr || pass->verdict.ok) continue;
+        text += fmt::format("- {} {} {}{}: {}\n", cell.mod, cell.shape.text(), cell.dtype,
+                            passes.size() == 1 ? "" : fmt::format(" {}", name.prefix), pass->verdict.why);
+      }
     }
   } else {
     text += fmt::format("\nAll {} cells pass.\n", report.cells.size());
@@ -162,40 +203,45 @@ std::string github_report(const Report& report) {
 std::string csv_report(const Report& report) {
   std::string text;
   for (const auto& [name, value] : report.header) text += fmt::format("# {}: {}\n", name, value);
-  text +=
-      csv_line({"score_mod",   "batch",           "heads_q",         "seqlen_q", "heads_kv",      "seqlen_kv",
-                "head_dim",    "dtype",           "backend",         "eager_ms", "eager_min_ms",  "eager_max_ms",
-                "compiled_ms", "compiled_min_ms", "compiled_max_ms", "host_us",  "speedup",       "tflops",
-                "max_error",   "o_of_bound",      "lse_of_bound",    "rows",     "rows_left_out", "rows_without_bound",
-                "pass"});
+  const std::vector<PassName> passes = passes_of(report);
+  std::vector<std::string> names = {"score_mod", "batch",    "heads_q", "seqlen_q", "heads_kv",
+                                    "seqlen_kv", "head_dim", "dtype",   "backend"};
+  for (const PassName& name : passes) {
+    for (const char* field : {"eager_ms", "eager_min_ms", "eager_max_ms", "compiled_ms", "compiled_min_ms",
+                              "compiled_max_ms", "host_us", "speedup", "tflops", "max_error", "o_of_bound",
+                              "lse_of_bound", "rows", "rows_left_out", "rows_without_bound", "pass"}) {
+      names.push_back(&name == passes.data() ? field : fmt::format("{}_{}", name.prefix, field));
+    }
+  }
+  text += csv_line(names);
   const auto number = [](double value) { return fmt::format("{:.6g}", value); };
   for (const Cell& cell : report.cells) {
     const Shape& s = cell.shape;
-    text += csv_line({cell.mod,
-                      fmt::to_string(s.batch),
-                      fmt::to_string(s.heads_q),
-                      fmt::to_string(s.seqlen_q),
-                      fmt::to_string(s.heads_kv),
-                      fmt::to_string(s.seqlen_kv),
-                      fmt::to_string(s.head_dim),
-                      cell.dtype,
-                      cell.backend,
-                      number(cell.eager.median),
-                      number(cell.eager.min),
-                      number(cell.eager.max),
-                      number(cell.compiled.median),
-                      number(cell.compiled.min),
-                      number(cell.compiled.max),
-                      cell.host_us > 0.0 ? number(cell.host_us) : "",
-                      number(cell.speedup()),
-                      number(cell.tflops()),
-                      number(cell.verdict.max_error),
-                      number(cell.verdict.o_of_bound),
-                      number(cell.verdict.lse_of_bound),
-                      fmt::to_string(cell.verdict.rows),
-                      fmt::to_string(cell.verdict.left_out),
-                      fmt::to_string(cell.verdict.unbounded),
-                      cell.verdict.ok ? "true" : "false"});
+    std::vector<std::string> fields = {cell.mod,
+                                       fmt::to_string(s.batch),
+                                       fmt::to_string(s.heads_q),
+                                       fmt::to_string(s.seqlen_q),
+                                       fmt::to_string(s.heads_kv),
+                                       fmt::to_string(s.seqlen_kv),
+                                       fmt::to_string(s.head_dim),
+                                       cell.dtype,
+                                       cell.backend};
+    for (const PassName& name : passes) {
+      const Pass* const pass = name.of(cell);
+      if (pass == nullptr) {
+        fields.insert(fields.end(), 16, "");
+        continue;
+      }
+      const Verdict& verdict = pass->verdict;
+      fields.insert(
+          fields.end(),
+          {number(pass->eager.median), number(pass->eager.min), number(pass->eager.max), number(pass->compiled.median),
+           number(pass->compiled.min), number(pass->compiled.max), pass->host_us > 0.0 ? number(pass->host_us) : "",
+           number(pass->speedup()), number(pass->tflops()), number(verdict.max_error), number(verdict.o_of_bound),
+           number(verdict.lse_of_bound), fmt::to_string(verdict.rows), fmt::to_string(verdict.left_out),
+           fmt::to_string(verdict.unbounded), verdict.ok ? "true" : "false"});
+    }
+    text += csv_line(fields);
   }
   return text;
 }
@@ -216,35 +262,42 @@ std::string json_report(const Report& report) {
                   {"head_dim", s.head_dim}}},
                 {"dtype", cell.dtype}};
   };
+  const auto json_pass = [&](const Pass& pass) {
+    Json row = {{"eager_ms", json_timing(pass.eager)}, {"compiled_ms", json_timing(pass.compiled)}};
+    if (pass.host_us > 0.0) row["host_us"] = pass.host_us;
+    row["speedup"] = pass.speedup();
+    row["tflops"] = pass.tflops();
+    row["max_error"] = number(pass.verdict.max_error);
+    row["o_of_bound"] = number(pass.verdict.o_of_bound);
+    row["lse_of_bound"] = number(pass.verdict.lse_of_bound);
+    row["rows"] = pass.verdict.rows;
+    row["rows_left_out"] = pass.verdict.left_out;
+    row["rows_without_bound"] = pass.verdict.unbounded;
+    row["pass"] = pass.verdict.ok;
+    if (!pass.verdict.ok) row["why"] = pass.verdict.why;
+    return row;
+  };
   root["cells"] = Json::array();
   for (const Cell& cell : report.cells) {
     Json row = json_config(cell);
     row["backend"] = cell.backend;
-    row["eager_ms"] = json_timing(cell.eager);
-    row["compiled_ms"] = json_timing(cell.compiled);
-    if (cell.host_us > 0.0) row["host_us"] = cell.host_us;
-    row["speedup"] = cell.speedup();
-    row["tflops"] = cell.tflops();
-    row["max_error"] = number(cell.verdict.max_error);
-    row["o_of_bound"] = number(cell.verdict.o_of_bound);
-    row["lse_of_bound"] = number(cell.verdict.lse_of_bound);
-    row["rows"] = cell.verdict.rows;
-    row["rows_left_out"] = cell.verdict.left_out;
-    row["rows_without_bound"] = cell.verdict.unbounded;
-    row["pass"] = cell.verdict.ok;
-    if (!cell.verdict.ok) row["why"] = cell.verdict.why;
+    row.update(json_pass(cell.forward));
+    if (cell.backward) row["backward"] = json_pass(*cell.backward);
     root["cells"].push_back(row);
   }
-  if (const std::optional<Summary> summary = summary_of(report)) {
-    const auto extreme = [&](const Cell& cell) {
+  for (const PassName& name : passes_of(report)) {
+    const std::optional<Summary> summary = summary_of(report, name);
+    if (!summary) continue;
+    const auto extreme = [&](const Cell& cell, double speedup) {
       Json row = json_config(cell);
-      row["speedup"] = cell.speedup();
+      row["speedup"] = speedup;
       return row;
     };
-    root["summary"] = {{"geometric_mean_speedup", summary->geometric},
-                       {"arithmetic_mean_speedup", summary->arithmetic},
-                       {"max", extreme(summary->max)},
-                       {"min", extreme(summary->min)}};
+    root[name.of == kForward.of ? "summary" : "backward_summary"] = {
+        {"geometric_mean_speedup", summary->geometric},
+        {"arithmetic_mean_speedup", summary->arithmetic},
+        {"max", extreme(summary->max, summary->max_speedup)},
+        {"min", extreme(summary->min, summary->min_speedup)}};
   }
   root["compile"] = Json::array();
   for (const CompileRow& row : report.compiles) {

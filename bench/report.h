@@ -19,16 +19,26 @@ struct Shape {
   std::string text() const;  // "(1, 16, 512, 16, 512, 64)"
   // Floating-point operations of the two products over all of Sq x Skv: what a mask lets a kernel skip is counted.
   double flops() const;
+  // Of the backward's five products, likewise.
+  double backward_flops() const { return 2.5 * flops(); }
+};
+
+// What was measured of the forward or of the backward of a cell.
+struct Pass {
+  Timing eager, compiled;  // milliseconds of a call
+  double host_us = 0.0;    // of the calling thread for one compiled call, where that is another time; else 0
+  Verdict verdict;
+  double flops = 0.0;  // that a compiled call is counted with
+  double speedup() const { return eager.median / compiled.median; }
+  double tflops() const { return flops / compiled.median / 1e9; }
 };
 
 struct Cell {
   std::string mod, dtype, backend;
   Shape shape;
-  Timing eager, compiled;  // milliseconds of a call
-  double host_us = 0.0;    // of the calling thread for one compiled call, where that is another time; else 0
-  Verdict verdict;
-  double speedup() const { return eager.median / compiled.median; }
-  double tflops() const { return shape.flops() / compiled.median / 1e9; }
+  Pass forward;
+  std::optional<Pass> backward;
+  bool ok() const { return forward.verdict.ok && (!backward || backward->verdict.ok); }
 };
 
 // Milliseconds that preparing a mod took.

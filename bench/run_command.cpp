@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -12,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bench/api.h"
@@ -28,8 +30,9 @@ namespace {
 struct RunOptions {
   std::string score_mod, score_mod_file, mask_mod, input, output, device = "auto", backend = "auto";
   std::optional<float> scale;
+  std::vector<std::string> grad;
   int threads = 0;
-  bool check_reads = false;
+  bool check_reads = false, backward = false, deterministic = false;
 };
 
 constexpr std::size_t kMaxModFileBytes = 1 << 20;  // the language's own limit is 64 KiB; it words the error
@@ -67,6 +70,12 @@ Tensor read_named(const SafetensorsReader& file, const std::string& name, const 
                                names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "))));
 }
 
+std::string listed(const std::vector<CapturedName>& names) {
+  std::string text;
+  for (const CapturedName& name : names) text += (text.empty() ? "" : ", ") + in_quotes(name.name);
+  return text.empty() ? "nothing" : text;
+}
+
 void require_four_dimensions(const Tensor& tensor, const char* name, const char* dimensions) {
   if (tensor.shape().size() == 4) return;
   throw user_error(
@@ -94,6 +103,74 @@ void report_clamped_reads(attnjit_context* context, const attnjit_attention& att
   }
 }
 
+// The backward's part of a call: its inputs from the file, its outputs' memory. Stays where it is: the structs point
+// into each other.
+class Backward {
+ public:
+  Backward(const SafetensorsReader& file, bool on_gpu, bool deterministic)
+      : on_gpu_(on_gpu), grad_out_(read_named(file, "grad_out", "gradient of o (B, Hq, Sq, Dv)"), on_gpu) {
+    if (file.find("grad_lse")) grad_lse_.emplace(read_named(file, "grad_lse", ""), on_gpu);
+    gradients_.deterministic = deterministic ? 1 : 0;
+    grad_out_dl_ = lend(grad_out_);
+    gradients_.grad_out = &grad_out_dl_;
+    if (!grad_lse_) return;
+    grad_lse_dl_ = lend(*grad_lse_);
+    gradients_.grad_lse = &grad_lse_dl_;
+  }
+  Backward(const Backward&) = delete;
+  Backward& operator=(const Backward&) = delete;
+
+  // Asks for the gradients of `of`, by the names that they have in the output; those from the fourth on are of captured
+  // tensors. Without memory yet: prepare refuses shapes that would make it absurd.
+  void want(std::vector<std::pair<std::string, const Tensor*>> of, const std::vector<std::string>& captured) {
+    constexpr std::size_t kInputs = 3;  // q, k, v
+    of_ = std::move(of);
+    dl_.resize(of_.size());
+    for (std::size_t i = 0; i < of_.size(); ++i) {
+      dl_[i] = of_[i].second->dl();
+      dl_[i].device = grad_out_dl_.device;
+      dl_[i].data = nullptr;
+    }
+    for (std::size_t i = 0; i < captured.size(); ++i) captures_.push_back({captured[i].c_str(), &dl_[kInputs + i]});
+    gradients_.dq = &dl_[0];
+    gradients_.dk = &dl_[1];
+    gradients_.dv = &dl_[2];
+    gradients_.captures = captures_.data();
+    gradients_.num_captures = captures_.size();
+  }
+  const attnjit_gradients& gradients() const { return gradients_; }
+
+  void run(attnjit_plan* plan, const attnjit_attention& attention) {
+    for (std::size_t i = 0; i < of_.size(); ++i) {
+      outputs_.push_back(std::make_unique<Placed>(Tensor(of_[i].second->type(), of_[i].second->shape()), on_gpu_));
+      dl_[i] = outputs_.back()->device.dl();
+    }
+    const std::size_t size = attnjit_plan_workspace_size(plan);
+    const Workspace workspace(size, on_gpu_);
+    check(attnjit_run_backward(plan, &attention, &gradients_, workspace.data(), size, nullptr));
+    for (const auto& output : outputs_) output->device.download();
+  }
+  void add_to(std::vector<std::pair<std::string, const Tensor*>>* tensors) const {
+    for (std::size_t i = 0; i < of_.size(); ++i) tensors->emplace_back(of_[i].first, &outputs_[i]->host);
+  }
+
+ private:
+  static DLTensor lend(const Placed& placed) {
+    placed.device.upload();
+    return placed.device.dl();
+  }
+
+  bool on_gpu_;
+  Placed grad_out_;
+  std::optional<Placed> grad_lse_;
+  DLTensor grad_out_dl_{}, grad_lse_dl_{};
+  std::vector<std::pair<std::string, const Tensor*>> of_;
+  std::vector<DLTensor> dl_;
+  std::vector<std::unique_ptr<Placed>> outputs_;
+  std::vector<attnjit_capture_gradient> captures_;
+  attnjit_gradients gradients_ = ATTNJIT_GRADIENTS_INIT;
+};
+
 int run(const RunOptions& options) {
   attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
   attention.backend = parse_backend(options.backend);
@@ -103,6 +180,9 @@ int run(const RunOptions& options) {
   if (!score_mod.empty()) attention.score_mod = score_mod.c_str();
   if (!options.mask_mod.empty()) attention.mask_mod = options.mask_mod.c_str();
   if (options.scale) attention.scale = &*options.scale;
+  if (!options.backward && (!options.grad.empty() || options.deterministic)) {
+    throw user_error(fmt::format("{} goes with --backward", options.grad.empty() ? "--deterministic" : "--grad"));
+  }
   std::error_code ignored;
   if (std::filesystem::equivalent(options.input, options.output, ignored)) {
     throw user_error(fmt::format("--output {} is the input file", in_quotes(options.output)));
@@ -156,7 +236,25 @@ int run(const RunOptions& options) {
   lse_dl.dtype = {kDLFloat, 32, 1};
   attention.o = &o_dl;
   attention.lse = &lse_dl;
-  const PlanPtr plan = prepare(context.get(), attention);
+  std::optional<Backward> backward;
+  PlanPtr plan, backward_plan;
+  if (options.backward) {
+    backward.emplace(file, on_gpu, options.deterministic);
+    std::vector<std::pair<std::string, const Tensor*>> of = {{"dq", &q}, {"dk", &k}, {"dv", &v}};
+    for (const std::string& name : options.grad) {
+      const auto found = std::ranges::find(names, name, &CapturedName::name);
+      if (found == names.end()) {
+        throw user_error(fmt::format("--grad {}: the expressions capture {}", in_quotes(name), listed(names)));
+      }
+      of.emplace_back("d_" + name, &captured[static_cast<std::size_t>(found - names.begin())]);
+    }
+    backward->want(std::move(of), options.grad);
+    TrainingPlans plans = prepare_training(context.get(), attention, backward->gradients());
+    plan = std::move(plans.forward);
+    backward_plan = std::move(plans.backward);
+  } else {
+    plan = prepare(context.get(), attention);
+  }
 
   const Placed o(Tensor(q.type(), o_shape), on_gpu), lse(Tensor(ElementType::kFloat32, row_shape), on_gpu);
   o_dl = o.device.dl();
@@ -164,6 +262,11 @@ int run(const RunOptions& options) {
   const std::size_t workspace_size = attnjit_plan_workspace_size(plan.get());
   const Workspace workspace(workspace_size, on_gpu);
   check(attnjit_run(plan.get(), &attention, workspace.data(), workspace_size, nullptr));
+  std::vector<std::pair<std::string, const Tensor*>> outputs = {{"o", &o.host}, {"lse", &lse.host}};
+  if (backward) {
+    backward->run(backward_plan.get(), attention);
+    backward->add_to(&outputs);
+  }
   o.device.download();
   lse.device.download();
 
@@ -176,7 +279,7 @@ int run(const RunOptions& options) {
       {"score_mod", attention.score_mod != nullptr ? score_mod : "noop"},
   };
   if (attention.mask_mod != nullptr) metadata["mask_mod"] = options.mask_mod;
-  write_safetensors(options.output, {{"o", &o.host}, {"lse", &lse.host}}, metadata);
+  write_safetensors(options.output, outputs, metadata);
   if (options.check_reads) {
     // The interpreter reads the program's memory.
     for (std::size_t i = 0; i < captured.size(); ++i) captured_dl[i] = captured[i].dl();
@@ -203,7 +306,11 @@ void add_run_command(CLI::App& app, Action& action) {
   command->add_option("--mask-mod", options->mask_mod, "condition to keep an element, applied after the score_mod");
   command->add_option("--input", options->input, "safetensors file with q, k, v and the captured tensors by name")
       ->required();
-  command->add_option("--output", options->output, "safetensors file to write: o, lse")->required();
+  command->add_option("--output", options->output, "safetensors file to write: o, lse; dq, dk, dv, d_NAME")->required();
+  command->add_flag("--backward", options->backward,
+                    "also the gradients, given grad_out, and grad_lse where it is there, in the input");
+  command->add_option("--grad", options->grad, "captured tensors whose gradients are wanted: NAME,...")->delimiter(',');
+  command->add_flag("--deterministic", options->deterministic, "gradients that are the same bits in every run");
   command->add_option("--scale", options->scale, "multiplies q . k before the score_mod (default: 1 / sqrt(D))");
   command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
   command->add_option("--backend", options->backend, "auto, sm80, math or cpu (default: auto)");

@@ -157,6 +157,86 @@ class Run(Tool):
         self.assertEqual(metadata["mask_mod"], "keep[b, kv_idx]")
         self.assertEqual(float(metadata["scale"]), 0.5)
 
+    def with_gradients_in(self, tensors, lse=True):
+        shape = tensors["q"][1][:3]
+        tensors["grad_out"] = (tensors["q"][0], [*shape, tensors["v"][1][3]], self.values(*shape, tensors["v"][1][3]))
+        if lse:
+            tensors["grad_lse"] = ("F32", shape, self.values(*shape))
+        return tensors
+
+    def assert_gradients(self, tensors, result, mod, wanted, tolerance=1e-4):
+        """Some elements of each gradient against central differences; mod(tensors) gives attention()'s."""
+
+        def loss(given):
+            o, lse = attention(given["q"], given["k"], given["v"], mod(given))
+            total = sum(x * y for x, y in zip(o, given["grad_out"][2]))
+            return total + sum(x * y for x, y in zip(lse, given.get("grad_lse", (0, 0, []))[2]) if x != -math.inf)
+
+        for name, gradient in wanted.items():
+            dtype, shape, values = tensors[name]
+            self.assertEqual(result[gradient][:2], (dtype, shape))
+            for at in self.random.sample(range(len(values)), min(len(values), 6)):
+                step, sides = 1e-4, []
+                for sign in (1, -1):
+                    moved = list(values)
+                    moved[at] += sign * step
+                    sides.append(loss({**tensors, name: (dtype, shape, moved)}))
+                expected = (sides[0] - sides[1]) / (2 * step)
+                self.assertLessEqual(abs(result[gradient][2][at] - expected), tolerance * max(1, abs(expected)),
+                                     f"{gradient}[{at}]: {result[gradient][2][at]}, by differences {expected}")
+
+    def test_backward(self):
+        for backend in ("cpu", "math"):
+            with self.subTest(backend=backend):
+                tensors = self.with_gradients_in(self.problem())
+                tensors["table"] = ("F32", [4, 12], self.values(4, 12))
+                tensors["gain"] = ("F32", [], [0.75])
+                tensors["shift"] = ("F32", [5], self.values(5))
+
+                def mod(given):
+                    table, gain, shift = (given[n][2] for n in ("table", "gain", "shift"))
+                    return lambda s, b, h, i, j: (s * gain[0] + table[h * 12 + i - j + 6] + shift[i] if i + 2 >= j
+                                                  else -math.inf)
+
+                result, _ = self.run_file(
+                    tensors, "--score-mod", "where(q_idx + 2 >= kv_idx, score * gain + table[h, q_idx - kv_idx + 6] + "
+                    "shift[q_idx], -inf)", "--backend", backend, "--backward", "--grad", "table,gain", "--grad", "shift")
+                self.assert_gradients(tensors, result, mod, {"q": "dq", "k": "dk", "v": "dv", "table": "d_table",
+                                                             "gain": "d_gain", "shift": "d_shift"})
+
+    def test_backward_without_captured_gradients(self):
+        tensors = self.with_gradients_in(self.problem(), lse=False)
+        tensors["shift"] = ("F32", [5], self.values(5))
+        arguments = ["--score-mod", "tanh(score) + shift[q_idx]", "--backward"]
+        result, _ = self.run_file(tensors, *arguments)
+        self.assertEqual(sorted(result), ["dk", "dq", "dv", "lse", "o"])
+        mod = lambda given: lambda s, b, h, i, j: math.tanh(s) + given["shift"][2][i]
+        self.assert_gradients(tensors, result, mod, {"q": "dq", "k": "dk", "v": "dv"})
+        # Softmax does not see what moves a whole row.
+        result, _ = self.run_file(tensors, *arguments, "--grad", "shift", "--deterministic")
+        self.assertEqual(result["d_shift"], ("F32", [5], [0.0] * 5))
+
+    def test_the_users_faults_in_the_backward(self):
+        tensors = self.with_gradients_in(self.problem())
+        tensors["ids"] = ("I32", [7], list(range(7)))
+        tensors["bias"] = ("F32", [4], [1.0] * 4)
+        without = {n: t for n, t in tensors.items() if n != "grad_out"}
+        short = {**tensors, "grad_out": ("F32", [2, 4, 5, 5], self.values(2, 4, 5, 5))}
+        mod = ["--score-mod", "score + bias[h] + ids[kv_idx]"]
+        for given, arguments, expected in [
+                (without, ["--backward"], ["no tensor 'grad_out'", "gradient of o"]),
+                (short, ["--backward"], ["grad_out", "(2, 4, 5, 5)", "(2, 4, 5, 6)"]),
+                (tensors, ["--grad", "bias", *mod], ["--grad", "--backward"]),
+                (tensors, ["--deterministic"], ["--deterministic", "--backward"]),
+                (tensors, ["--backward", "--grad", "bia", *mod], ["'bia'", "'bias', 'ids'"]),
+                (tensors, ["--backward", "--grad", "ids", *mod], ["ids", "int32"]),
+                (tensors, ["--backward", "--grad", "bias,bias", *mod], ["bias", "twice"])]:
+            with self.subTest(arguments=arguments, expected=expected):
+                message = self.run_file(given, *arguments, code=1)
+                for part in expected:
+                    self.assertIn(part, message)
+                self.assertFalse((self.path / "out").exists())
+
     def test_fully_masked_rows(self):
         tensors = self.problem()
         result, _ = self.run_file(tensors, "--mask-mod", "q_idx > 2")
@@ -374,6 +454,23 @@ class Bench(Tool):
                 else:
                     self.assertIn("All 2 cells pass", done.stdout)
 
+    @unittest.skipIf(WRONG_RESULT is None, "sanitizers are loaded first themselves")
+    def test_a_wrong_gradient_is_shown(self):
+        for wrong, expected in [("", None), ("dq_half_percent", "dq["), ("dk_scale", "dk["), ("dv_one_element", "dv["),
+                                ("dk_not_written", "dk[")]:
+            with self.subTest(wrong=wrong):
+                done = subprocess.run([TOOL, "bench", "score-mod", "-b", "1", "-nh", "2", "-s", "200", "-d", "32",
+                                       "-dtype", "float32", "-mods", "noop", "causal", "--reps", "1", "--calculate-bwd"],
+                                      env={**os.environ, "LD_PRELOAD": WRONG_RESULT, "ATTNJIT_TEST_WRONG": wrong},
+                                      capture_output=True, text=True)
+                self.assertEqual(done.returncode, 1 if wrong else 0, done.stdout + done.stderr)
+                if expected:
+                    self.assertIn("2 of 2 cells are WRONG", done.stdout)
+                    self.assertIn(expected, done.stdout)
+                    self.assertNotIn("### Backward speedups", done.stdout)
+                else:
+                    self.assertIn("All 2 cells pass", done.stdout)
+
     def bench_cell(self, mod, *arguments, code=0):
         done = subprocess.run([TOOL, "bench", "score-mod", "-b", "1", "-nh", "1", "-d", "32", "-dtype", "float32", "-mods",
                                mod, "--reps", "1", "--format", "json", *map(str, arguments)], capture_output=True,
@@ -426,6 +523,17 @@ class Bench(Tool):
         text = self.tool("bench", "score-mod", *self.SMALL, "-mods", "alibi", "sliding_window(16)", "prefix_lm(8)",
                          "document(ids)", "--captures", "ids:int32:Skv")
         self.assertIn("All 8 cells pass", text)
+
+    def test_the_backward(self):
+        arguments = [*self.SMALL, "-dtype", "float32", "--calculate-bwd", "-mods", "noop", "causal", "softcap(2)"]
+        text = self.tool("bench", "score-mod", *arguments, "--deterministic")
+        for part in ("All 6 cells pass", "bwd_speedup", "### Backward speedups", "--calculate-bwd --deterministic"):
+            self.assertIn(part, text)
+        report = json.loads(self.tool("bench", "score-mod", *arguments, "--format", "json"))
+        for cell in report["cells"]:
+            self.assertGreater(cell["backward"]["rows"], 100)
+            self.assertEqual(cell["backward"]["pass"], True, cell)
+        self.assertIn("--calculate-bwd", self.tool("bench", "score-mod", *self.SMALL, "--deterministic", code=1))
 
     def test_errors(self):
         for arguments, code, expected in [

@@ -22,9 +22,10 @@ Cell cell(const std::string& mod, std::int64_t seqlen, double eager, double comp
   c.dtype = "bfloat16";
   c.backend = "cpu";
   c.shape = {1, 16, seqlen, 16, seqlen, 64};
-  c.eager = {eager, eager * 0.5, eager * 2};
-  c.compiled = {compiled, compiled * 0.5, compiled * 2};
-  c.verdict = {.ok = true, .max_error = 1e-3, .o_of_bound = 0.25, .lse_of_bound = 0.125};
+  c.forward.eager = {eager, eager * 0.5, eager * 2};
+  c.forward.compiled = {compiled, compiled * 0.5, compiled * 2};
+  c.forward.flops = c.shape.flops();
+  c.forward.verdict = {.ok = true, .max_error = 1e-3, .o_of_bound = 0.25, .lse_of_bound = 0.125};
   return c;
 }
 
@@ -94,10 +95,10 @@ TEST(Report, GithubTableNamesEverything) {
 
 TEST(Report, AWrongCellIsShownAndLeftOutOfTheAverages) {
   Report report = sample();
-  report.cells[1].verdict = {.ok = false,
-                             .max_error = 0.5,
-                             .o_of_bound = std::numeric_limits<double>::infinity(),
-                             .why = "row b=0 h=1 q_idx=2: o[3] is 1"};
+  report.cells[1].forward.verdict = {.ok = false,
+                                     .max_error = 0.5,
+                                     .o_of_bound = std::numeric_limits<double>::infinity(),
+                                     .why = "row b=0 h=1 q_idx=2: o[3] is 1"};
   EXPECT_FALSE(report.ok());
   const std::string text = format_report(report, ReportFormat::kGithub);
   EXPECT_THAT(text, HasSubstr("WRONG"));
@@ -114,7 +115,7 @@ TEST(Report, AWrongCellIsShownAndLeftOutOfTheAverages) {
 
 TEST(Report, NoRightCellMeansNoSpeedup) {
   Report report = sample();
-  for (Cell& c : report.cells) c.verdict.ok = false;
+  for (Cell& c : report.cells) c.forward.verdict.ok = false;
   EXPECT_THAT(format_report(report, ReportFormat::kGithub), Not(HasSubstr("Average")));
   EXPECT_FALSE(nlohmann::json::parse(format_report(report, ReportFormat::kJson)).contains("summary"));
 }
@@ -132,8 +133,8 @@ TEST(Report, CsvQuotesAndJsonParses) {
 TEST(Report, HostTimesOfTheGpuStandApart) {
   Report report = sample();
   EXPECT_THAT(format_report(report, ReportFormat::kGithub), Not(HasSubstr("host (us)")));
-  report.cells[0].host_us = 3.21;
-  report.cells[0].compiled = {0.0123, 0.0121, 0.0131};
+  report.cells[0].forward.host_us = 3.21;
+  report.cells[0].forward.compiled = {0.0123, 0.0121, 0.0131};
   const std::string text = format_report(report, ReportFormat::kGithub);
   EXPECT_THAT(text, HasSubstr(" TFLOP/s | host (us) | max error |"));
   EXPECT_THAT(text, HasSubstr(" |      3.21 |  1.00e-03 |"));
@@ -142,10 +143,40 @@ TEST(Report, HostTimesOfTheGpuStandApart) {
   EXPECT_EQ(nlohmann::json::parse(format_report(report, ReportFormat::kJson))["cells"][0]["host_us"], 3.21);
 }
 
+TEST(Report, TheBackwardHasColumnsAndASummaryOfItsOwn) {
+  Report report = sample();
+  report.cells[0].backward = Pass{.eager = {6.0, 5.0, 7.0},
+                                  .compiled = {2.0, 1.5, 2.5},
+                                  .verdict = {.ok = true, .max_error = 2e-3, .o_of_bound = 0.5},
+                                  .flops = report.cells[0].shape.backward_flops()};
+  report.cells[1].backward = Pass{.eager = {1.0, 1.0, 1.0},
+                                  .compiled = {2.0, 2.0, 2.0},
+                                  .verdict = {.ok = false, .o_of_bound = 3.0, .why = "dq b=0 h=1 row 2: [3] is 1"}};
+  EXPECT_FALSE(report.ok());
+  std::string text = format_report(report, ReportFormat::kGithub);
+  EXPECT_THAT(text, HasSubstr("fwd_speedup | fwd TFLOP/s | fwd max error | fwd of bound | fwd check | bwd_eager_time"));
+  EXPECT_THAT(text, HasSubstr("6.000 [5.000..7.000]"));
+  EXPECT_THAT(text, HasSubstr("### Forward speedups"));
+  EXPECT_THAT(text, HasSubstr("### Backward speedups"));
+  EXPECT_THAT(text, HasSubstr("1 of 2 cells are WRONG"));
+  EXPECT_THAT(text, HasSubstr("bwd: dq b=0 h=1 row 2"));
+  auto json = nlohmann::json::parse(format_report(report, ReportFormat::kJson));
+  EXPECT_EQ(json["backward_summary"]["geometric_mean_speedup"], 3.0);
+  EXPECT_EQ(json["summary"]["max"]["speedup"], 8.0);
+  EXPECT_EQ(json["cells"][1]["pass"], true);
+  EXPECT_EQ(json["cells"][1]["backward"]["pass"], false);
+  EXPECT_DOUBLE_EQ(json["cells"][0]["backward"]["tflops"].get<double>(), 2.5 * report.cells[0].shape.flops() / 2e9);
+  EXPECT_THAT(format_report(report, ReportFormat::kCsv), HasSubstr(",bwd_speedup,"));
+
+  report.cells[1].backward.reset();  // not every cell needs one
+  text = format_report(report, ReportFormat::kGithub);
+  EXPECT_THAT(text, HasSubstr("All 2 cells pass."));
+}
+
 TEST(Report, CountsBothProducts) {
   const Cell c = cell("noop", 1024, 2.0, 1.0);
   EXPECT_DOUBLE_EQ(c.shape.flops(), 4.0 * 16 * 1024 * 1024 * 64);
-  EXPECT_DOUBLE_EQ(c.tflops(), c.shape.flops() / 1e9);
+  EXPECT_DOUBLE_EQ(c.forward.tflops(), c.shape.flops() / 1e9);
 }
 
 }  // namespace

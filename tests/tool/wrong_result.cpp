@@ -44,3 +44,23 @@ extern "C" __attribute__((visibility("default"))) attnjit_status attnjit_run(att
   }
   return status;
 }
+
+extern "C" __attribute__((visibility("default"))) attnjit_status
+attnjit_run_backward(attnjit_plan* plan, const attnjit_attention* attention, const attnjit_gradients* gradients,
+                     void* workspace, size_t workspace_size, void* stream) {
+  static const auto run = reinterpret_cast<decltype(&attnjit_run_backward)>(::dlsym(RTLD_NEXT, "attnjit_run_backward"));
+  const attnjit_status status = run(plan, attention, gradients, workspace, workspace_size, stream);
+  const char* variable = std::getenv("ATTNJIT_TEST_WRONG");
+  const std::string_view wrong = variable != nullptr ? variable : "";
+  if (attention->backend == ATTNJIT_BACKEND_MATH) return status;
+  if (wrong == "dq_half_percent") {
+    for (std::int64_t i = 0; i < size_of(gradients->dq); ++i) values(gradients->dq)[i] *= 1.005f;
+  } else if (wrong == "dk_scale") {
+    for (std::int64_t i = 0; i < size_of(gradients->dk); ++i) values(gradients->dk)[i] *= 2.0f;
+  } else if (wrong == "dv_one_element") {
+    values(gradients->dv)[size_of(gradients->dv) / 3] += 0.5f;
+  } else if (wrong == "dk_not_written") {
+    values(gradients->dk)[size_of(gradients->dk) / 3] = NAN;
+  }
+  return status;
+}
