@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times attnjit beside PyTorch's attention on one GPU, forward, in one process, and checks every result it times.
+"""Times attnjit beside PyTorch's attention on one GPU, in one process, and checks every result it times.
 
     peers.py --library lib/libattnjit.so --mods noop causal -b 2 16 -s 1024 4096 -d 64 128
 
@@ -11,10 +11,13 @@ of the time of one call, "spread" the distance between its quartiles, both of th
 timed by groups of plain calls and has "graph": false. q, k and v are standard normal and lie as (B, S, H, D), as a
 projection leaves them.
 
+With --backward, gradients of q, k and v are timed as well ("bwd_us"), the backward alone; those of one head of each batch
+are held against float64 autograd: "bwd_of_bound" is the largest relative error of dq, dk and dv in units of 4 u.
+
 A contestant's output is compared with float64 attention in some rows of every batch and head; "of_bound" is the largest
 error in units of 2 (u_P + u_O) sum_j p_j |v_j|, u being the type's unit roundoff, and a little for the float32 scores. A
 result of attnjit's beyond it is wrong: its time is not shown and the exit status is 1. A peer's is only pointed out.
-TFLOP/s count 4 B H S^2 d operations, what a mask lets a kernel skip included.
+TFLOP/s count 4 B H S^2 d operations, 2.5 times that backward, what a mask lets a kernel skip included.
 """
 import argparse
 import itertools
@@ -81,18 +84,21 @@ MODS = ["noop", "causal", "rel", "head_bias", "softcap", "window", "alibi", "doc
 
 
 class Contestant:
-    """A call on fixed tensors; `result()` is its output, (B, H, S, D)."""
+    """A call on fixed tensors; `result()` is its output, (B, H, S, D). Where there is a `backward`, a call too, `gradients()`
+    are dq, dk and dv."""
 
-    def __init__(self, call, result, first_call_s, info=None):
+    def __init__(self, call, result, first_call_s, info=None, backward=None, gradients=None):
         self.call, self.result, self.first_call_s, self.info = call, result, first_call_s, info or {}
+        self.backward, self.gradients = backward, gradients
 
 
-def ours(torch, library, backend, mod, q, k, v, max_autotune):
+def ours(torch, library, backend, mod, q, k, v, grad_out, args):
     context = attnjit.Context(library)  # its own: nothing of another problem is in it
     o = torch.full_like(q, math.nan)
+    lse = None if grad_out is None else torch.empty(q.shape[:3], device="cuda")
     begin = time.perf_counter()
-    call = attnjit.Call(context, q, k, v, o, score_mod=mod.text, captures=mod.captures, backend=backend,
-                        max_autotune=max_autotune)
+    call = attnjit.Call(context, q, k, v, o, lse=lse, score_mod=mod.text, captures=mod.captures, backend=backend,
+                        max_autotune=args.max_autotune)
     prepared = time.perf_counter() - begin
     workspace = torch.empty(call.workspace_size, dtype=torch.uint8, device="cuda")
 
@@ -104,10 +110,37 @@ def ours(torch, library, backend, mod, q, k, v, max_autotune):
     description = call.description()
     facts = ("entry", "origin", "tile", "warps", "stages", "registers", "spill_store_bytes", "autotune")
     kernels = [{key: kernel[key] for key in facts if key in kernel} for kernel in description.get("kernels", [])]
-    return Contestant(run, lambda: o, time.perf_counter() - begin, dict(prepare_s=round(prepared, 4), kernels=kernels))
+    contestant = Contestant(run, lambda: o, time.perf_counter() - begin,
+                            dict(prepare_s=round(prepared, 4), kernels=kernels))
+    if grad_out is not None:
+        gradients = [torch.full_like(t, math.nan) for t in (q, k, v)]
+        begin = time.perf_counter()
+        backward = attnjit.Backward(call, grad_out, dq=gradients[0], dk=gradients[1], dv=gradients[2],
+                                    deterministic=args.deterministic)
+        contestant.info["bwd_prepare_s"] = round(time.perf_counter() - begin, 4)
+        scratch = torch.empty(backward.workspace_size, dtype=torch.uint8, device="cuda")
+        contestant.backward = lambda: backward.run(scratch.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        contestant.gradients = lambda: gradients
+    return contestant
 
 
-def peer(torch, name, mod_name, mod, q, k, v, options):
+def backward_of(torch, forward, q, k, v, grad_out):
+    """The backward of a PyTorch contestant, alone. Autograd runs a node on the stream of its forward: each stream that it is
+    called on gets a forward of its own."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    outputs, gradients = {}, []
+
+    def run():
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream not in outputs:
+            with torch.enable_grad():
+                outputs[stream] = forward(*leaves)
+        gradients[:] = torch.autograd.grad(outputs[stream], leaves, grad_out, retain_graph=True)
+
+    return run, lambda: gradients
+
+
+def peer(torch, name, mod_name, mod, q, k, v, grad_out, options):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     if name in SDPA:
@@ -115,7 +148,7 @@ def peer(torch, name, mod_name, mod, q, k, v, options):
             return None
         backend, attend = getattr(SDPBackend, SDPA[name]), torch.nn.functional.scaled_dot_product_attention
 
-        def run():
+        def forward(q, k, v):
             with sdpa_kernel(backend):
                 return attend(q, k, v, is_causal=mod_name == "causal")
     else:
@@ -126,13 +159,19 @@ def peer(torch, name, mod_name, mod, q, k, v, options):
         arguments = dict(score_mod=mod.score) if not blocks else dict(
             block_mask=create_block_mask(mod.mask, None, None, q.shape[2], k.shape[2], device="cuda"))
 
-        def run():
+        def forward(q, k, v):
             return compiled(q, k, v, **arguments)
+
+    def run():
+        return forward(q, k, v)
 
     begin = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    return Contestant(run, run, time.perf_counter() - begin)
+    contestant = Contestant(run, run, time.perf_counter() - begin)
+    if grad_out is not None:
+        contestant.backward, contestant.gradients = backward_of(torch, forward, q, k, v, grad_out)
+    return contestant
 
 
 class Repeated:
@@ -207,6 +246,25 @@ def check(torch, mod, dtype, q, k, v, results, rows=8):
     return worst
 
 
+def check_gradients(torch, mod, dtype, q, k, v, grad_out, results):
+    """name -> of_bound, from one head of each batch; `results`: name -> (dq, dk, dv), of a head each for every head of q."""
+    batch, heads, seqlen, width = q.shape
+    i, j = torch.arange(seqlen, device="cuda").view(-1, 1), torch.arange(seqlen, device="cuda").view(1, -1)
+    worst = dict.fromkeys(results, 0.0)
+    for b in range(batch):
+        h = (5 * b + 3) % heads
+        leaves = [t[b, h].double().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            scores = mod.score(leaves[0] @ leaves[1].T / math.sqrt(width), b, torch.tensor(h, device="cuda"), i, j)
+            o = torch.softmax(scores, dim=-1) @ leaves[2]
+            right = torch.autograd.grad(o, leaves, grad_out[b, h].double())
+        for name, gradients in results.items():
+            for gradient, gold in zip(gradients, right):
+                error = (gradient[b, h].double() - gold).norm() / gold.norm() / (4 * UNIT[dtype])
+                worst[name] = max(worst[name], torch.nan_to_num(error, nan=math.inf).item())
+    return worst
+
+
 def measure(torch, library, problem, mod_name, args):
     batch, heads, heads_kv, seqlen, width = problem
     dtype = getattr(torch, args.dtype)
@@ -216,6 +274,7 @@ def measure(torch, library, problem, mod_name, args):
         return torch.randn(batch, seqlen, n, width, device="cuda", dtype=dtype).transpose(1, 2)
 
     q, k, v = normal(heads), normal(heads_kv), normal(heads_kv)
+    grad_out = normal(heads) if args.backward else None
     repeat = heads // heads_kv  # PyTorch's contestants get K and V repeated
     k_peer, v_peer = [t if repeat == 1 else t.repeat_interleave(repeat, dim=1) for t in (k, v)]
     mod = make_mod(torch, mod_name, heads, seqlen, dtype)
@@ -226,8 +285,8 @@ def measure(torch, library, problem, mod_name, args):
         rows.append(dict(cell, name=name, error=str(error).strip().splitlines()[0][:200]))
 
     options = dict(mode="max-autotune-no-cudagraphs") if args.max_autotune else {}
-    entries = [(f"attnjit-{b}", lambda b=b: ours(torch, library, b, mod, q, k, v, args.max_autotune)) for b in args.backends]
-    entries += [(p, lambda p=p: peer(torch, p, mod_name, mod, q, k_peer, v_peer, options)) for p in args.peers]
+    entries = [(f"attnjit-{b}", lambda b=b: ours(torch, library, b, mod, q, k, v, grad_out, args)) for b in args.backends]
+    entries += [(p, lambda p=p: peer(torch, p, mod_name, mod, q, k_peer, v_peer, grad_out, options)) for p in args.peers]
     with torch.no_grad():
         for name, make in entries:
             try:
@@ -235,26 +294,46 @@ def measure(torch, library, problem, mod_name, args):
                     contestants[name] = contestant
             except (RuntimeError, TypeError) as error:  # AttnjitError, out of memory, "no available kernel"
                 fail(name, error)
-        repeated = {}
-        for name, contestant in list(contestants.items()):
-            try:
-                repeated[name] = Repeated(torch, contestant.call, args.fill_ms)
-            except RuntimeError as error:
-                fail(name, error)
-                del contestants[name]
-        samples = {name: [] for name in repeated}
-        for _ in range(args.rounds):
-            for name, calls in repeated.items():
-                samples[name].append(calls.sample())
+
+        def timed(functions):
+            """name -> microseconds of each sample, and whether it was captured; the contestants in turn."""
+            repeated = {}
+            for name, function in functions.items():
+                try:
+                    repeated[name] = Repeated(torch, function, args.fill_ms)
+                except RuntimeError as error:
+                    fail(name, error)
+            samples = {name: [] for name in repeated}
+            for _ in range(args.rounds):
+                for name, calls in repeated.items():
+                    samples[name].append(calls.sample())
+            return {name: (samples[name], repeated[name].graph is not None) for name in repeated}
+
+        forward = timed({name: c.call for name, c in contestants.items()})
+        contestants = {name: contestants[name] for name in forward}
+        backward = timed({name: c.backward for name, c in contestants.items() if c.backward})
         of_bound = check(torch, mod, args.dtype, q, k_peer, v_peer, {n: c.result() for n, c in contestants.items()})
+        bwd_of_bound = {}
+        if args.backward and repeat == 1:
+            bwd_of_bound = check_gradients(torch, mod, args.dtype, q, k, v, grad_out,
+                                           {n: c.gradients() for n, c in contestants.items() if n in backward})
         flop = 4 * batch * heads * seqlen * seqlen * width
         for name, contestant in contestants.items():
-            quartiles = statistics.quantiles(samples[name], n=4)
-            us = statistics.median(samples[name])
+            samples, graph = forward[name]
+            quartiles = statistics.quantiles(samples, n=4)
+            us = statistics.median(samples)
             row = dict(cell, name=name, us=round(us, 2), spread=round(quartiles[2] - quartiles[0], 2),
-                       tflops=round(flop / us / 1e6, 1), graph=repeated[name].graph is not None,
-                       of_bound=round(of_bound[name], 3), right=of_bound[name] <= 1.0,
-                       first_call_s=round(contestant.first_call_s, 4), **contestant.info)
+                       tflops=round(flop / us / 1e6, 1), graph=graph, of_bound=round(of_bound[name], 3),
+                       right=of_bound[name] <= 1.0, first_call_s=round(contestant.first_call_s, 4), **contestant.info)
+            if name in backward:
+                samples, graph = backward[name]
+                quartiles = statistics.quantiles(samples, n=4)
+                us = statistics.median(samples)
+                row.update(bwd_us=round(us, 2), bwd_spread=round(quartiles[2] - quartiles[0], 2),
+                           bwd_tflops=round(2.5 * flop / us / 1e6, 1), bwd_graph=graph)
+                if name in bwd_of_bound:
+                    row.update(bwd_of_bound=round(bwd_of_bound[name], 3),
+                               right=row["right"] and bwd_of_bound[name] <= 1.0)
             if args.host:
                 row["host_us"] = round(host_us(torch, contestant.call), 2)
             rows.append(row)
@@ -269,7 +348,8 @@ def is_ours(row):
     return row["name"].startswith("attnjit-")
 
 
-def print_tables(rows, names, base):
+def print_tables(rows, names, base, field="us"):
+    """`field`: "us" or "bwd_us"."""
     cells, failed = {}, []
     for row in rows:
         key = tuple(row[f] for f in ("mod", "d", "s", "b"))
@@ -279,10 +359,12 @@ def print_tables(rows, names, base):
             continue
         if not row["right"]:
             verdict = "WRONG" if is_ours(row) else "beyond the bound"
-            failed.append(f"{verdict}: {row['name']} {key}: {row['of_bound']} of the bound")
-        if row["right"] or not is_ours(row):
-            cells[key][row["name"]] = row["us"]
-    print("\nGPU time of a call in microseconds (- is not there, or wrong)\n")
+            bounds = [str(row[bound]) for bound in ("of_bound", "bwd_of_bound") if bound in row]
+            failed.append(f"{verdict}: {row['name']} {key}: {', '.join(bounds)} of the bound")
+        if field in row and (row["right"] or not is_ours(row)):
+            cells[key][row["name"]] = row[field]
+    what = "backward" if field == "bwd_us" else "forward"
+    print(f"\nGPU time of a call, {what}, in microseconds (- is not there, or wrong)\n")
     print("| mod | d | S | B | " + " | ".join(names) + " |")
     print("|---|---|---|---|" + "---|" * len(names))
     for key, times in sorted(cells.items(), key=lambda item: tuple(map(str, item[0][:1])) + item[0][1:]):
@@ -327,6 +409,8 @@ def parse_arguments():
     p.add_argument("-s", type=int, nargs="+", default=[512, 1024, 4096])
     p.add_argument("-d", type=int, nargs="+", default=[64, 128])
     p.add_argument("--dtype", default="bfloat16", choices=list(UNIT))
+    p.add_argument("--backward", action="store_true", help="the backward, too")
+    p.add_argument("--deterministic", action="store_true", help="of attnjit's backward")
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--fill-ms", type=float, default=4.0, help="GPU time of one sample")
     p.add_argument("--host", action="store_true", help="also the CPU time of a call from Python")
@@ -367,6 +451,8 @@ def main():
                 print(json.dumps(row), file=output, flush=True)
     names = [*(f"attnjit-{b}" for b in args.backends), *args.peers]
     print_tables(rows, names, args.base)
+    if args.backward:
+        print_tables(rows, names, args.base, "bwd_us")
     if skipped:
         print(f"{skipped} problems were left out after {args.time_limit:.0f} s.")
     return 0 if all(row.get("right", False) for row in rows if is_ours(row)) else 1

@@ -1,8 +1,11 @@
-"""The same problems in several processes give the same bytes: repeat_runs.py TOOL [--device cuda]. Exit status 77: no GPU."""
+"""The same problems in several processes give the same bytes, and so do their deterministic gradients:
+repeat_runs.py TOOL [--device cuda]. Exit status 77: no GPU."""
 import argparse
 import array
+import concurrent.futures
 import hashlib
 import json
+import math
 import pathlib
 import random
 import struct
@@ -12,6 +15,11 @@ import tempfile
 
 DTYPES = {"F32": "f", "BF16": "H", "F16": "e"}
 MODS = ["noop", "causal", "softcap(5)", "score + 0.125 * (q_idx - kv_idx) / (h + 1)", "where(q_idx % 7 != kv_idx % 3, score, -inf)"]
+# With captured tensors whose gradients are asked for: sums of every structure, places that data decide included.
+BACKWARD_MODS = [("noop", []), ("causal", []), ("softcap(5)", []),
+                 ("score * gain[h] + table[h, q_idx - kv_idx + 512]", ["gain", "table"]),
+                 ("where(q_idx >= kv_idx, score + bias[slot[q_idx]] * float(kv_idx % 5) + bias[kv_idx % 16], -inf)", ["bias"]),
+                 ("score + dense[q_idx, kv_idx]", ["dense"])]
 
 
 def encode(values, dtype):
@@ -25,13 +33,40 @@ def write_problem(path, dtype, batch, heads, heads_kv, seqlen, head_dim, seed):
     # Values drawn once and walked through with a stride: cheap, and no row is another's.
     pool = [generator.gauss(0, 1) for _ in range(10007)]
     header, data = {}, b""
-    for name, n in (("q", heads), ("k", heads_kv), ("v", heads_kv)):
-        size, step = batch * n * seqlen * head_dim, generator.randrange(1, 10007)
-        encoded = encode([pool[i * step % 10007] for i in range(size)], dtype)
-        header[name] = dict(dtype=dtype, shape=[batch, n, seqlen, head_dim], data_offsets=[len(data), len(data) + len(encoded)])
+
+    def add(name, dtype, shape, encoded):
+        nonlocal data
+        header[name] = dict(dtype=dtype, shape=shape, data_offsets=[len(data), len(data) + len(encoded)])
         data += encoded
+
+    def add_normal(name, dtype, shape):
+        size, step = math.prod(shape), generator.randrange(1, 10007)
+        add(name, dtype, shape, encode([pool[i * step % 10007] for i in range(size)], dtype))
+
+    for name, n in (("q", heads), ("k", heads_kv), ("v", heads_kv), ("grad_out", heads)):
+        add_normal(name, dtype, [batch, n, seqlen, head_dim])
+    add_normal("grad_lse", "F32", [batch, heads, seqlen])
+    for name, shape in (("gain", [heads]), ("table", [heads, 1024]), ("bias", [16]), ("dense", [seqlen, seqlen])):
+        add_normal(name, dtype, shape)
+    slots = array.array("i", [generator.randrange(16) for _ in range(seqlen)])
+    add("slot", "I32", [seqlen], slots.tobytes())
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+class NoGpu(Exception):
+    pass
+
+
+def digest(args, problem, output, backend, mod, extra):
+    """Of the output of one process."""
+    done = subprocess.run([args.tool, "run", f"--score-mod={mod}", "--input", problem, "--output", output,
+                           "--device", args.device, "--backend", backend, *extra], capture_output=True, text=True)
+    if done.returncode == 2 and "there is no GPU" in done.stderr:
+        raise NoGpu(done.stderr.strip())
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip())
+    return hashlib.sha256(output.read_bytes()).hexdigest()
 
 
 def main():
@@ -40,34 +75,40 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backends", nargs="+", default=["sm80", "math"])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--backward-runs", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=8, help="processes at a time")
     args = parser.parse_args()
     failures = compared = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         folder = pathlib.Path(folder)
         for number, (dtype, shape) in enumerate([("BF16", (2, 8, 2, 333, 128)), ("F16", (1, 4, 4, 257, 64)),
                                                  ("F32", (1, 2, 1, 190, 72))]):
             problem = folder / f"{number}.safetensors"
             write_problem(problem, dtype, *shape, seed=number)
+            sets = [(mod, args.runs, []) for mod in MODS]
+            for mod, captured in BACKWARD_MODS:
+                wanted = ["--grad", ",".join(captured)] if captured else []
+                sets.append((mod, args.backward_runs, ["--backward", "--deterministic", *wanted]))
             for backend in args.backends:
-                for mod in MODS:
-                    digests = set()
-                    for run in range(args.runs):
-                        output = folder / f"out{run}.safetensors"
-                        done = subprocess.run([args.tool, "run", f"--score-mod={mod}", "--input", problem, "--output", output,
-                                               "--device", args.device, "--backend", backend], capture_output=True, text=True)
-                        if done.returncode == 2 and "there is no GPU" in done.stderr:
-                            print("skipped:", done.stderr.strip())
-                            return 77
-                        if done.returncode != 0:
-                            print(f"{dtype} {shape} {backend} {mod}: {done.stderr.strip()}")
-                            failures += 1
-                            break
-                        digests.add(hashlib.sha256(output.read_bytes()).hexdigest())
+                for mod, runs, extra in sets:
+                    what = f"{dtype} {shape} {backend} {mod} {' '.join(extra)}"
+                    tasks = [pool.submit(digest, args, problem, folder / f"out{run}.safetensors", backend, mod, extra)
+                             for run in range(runs)]
+                    try:
+                        digests = {task.result() for task in tasks}
+                    except NoGpu as error:
+                        print("skipped:", error)
+                        return 77
+                    except RuntimeError as error:
+                        print(f"{what}: {error}")
+                        failures += 1
+                        continue
                     compared += 1
                     if len(digests) > 1:
-                        print(f"{dtype} {shape} {backend} {mod}: {len(digests)} different results of {args.runs} runs")
+                        print(f"{what}: {len(digests)} different results of {runs} runs")
                         failures += 1
-    print(f"{compared} problems in {args.runs} processes each: {failures} failures")
+    print(f"{compared} problems, forward in {args.runs} and backward in {args.backward_runs} processes each: "
+          f"{failures} failures")
     return 1 if failures else 0
 
 
