@@ -161,8 +161,8 @@ CompileResult<std::shared_ptr<const CpuGradientTile>> compile_cpu_gradient_tile(
 // What a mod wants of a kernel's registers, beside its arithmetic.
 enum class ModDemand : std::uint8_t {
   kNone,
-  kBusy,   // it has a mask or reads captured tensors
-  kDense,  // it reads an element of its own for each score
+  kBusy,   // it has a mask, reads captured tensors or, in the backward, has a derivative or sums gradients of those
+  kDense,  // it reads an element of its own for each score, or adds to one
 };
 
 // The mod as CUDA around a template, formatted, headed by the expression, the problem and the config. `problem`'s
