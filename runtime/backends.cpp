@@ -121,7 +121,7 @@ Result<ReadyBackend> prepare_cpu_backward(const Request& request) {
     return Check();
   };
   ready.description["hash"] = hash_text((*tile)->facts());
-  ready.description["facts"] = facts_json((*tile)->facts());
+  ready.description["facts"] = gradient_facts_json((*tile)->facts(), request.call);
   ready.phases = (*tile)->phases();
   return ready;
 }

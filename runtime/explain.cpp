@@ -43,24 +43,15 @@ struct Findings {
   Json dumps = Json::object();
 };
 
-Check analyze_backward(const Request& request, const CollectText& collect, Findings* findings) {
-  const Signature& s = request.call.signature;
-  auto facts = compiler::analyze_gradients(
-      mod_problem(request.mods, request.call, std::max<std::int64_t>(s.seqlen_q, cpu::kPanelLanes), s.seqlen_kv),
-      {.dump = collect});
-  if (facts.error)
-    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", facts.error->message)};
-  findings->facts = std::move(facts.value);
-  return {};
-}
-
 Check compile_for_cpu(const Request& request, const CollectText& collect, Findings* findings) {
-  if (request.call.signature.backward) return analyze_backward(request, collect, findings);
-  Result<std::shared_ptr<const compiler::CpuTile>> tile = compile_tile(request, collect);
-  if (!tile) return tile.failure();
-  findings->facts = (*tile)->facts();
-  findings->phases = (*tile)->phases();
-  return {};
+  const auto take = [&](const auto& tile) -> Check {
+    if (!tile) return tile.failure();
+    findings->facts = (*tile)->facts();
+    findings->phases = (*tile)->phases();
+    return {};
+  };
+  if (request.call.signature.backward) return take(compile_gradient_tile(request, collect));
+  return take(compile_tile(request, collect));
 }
 
 // The kernels of every backend of `backends`, for `device` where there is one; those that do not serve the call are

@@ -190,20 +190,21 @@ TEST(BackwardApi, MaskedRowsAndPoison) {
   for (const attnjit_backend backend : kBackends) {
     SCOPED_TRACE(attnjit_backend_name(backend));
     GradientProblem p;
+    std::vector<float> table(50, 0.5f), of_table(50, NAN);
+    std::fill(table.begin() + 30, table.end(), NAN);
     p.attention.backend = backend;
-    p.attention.score_mod = "where(score > 0, log(score), score * score)";
+    p.attention.score_mod = "where(score > 0, log(score), score * score) * table[kv_idx]";
     p.attention.mask_mod = "kv_idx < q_idx and kv_idx < 30";  // row 0 keeps nothing
-    for (std::size_t head = 0; head < 4; ++head) {
-      for (std::size_t s = 30; s < 50; ++s) p.k_data[(head * 50 + s) * 16] = NAN;
-    }
+    p.capture("table", table.data(), {50});
+    p.gradient("table", of_table.data(), {50});
     ASSERT_TRUE(train(context, p));
-    for (const std::vector<float>* gradient : {&p.dq_data, &p.dk_data, &p.dv_data}) {
+    for (const std::vector<float>* gradient : {&p.dq_data, &p.dk_data, &p.dv_data, &of_table}) {
       EXPECT_TRUE(std::ranges::all_of(*gradient, [](float value) { return std::isfinite(value); }));
     }
     for (std::size_t d = 0; d < 16; ++d) EXPECT_EQ(p.dq_data[d], 0.0f) << "of a row without a kept element";
     for (std::size_t i = 30 * 24; i < 50 * 24; ++i) EXPECT_EQ(p.dv_data[i], 0.0f) << "of a dropped key";
-    const Gold gold(context, p);
-    expect_close(p.dv_data, gold.dv, 5e-5, "dv");
+    for (std::size_t i = 30; i < 50; ++i) EXPECT_EQ(of_table[i], 0.0f) << "of what dropped elements read";
+    expect_close(p.dv_data, Gold(context, p).dv, 5e-5, "dv");
   }
 }
 

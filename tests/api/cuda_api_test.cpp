@@ -613,7 +613,7 @@ class CudaBackwardOf : public CudaBackward, public testing::WithParamInterface<a
     g_.attention.backend = GetParam();
   }
 };
-INSTANTIATE_TEST_SUITE_P(Backends, CudaBackwardOf, testing::Values(ATTNJIT_BACKEND_SM80, ATTNJIT_BACKEND_MATH),
+INSTANTIATE_TEST_SUITE_P(Backends, CudaBackwardOf, testing::Values(ATTNJIT_BACKEND_MATH),
                          [](const auto& backend) { return attnjit_backend_name(backend.param); });
 
 // Everything is queued on the stream, becomes part of its capture, and costs no allocation.
