@@ -127,7 +127,7 @@ part_sm80() { numerics "$1" sm80 --device cuda --backend sm80; }
 part_math() { numerics "$1" math --device cuda --backend math; }
 
 # Each instruction is instrumented: few and small problems. Not every machine lets it at the GPU.
-sanitizer_set='*NumericsEdge.OneOfEverything*:*NumericsEdge.NoKeys*:*NumericsEdge.EveryHeadDim*:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*'
+sanitizer_set='*NumericsEdge.OneOfEverything*:*NumericsEdge.NoKeys*:*NumericsEdge.EveryHeadDim*:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*:*NumericsBackwardEdge.N*:*NumericsBackwardExpression*/Causal_*:*NumericsBackwardExpression*/Window_*:*NumericsBackwardExpression*/HeadPair_*:*NumericsBackwardExpression*/ElementGather_*:*NumericsBackwardExpression*/Scalars_*'
 part_sanitize() {
   local tool status=0 log
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 77; }

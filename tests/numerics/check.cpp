@@ -81,7 +81,8 @@ Check check_problem(Problem& problem, attnjit_context* context, bool reference) 
   try {
     if (!target().compile_only.empty()) {
       if (problem.spec.backward.wanted()) {
-        run_backward(problem, {}, {}, context);
+        const GoldGradients given = empty_forward(problem);
+        run_backward(problem, given.o, given.lse, context);
       } else {
         run(problem, context);
       }

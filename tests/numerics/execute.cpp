@@ -165,24 +165,16 @@ RunResult run_plan(attnjit_plan* plan, Problem& problem, Outputs outputs) {
 
 namespace {
 
-// --compile-only: the binaries of `problem` end up in the disk cache. The outcome is zeros.
-RunResult compile_only(Problem& problem, attnjit_context* context, Outputs outputs) {
+// --compile-only: the binaries of a call end up in the disk cache. `gradients` null: of a forward.
+void compile_only(attnjit_context* context, const Case& spec, const attnjit_attention* call,
+                  const attnjit_gradients* gradients) {
   CompileCounts& counts = compile_counts();
-  RunResult result;
-  const Case& spec = problem.spec;
-  const auto rows = static_cast<std::size_t>(spec.batch * spec.num_heads * spec.seqlen_q);
-  result.outcome.o.resize(rows * static_cast<std::size_t>(spec.head_dim_v));
-  if (outputs == Outputs::kAll) result.outcome.lse.resize(rows), result.outcome.row_max.resize(rows);
-  if (result.outcome.o.empty()) return result;  // no kernel
-
-  Call call(problem, Lender::Place::kNowhere);
-  OutputTensors out(spec);
-  out.give_to(&call, outputs);
   attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
   options.arch = target().compile_only.c_str();
+  options.gradients = gradients;
   char* text = nullptr;
   static std::mutex mutex;
-  const attnjit_status status = attnjit_explain(context, call.get(), &options, &text);
+  const attnjit_status status = attnjit_explain(context, call, &options, &text);
   const std::string json = text != nullptr ? text : "";
   attnjit_free(text);
   const std::lock_guard lock(mutex);
@@ -195,6 +187,21 @@ RunResult compile_only(Problem& problem, attnjit_context* context, Outputs outpu
   } else {
     ++(json.find("\"origin\": \"compiled\"") != std::string::npos ? counts.compiled : counts.found);
   }
+}
+
+// The outcome is zeros.
+RunResult compile_only(Problem& problem, attnjit_context* context, Outputs outputs) {
+  RunResult result;
+  const Case& spec = problem.spec;
+  const auto rows = static_cast<std::size_t>(spec.batch * spec.num_heads * spec.seqlen_q);
+  result.outcome.o.resize(rows * static_cast<std::size_t>(spec.head_dim_v));
+  if (outputs == Outputs::kAll) result.outcome.lse.resize(rows), result.outcome.row_max.resize(rows);
+  if (result.outcome.o.empty()) return result;  // no kernel
+
+  Call call(problem, Lender::Place::kNowhere);
+  OutputTensors out(spec);
+  out.give_to(&call, outputs);
+  compile_only(context, spec, call.get(), nullptr);
   return result;
 }
 
@@ -298,6 +305,28 @@ attnjit_status prepare_backward(attnjit_context* context, BackwardCall& given, B
   return status;
 }
 
+// Likewise: gradients of zeros.
+BackwardResult compile_only(BackwardCall& given, attnjit_context* context) {
+  Problem& problem = *given.problem;
+  BackwardResult result;
+  GradientCall gradients(problem);
+  result.gradients = gradients.values();
+  const auto clear = [](std::vector<double>& values) { std::fill(values.begin(), values.end(), 0.0); };
+  clear(result.gradients.dq);
+  clear(result.gradients.dk);
+  clear(result.gradients.dv);
+  for (std::vector<double>& values : result.gradients.captures) clear(values);
+  if (problem.q.size() == 0 || problem.k.size() == 0) return result;  // no kernel
+
+  Call call(problem, Lender::Place::kNowhere);
+  call.get()->o = call.lender().lend(given.o);
+  call.get()->lse = call.lender().lend(given.lse);
+  const attnjit_gradients* const lent = gradients.lend(&call.lender());
+  compile_only(context, problem.spec, call.get(), lent);
+  if (problem.spec.backward.own_forward) compile_only(context, problem.spec, call.get(), nullptr);
+  return result;
+}
+
 BackwardResult run_backward_plans(const BackwardPlans& plans, BackwardCall& given) {
   Problem& problem = *given.problem;
   const bool own = problem.spec.backward.own_forward;
@@ -353,11 +382,15 @@ BackwardResult run_backward_plans(const BackwardPlans& plans, BackwardCall& give
 std::vector<BackwardResult> run_backward_with_one_plan(std::span<BackwardCall> calls, attnjit_context* context) {
   if (context == nullptr) context = shared_context(calls.front().problem->spec.threads);
   if (context == nullptr) return {backward_failed("attnjit_context_create", ATTNJIT_INTERNAL)};
+  std::vector<BackwardResult> results;
+  results.reserve(calls.size());
+  if (!target().compile_only.empty()) {
+    for (BackwardCall& call : calls) results.push_back(compile_only(call, context));
+    return results;
+  }
   BackwardPlans plans;
   const attnjit_status status = prepare_backward(context, calls.front(), &plans);
   if (status != ATTNJIT_OK) return {backward_failed("attnjit_prepare_backward", status)};
-  std::vector<BackwardResult> results;
-  results.reserve(calls.size());
   for (BackwardCall& call : calls) results.push_back(run_backward_plans(plans, call));
   return results;
 }

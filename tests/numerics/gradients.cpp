@@ -342,18 +342,23 @@ GoldGradient assemble(std::string name, const Tensor& tensor, const Sum& plain, 
 
 }  // namespace
 
-GoldGradients compute_gold_gradients(const Problem& problem) {
-  PlainLoops plain(problem);
-  plain.run();
+GoldGradients empty_forward(const Problem& problem) {
   GoldGradients gold;
   const Case& spec = problem.spec;
   gold.o = Tensor(spec.dtype, {spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v}, spec.layout_o,
                   spec.layout_o == Layout::kPadded ? 1 : 0);
   gold.lse = Tensor(dsl::DType::kF32, {spec.batch, spec.num_heads, spec.seqlen_q},
                     spec.backward.layout_grad_out == Layout::kPadded ? Layout::kPadded : Layout::kPacked);
+  return gold;
+}
+
+GoldGradients compute_gold_gradients(const Problem& problem) {
+  PlainLoops plain(problem);
+  plain.run();
+  GoldGradients gold = empty_forward(problem);
   Bounds bounds(problem);
   bounds.run(&gold);
-  const BackwardSpec& backward = spec.backward;
+  const BackwardSpec& backward = problem.spec.backward;
   if (backward.dq) gold.wanted.push_back(assemble("dq", problem.q, plain.dq, std::move(bounds.dq)));
   if (backward.dk) gold.wanted.push_back(assemble("dk", problem.k, plain.dk, std::move(bounds.dk)));
   if (backward.dv) gold.wanted.push_back(assemble("dv", problem.v, plain.dv, std::move(bounds.dv)));

@@ -37,6 +37,9 @@ struct GoldGradients {
 // of them.
 GoldGradients compute_gold_gradients(const Problem& problem);
 
+// Only o and lse, as they lie in memory, unwritten.
+GoldGradients empty_forward(const Problem& problem);
+
 // What the gradients are of: sum(grad_out * o) + sum(grad_lse * lse) over the rows with a kept element.
 double compute_loss(const Problem& problem);
 
