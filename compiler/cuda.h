@@ -29,6 +29,8 @@ struct CudaSource {
   std::vector<std::string> entries;  // extern "C" kernels, each `void(const __grid_constant__ Params)`
   // What Mod::score expects scaled scores to be multiplied by, as CpuTile::score_factor.
   double score_factor = 1.0;
+  // ptxas's, 0 to 10: how far it goes for speed where registers are short. By measurement: bench/notes.md, "Registers".
+  int register_usage_level = 10;
 };
 
 // What ptxas said of one kernel.

@@ -185,15 +185,14 @@ class Program {
 // What a cache of NVRTC's own would hide: which code this very build makes, and how long it takes.
 constexpr const char* kNoCache = "--no-cache";
 
-std::vector<std::string> options_for(const Nvrtc& nvrtc, CudaArch arch) {
+std::vector<std::string> options_for(const Nvrtc& nvrtc, const CudaSource& source, CudaArch arch) {
   std::vector<std::string> options{
       "-arch=" + cuda_arch_name(arch),
       "-std=c++20",
       // Functions without a mark are device code: the templates' headers are also the host's.
       "-default-device",
       "--ptxas-options=-v",
-      // The scheduler gives way to registers: bench/notes.md, "Registers".
-      "--ptxas-options=--register-usage-level=10",
+      "--ptxas-options=--register-usage-level=" + std::to_string(source.register_usage_level),
   };
   if (nvrtc.has_cache) options.emplace_back(kNoCache);
   return options;
@@ -269,7 +268,7 @@ bool nvrtc_supports(const Nvrtc& nvrtc, CudaArch arch) {
 
 std::string cuda_binary_key(const Nvrtc& nvrtc, const CudaSource& source, CudaArch arch) {
   std::string all = source.text;
-  for (const std::string& option : options_for(nvrtc, arch)) all += '\0' + option;
+  for (const std::string& option : options_for(nvrtc, source, arch)) all += '\0' + option;
   all += '\0' + nvrtc.identity;
   return hash_text(all);
 }
@@ -331,7 +330,7 @@ CompileResult<CudaBinary> compile_cuda(const Nvrtc& nvrtc, const CudaSource& sou
   Result status = kSuccess;
   {
     const PhaseTimer timer(times, "nvrtc");
-    status = program.compile(source.text, options_for(nvrtc, arch));
+    status = program.compile(source.text, options_for(nvrtc, source, arch));
   }
   CudaBinary& binary = result.value;
   const std::string log = program.log();

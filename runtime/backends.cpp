@@ -18,6 +18,7 @@
 #include "runtime/math_backend.h"
 #include "runtime/math_backward.h"
 #include "runtime/sm80_backend.h"
+#include "runtime/sm80_backward.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -180,10 +181,10 @@ struct Backend {
   attnjit_backend id;
   bool on_cpu, on_cuda;
   Result<ReadyBackend> (*prepare)(const Request&);
-  Result<ReadyBackend> (*prepare_backward)(const Request&);  // null: it has none
+  Result<ReadyBackend> (*prepare_backward)(const Request&);
 };
 constexpr std::array<Backend, 3> kBackends = {
-    {{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, nullptr},
+    {{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, prepare_sm80_backward},
      {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, prepare_cpu_backward},
      {ATTNJIT_BACKEND_MATH, true, true, prepare_math, prepare_math_backward}}};
 
@@ -217,7 +218,6 @@ Result<ReadyBackend> prepare_with(const Backend& backend, const Request& request
   const Signature& s = request.call.signature;
   if (std::optional<ReadyBackend> ready = prepare_empty(s)) return std::move(*ready);
   if (!s.backward) return backend.prepare(request);
-  if (!backend.prepare_backward) return Failure{ATTNJIT_UNSUPPORTED, "it has no backward"};
   return backend.prepare_backward(request);
 }
 

@@ -18,6 +18,7 @@
 #include "runtime/cuda_math_backward.h"
 #include "runtime/plan.h"
 #include "runtime/sm80_backend.h"
+#include "runtime/sm80_backward.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -84,11 +85,12 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
       }
     };
     const bool backward = request.call.signature.backward != 0;
+    const Sm80Target target = {.arch = arch, .max_shared_memory = shared_memory, .device = device, .may_time = false};
     if (backend == ATTNJIT_BACKEND_SM80 && backward) {
-      failure = Failure{ATTNJIT_UNSUPPORTED, "it has no backward"};
+      take(build_sm80_backward(request, target, collect),
+           [](const Sm80BackwardBinary& binary) { return kernels_json(binary); });
     } else if (backend == ATTNJIT_BACKEND_SM80) {
-      take(build_sm80(request, {.arch = arch, .max_shared_memory = shared_memory, .device = device, .may_time = false},
-                      collect),
+      take(build_sm80(request, target, collect),
            [](const Sm80Binary& binary) { return Json::array({kernel_json(binary)}); });
     } else if (backward) {
       take(build_cuda_math_backward(request, arch, collect),

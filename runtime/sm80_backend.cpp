@@ -72,17 +72,6 @@ constexpr Tiling kF32[] = {
     {.head_dim = 256, .demand = ModDemand::kDense, .tile_m = 32, .tile_n = 16, .warps = 2, .stages = 1},
 };
 
-sm80::Element element_of(dsl::DType dtype) {
-  switch (dtype) {
-    case dsl::DType::kF16:
-      return sm80::Element::kF16;
-    case dsl::DType::kBF16:
-      return sm80::Element::kBF16;
-    default:
-      return sm80::Element::kF32;
-  }
-}
-
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 
 // Blocks of a launch: the tiles of a head side by side, then heads, then batches.
@@ -199,6 +188,17 @@ Tuned tune(const Request& request, const Sm80Target& target, std::span<const sm8
 
 }  // namespace
 
+sm80::Element sm80_element(dsl::DType dtype) {
+  switch (dtype) {
+    case dsl::DType::kF16:
+      return sm80::Element::kF16;
+    case dsl::DType::kBF16:
+      return sm80::Element::kBF16;
+    default:
+      return sm80::Element::kF32;
+  }
+}
+
 std::size_t max_shared_memory(int arch) {
   switch (arch) {
     case 80:
@@ -258,7 +258,7 @@ Result<Sm80Binary> build_sm80(const Request& request, const Sm80Target& target, 
   const Signature& s = request.call.signature;
   const compiler::CudaArch arch = target.arch;
   if (Check failure = check_cuda_arch(arch)) return *failure;
-  Sm80Problem by = {.element = element_of(static_cast<dsl::DType>(s.dtype)),
+  Sm80Problem by = {.element = sm80_element(static_cast<dsl::DType>(s.dtype)),
                     .head_dim = static_cast<int>(s.head_dim),
                     .head_dim_v = static_cast<int>(s.head_dim_v),
                     .seqlen_q = s.seqlen_q,

@@ -13,6 +13,8 @@
 
 namespace attnjit::runtime {
 
+sm80::Element sm80_element(dsl::DType dtype);  // of q, k, v and o
+
 // Dynamic shared memory that one block may have on an architecture, in bytes.
 std::size_t max_shared_memory(int arch);
 

@@ -49,11 +49,12 @@ constexpr int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 constexpr int row_bytes(Element element, int head_dim) { return padded(head_dim) * bytes_of(element) + 16; }
 
 // Bytes of one store of o: nothing behind a row's end is written.
+constexpr int store_width(int store_bytes, int row) {
+  while (row % store_bytes != 0) store_bytes /= 2;
+  return store_bytes;
+}
 constexpr int store_width(const ForwardConfig& c) {
-  const int row = c.head_dim_v * bytes_of(c.element);
-  int width = c.store_bytes;
-  while (row % width != 0) width /= 2;
-  return width;
+  return store_width(c.store_bytes, c.head_dim_v * bytes_of(c.element));
 }
 
 // Shared memory of a block, in order: Q (later O), K and V by stage, and for f32 the probabilities.
@@ -70,6 +71,37 @@ constexpr int p_bytes(const ForwardConfig& c) {
 }
 constexpr int forward_shared_memory(const ForwardConfig& c) {
   return q_bytes(c) + c.stages * (k_bytes(c) + v_bytes(c)) + p_bytes(c);
+}
+
+// ---- Backward
+
+// Features of one slice, and of all of them, in shared memory and in dq_sum.
+constexpr int slice_width(const BackwardConfig& c, int head_dim) {
+  return padded((head_dim + c.slices - 1) / c.slices);
+}
+constexpr int sliced(const BackwardConfig& c, int head_dim) { return c.slices * slice_width(c, head_dim); }
+
+// dS^T, a row for each key; of f32, P^T passes through it, too.
+constexpr int ds_row_bytes(const BackwardConfig& c) { return c.tile_m * bytes_of(c.element) + 16; }
+constexpr int ds_bytes(const BackwardConfig& c) {
+  return c.wants_dq || c.element == Element::kF32 ? c.tile_n * ds_row_bytes(c) : 0;
+}
+// A warp sums diagonals of 16 x 16 elements: each in a column of its own, of rows that are shifted against each other.
+// Eight rows by four pairs of neighbours fall on banks twice at most.
+constexpr int kDiagonalRow = 37;
+constexpr int diagonal_bytes(const BackwardConfig& c) { return c.tile_n * kDiagonalRow * 4; }
+constexpr int row_sums_bytes(const BackwardConfig& c) { return c.warps * c.tile_m * 4; }
+
+// Shared memory of a block of the main kernel, in order: K (later dK), V (later dV), by stage Q and grad_out, by stage
+// lse and delta, dS, and for each sink of that level the sums of rows by warp, or room for diagonals.
+constexpr int backward_shared_memory(const BackwardConfig& c, int row_sinks, int diagonal_sinks) {
+  const int row = row_bytes(c.element, sliced(c, c.head_dim)) + row_bytes(c.element, sliced(c, c.head_dim_v));
+  return c.tile_n * row + c.stages * c.tile_m * (row + 8) + ds_bytes(c) + row_sinks * row_sums_bytes(c) +
+         diagonal_sinks * diagonal_bytes(c);
+}
+// Of the kernel that finishes dq.
+constexpr int backward_dq_shared_memory(const BackwardConfig& c) {
+  return c.tile_m * row_bytes(c.element, slice_width(c, c.head_dim));
 }
 
 }  // namespace attnjit::sm80

@@ -297,10 +297,10 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
   const auto start = [&](const void* data, const long long (&stride)[3], int head_of, int row) {
     return static_cast<const char*>(data) + (b * stride[0] + head_of * stride[1] + row * stride[2]) * kBytes;
   };
-  Loader<kTileN, kConfig.head_dim, kQRowBytes> k(start(params.k, params.k_stride, h_kv, 0),
-                                                 params.k_stride[2] * kBytes);
+  Loader<kTileN, kConfig.head_dim, kQRowBytes> k(start(params.k, params.k_stride, h_kv, 0), params.k_stride[2] * kBytes,
+                                                 threadIdx.x);
   Loader<kTileN, kConfig.head_dim_v, kVRowBytes> v(start(params.v, params.v_stride, h_kv, 0),
-                                                   params.v_stride[2] * kBytes);
+                                                   params.v_stride[2] * kBytes, threadIdx.x);
   const auto load_k = [&](int tile) {
     k.load(k_tiles + tile % kConfig.stages * kKTileBytes, params.seqlen_kv - tile * kTileN);
   };
@@ -310,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
 
   const int n_tiles = (params.seqlen_kv + kTileN - 1) / kTileN;
   Loader<kTileM, kConfig.head_dim, kQRowBytes>(start(params.q, params.q_stride, h, first_query),
-                                               params.q_stride[2] * kBytes)
+                                               params.q_stride[2] * kBytes, threadIdx.x)
       .load(q_tile, params.seqlen_q - first_query);
   if (n_tiles > 0) load_k(0);
   if (kConfig.stages == 2 && n_tiles > 0) load_v(0);

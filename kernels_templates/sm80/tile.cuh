@@ -57,21 +57,21 @@ __device__ __forceinline__ void copy_chunk(Address to, const char* from, int val
   }
 }
 
-// Copies tile after tile of `kTileRows` rows. Rows that do not exist, and columns that pad the head dim, become zero.
+// Copies tile after tile of `kTileRows` rows, as thread number `thread` of the block. Rows that do not exist, and
+// columns that pad the head dim, become zero.
 template <int kTileRows, int kHeadDim, int kRowBytes>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const char* from, long long stride_bytes)
-      : source_(from + (kEven ? static_cast<int>(threadIdx.x) / kChunks * stride_bytes +
-                                    static_cast<int>(threadIdx.x) % kChunks * 16
-                              : 0)),
-        stride_(stride_bytes) {}
+  __device__ __forceinline__ Loader(const char* from, long long stride_bytes, int thread)
+      : source_(from + (kEven ? thread / kChunks * stride_bytes + thread % kChunks * 16 : 0)),
+        stride_(stride_bytes),
+        thread_(thread) {}
 
   // The next tile, of which `rows` rows exist.
   __device__ __forceinline__ void load(Address to, int rows) {
     if constexpr (kEven) {
-      const int row = static_cast<int>(threadIdx.x) / kChunks;
-      const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+      const int row = thread_ / kChunks;
+      const int chunk = thread_ % kChunks;
       to += row * kRowBytes + 16 * chunk;
 #pragma unroll
       for (int i = 0; i < kTotal / kThreads; ++i) {
@@ -79,9 +79,9 @@ class Loader {
         source_ += kStep * stride_;
       }
     } else {
-#pragma unroll
+#pragma unroll kUnroll
       for (int first = 0; first < kTotal; first += kThreads) {
-        const int i = first + static_cast<int>(threadIdx.x);
+        const int i = first + thread_;
         if (kTotal % kThreads != 0 && i >= kTotal) break;
         const int row = i / kChunks;
         const int chunk = i % kChunks;
@@ -98,6 +98,8 @@ class Loader {
   // A thread keeps to its chunk and walks down the rows where that comes out even.
   static constexpr bool kEven = kThreads % kChunks == 0 && kTotal % kThreads == 0;
   static constexpr int kStep = kThreads / kChunks;
+  // The addresses of more pieces at once would not fit the registers.
+  static constexpr int kUnroll = kTotal > 16 * kThreads ? 4 : 16;
   static constexpr bool kUnpadded = kHeadDim * kBytes == 16 * kChunks;
 
   static __device__ __forceinline__ int valid_bytes(int row, int chunk, int rows) {
@@ -108,6 +110,7 @@ class Loader {
 
   const char* source_;
   const long long stride_;
+  const int thread_;
 };
 
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], Address address) {

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "runtime/sm80_backend.h"
+#include "runtime/sm80_backward.h"
 #include "tests/unit/compiler_testing.h"
 
 namespace attnjit::compiler::testing {
@@ -70,6 +71,37 @@ Compiled sm80_case(const std::string& expression, sm80::Element element, int hea
               emitted = emit_sm80_forward(mod.problem, *config);
               if (emitted.error || emitted.value.demand == by.demand) break;
               by.demand = emitted.value.demand;
+            }
+            return emitted;
+          },
+          .arch = arch};
+}
+
+// Of the fused backward, with the gradients of all captured tensors.
+Compiled sm80_backward_case(const std::string& expression, sm80::Element element, int head_dim, CudaArch arch,
+                            bool deterministic) {
+  constexpr const char* kNames[] = {"float32", "float16", "bfloat16"};
+  const std::string what = "sm80 backward " + expression + " " + kNames[static_cast<int>(element)] +
+                           " d=" + std::to_string(head_dim) + (deterministic ? " deterministic " : " ") +
+                           cuda_arch_name(arch);
+  return {.what = what,
+          .emit = [=]() -> CompileResult<EmittedCuda> {
+            Mod mod(expression, tensors(), {.batch = 2, .num_heads = 16, .seqlen_q = 4096, .seqlen_kv = 4096});
+            mod.problem.gradients = differentiable(mod.problem);
+            runtime::Sm80BackwardProblem by = {.element = element,
+                                               .head_dim = head_dim,
+                                               .head_dim_v = head_dim,
+                                               .max_shared_memory = runtime::max_shared_memory(arch.number),
+                                               .deterministic = deterministic,
+                                               .sinks = {}};
+            CompileResult<EmittedCuda> emitted;
+            // As the backend does it: demand and sinks are known once the mod is emitted.
+            for (int round = 0; round < 2; ++round) {
+              const std::optional<sm80::BackwardConfig> config = runtime::choose_backward_config(by);
+              if (!config) return {.value = {}, .error = CompileError{"no configuration"}};
+              emitted = emit_sm80_backward(mod.problem, *config);
+              if (emitted.error) break;
+              runtime::learn(emitted.value, &by);
             }
             return emitted;
           },
@@ -158,6 +190,35 @@ TEST(CompileMatrix, OtherMods) {
   expect_clean(std::move(all));
 }
 
+TEST(CompileMatrix, Sm80Backward) {
+  std::vector<Compiled> all;
+  for (const char* expression : {"noop", kSoftcapDocument, kGradients})
+    for (const sm80::Element element : {sm80::Element::kF32, sm80::Element::kBF16})
+      for (const int head_dim : {64, 128, 256})
+        all.push_back(sm80_backward_case(expression, element, head_dim, {.number = 80}, false));
+  for (const int head_dim : {64, 128}) {
+    all.push_back(sm80_backward_case("causal", sm80::Element::kF16, head_dim, {.number = 90}, false));
+    all.push_back(sm80_backward_case(kGradients, sm80::Element::kBF16, head_dim, {.number = 90}, true));
+  }
+  for (const int arch : {86, 120})
+    all.push_back(sm80_backward_case("noop", sm80::Element::kBF16, 128, {.number = arch}, false));
+  expect_clean(std::move(all));
+}
+
+TEST(CompileMatrix, SlowBackwardEverywhere) {
+  std::vector<Compiled> all;
+  for (const CudaArch arch : {CudaArch{80}, {86}, {90}, {100}, {120}}) {
+    std::vector<const char*> expressions(std::begin(kOthers), std::end(kOthers));
+    expressions.insert(expressions.end(), {"noop", kSoftcapDocument, kGradients});
+    for (const char* expression : expressions)
+      for (const sm80::Element element : kElements)
+        for (const int head_dim : kHeadDims)
+          for (const bool deterministic : {false, true})
+            all.push_back(sm80_backward_case(expression, element, head_dim, arch, deterministic));
+  }
+  expect_clean(std::move(all));
+}
+
 TEST(CompileMatrix, SlowEverythingEverywhere) {
   std::vector<Compiled> all;
   for (const CudaArch arch : {CudaArch{80}, {86}, {87}, {89}, {90}, {90, true}, {100}, {103}, {120}}) {
@@ -173,6 +234,14 @@ TEST(CompileMatrix, SlowEverythingEverywhere) {
 TEST(CompileMatrix, Math) {
   std::vector<Compiled> all;
   for (const CudaArch arch : {CudaArch{80}, {90, true}, {120}}) {
+    all.push_back({.what = "finishing gradients " + cuda_arch_name(arch),
+                   .emit =
+                       [] {
+                         CompileResult<EmittedCuda> result;
+                         result.value.source = cuda_finish_gradients();
+                         return result;
+                       },
+                   .arch = arch});
     for (const char* expression : {"noop", kSoftcapDocument, kGradients})
       for (const bool deterministic : {false, true})
         all.push_back({.what = std::string("math backward ") + expression + " " + cuda_arch_name(arch),

@@ -1,0 +1,420 @@
+// Problem to configuration, kernels and launches of the sm80 family's backward.
+#include "runtime/sm80_backward.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <span>
+#include <utility>
+
+#include "runtime/cuda_call.h"
+#include "runtime/cuda_gradients.h"
+
+namespace attnjit::runtime {
+namespace {
+
+using compiler::ModDemand;
+using compiler::SinkLevel;
+
+constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+constexpr int kMaxTile = 256;  // of queries or keys
+// Of the kernel before: rows of a block, and its threads.
+constexpr std::int64_t kRowsBlock = 64;
+constexpr unsigned kRowsThreads = 256;
+constexpr std::size_t kAlignment = 256;
+constexpr int kMaxSplits = 16;
+constexpr const char* kRowsEntry = "attnjit_backward_rows";
+constexpr const char* kMainEntry = "attnjit_backward";
+constexpr const char* kDqEntry = "attnjit_backward_dq";
+
+// As the forward's.
+struct Tiling {
+  int head_dim;
+  ModDemand demand;
+  int tile_m, tile_n, warps, step_m, stages, slices = 1;
+};
+
+// By rising head_dim, and of one head_dim the best first: the first that fits is taken. Measured on an H200, bf16
+// (bench/notes.md, "The sm80 family's backward"): 32 keys to a warp at 64; above, where dK and dV take more registers,
+// 16. What a mod or a sum of gradients keeps takes registers that are then not there for scores.
+constexpr Tiling k16Bit[] = {
+    {.head_dim = 64, .demand = ModDemand::kNone, .tile_m = 64, .tile_n = 128, .warps = 4, .step_m = 32, .stages = 1},
+    {.head_dim = 64, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 128, .warps = 4, .step_m = 16, .stages = 1},
+    {.head_dim = 96, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 128, .warps = 8, .step_m = 32, .stages = 2},
+    {.head_dim = 96, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 64, .warps = 4, .step_m = 16, .stages = 1},
+    {.head_dim = 128, .demand = ModDemand::kBusy, .tile_m = 64, .tile_n = 128, .warps = 8, .step_m = 64, .stages = 1},
+    {.head_dim = 128, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 128, .warps = 8, .step_m = 32, .stages = 2},
+    {.head_dim = 128, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 128, .warps = 8, .step_m = 32, .stages = 1},
+    {.head_dim = 128, .demand = ModDemand::kDense, .tile_m = 64, .tile_n = 64, .warps = 4, .step_m = 16, .stages = 1},
+    {.head_dim = 256,
+     .demand = ModDemand::kBusy,
+     .tile_m = 64,
+     .tile_n = 128,
+     .warps = 8,
+     .step_m = 64,
+     .stages = 1,
+     .slices = 2},
+    {.head_dim = 256,
+     .demand = ModDemand::kDense,
+     .tile_m = 32,
+     .tile_n = 128,
+     .warps = 8,
+     .step_m = 16,
+     .stages = 1,
+     .slices = 2},
+    {.head_dim = 256,
+     .demand = ModDemand::kDense,
+     .tile_m = 64,
+     .tile_n = 64,
+     .warps = 4,
+     .step_m = 32,
+     .stages = 1,
+     .slices = 2},
+    {.head_dim = 256,
+     .demand = ModDemand::kDense,
+     .tile_m = 16,
+     .tile_n = 64,
+     .warps = 4,
+     .step_m = 16,
+     .stages = 1,
+     .slices = 2},
+};
+// P and dS pass through shared memory, and rows are twice as wide.
+constexpr Tiling kF32[] = {
+    {.head_dim = 64, .demand = ModDemand::kDense, .tile_m = 32, .tile_n = 64, .warps = 4, .step_m = 32, .stages = 1},
+    {.head_dim = 128,
+     .demand = ModDemand::kDense,
+     .tile_m = 32,
+     .tile_n = 64,
+     .warps = 4,
+     .step_m = 32,
+     .stages = 1,
+     .slices = 2},
+    {.head_dim = 128,
+     .demand = ModDemand::kDense,
+     .tile_m = 16,
+     .tile_n = 32,
+     .warps = 2,
+     .step_m = 16,
+     .stages = 1,
+     .slices = 2},
+    {.head_dim = 256,
+     .demand = ModDemand::kDense,
+     .tile_m = 16,
+     .tile_n = 32,
+     .warps = 2,
+     .step_m = 16,
+     .stages = 1,
+     .slices = 4},
+    {.head_dim = 256,
+     .demand = ModDemand::kDense,
+     .tile_m = 16,
+     .tile_n = 16,
+     .warps = 1,
+     .step_m = 16,
+     .stages = 1,
+     .slices = 4},
+};
+
+std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+std::size_t aligned(std::size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
+
+Failure unsupported(std::string reason) { return {ATTNJIT_UNSUPPORTED, std::move(reason)}; }
+
+// Sinks of a level that the main kernel sums.
+int count(const std::vector<compiler::SinkFacts>& sinks, SinkLevel level) {
+  return static_cast<int>(std::ranges::count_if(
+      sinks, [&](const compiler::SinkFacts& sink) { return sink.level == level && !sink.row_shift; }));
+}
+
+// The largest number where it would be larger.
+std::int64_t product(std::initializer_list<std::int64_t> factors) {
+  std::int64_t result = 1;
+  for (const std::int64_t factor : factors) {
+    if (__builtin_mul_overflow(result, factor, &result)) return std::numeric_limits<std::int64_t>::max();
+  }
+  return result;
+}
+
+// Blocks of each launch.
+struct Grids {
+  std::int64_t rows = 0, main = 0, dq = 0;
+};
+Grids grids_of(const Signature& s, const sm80::BackwardConfig& config, int splits) {
+  const std::int64_t padded = round_up(s.seqlen_q, config.tile_m);
+  const std::int64_t key_tiles = round_up(s.seqlen_kv, config.tile_n) / config.tile_n;
+  const std::int64_t blocks = config.deterministic ? std::min<std::int64_t>(splits, key_tiles) : key_tiles;
+  return {.rows = product({s.batch, s.num_heads, round_up(padded, kRowsBlock) / kRowsBlock}),
+          .main = product({s.batch, s.num_heads_kv, config.slices, blocks}),
+          .dq = config.wants_dq ? product({s.batch, s.num_heads, config.slices, padded / config.tile_m}) : 0};
+}
+
+compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm80::BackwardConfig& config,
+                                                    const compiler::CompileOptions& options) {
+  const Signature& s = request.call.signature;
+  return compiler::emit_sm80_backward(mod_problem(request.mods, request.call, round_up(s.seqlen_q, config.tile_m),
+                                                  round_up(s.seqlen_kv, config.tile_n)),
+                                      config, options);
+}
+
+Failure emission_failure(std::string_view message) {
+  return {ATTNJIT_INTERNAL, fmt::format("the gradient of score_mod does not compile: {}", message)};
+}
+
+// The whole call, but for what lies in the workspace.
+cuda::BackwardParams backward_params(const ForwardCall& call, const Gradients& gradients) {
+  cuda::BackwardParams params = {};
+  // As of a forward: kernels form the addresses of whole tiles.
+  const auto take = [](const TensorView& tensor, auto** data, long long (&stride)[3]) {
+    *data = tensor.data;
+    for (int d = 0; d < 3; ++d) stride[d] = tensor.shape[d] > 1 ? tensor.stride[d] : 0;
+  };
+  take(call.q, &params.q, params.q_stride);
+  take(call.k, &params.k, params.k_stride);
+  take(call.v, &params.v, params.v_stride);
+  take(call.o, &params.o, params.o_stride);
+  take(gradients.grad_out, &params.grad_out, params.grad_out_stride);
+  take(gradients.dq, &params.dq, params.dq_stride);
+  take(gradients.dk, &params.dk, params.dk_stride);
+  take(gradients.dv, &params.dv, params.dv_stride);
+  params.lse = call.lse.data;
+  params.grad_lse = gradients.grad_lse.data;
+  for (int d = 0; d < 3; ++d) {
+    params.lse_stride[d] = call.lse.stride[d];
+    params.grad_lse_stride[d] = gradients.grad_lse.stride[d];
+  }
+  params.batch = static_cast<int>(call.q.shape[0]);
+  params.num_heads = static_cast<int>(call.q.shape[1]);
+  params.num_heads_kv = static_cast<int>(call.k.shape[1]);
+  params.seqlen_q = static_cast<int>(call.q.shape[2]);
+  params.seqlen_kv = static_cast<int>(call.k.shape[2]);
+  params.scale = call.scale;
+  fill_captured(call, params.captured);
+  return params;
+}
+
+// What a plan runs.
+struct Launches {
+  std::shared_ptr<const CudaKernel> rows, main, dq;
+  Grids grids;
+  unsigned threads = 0;
+  Sm80BackwardWorkspace workspace;
+  CudaGradientSums sums;
+
+  Check run(const ForwardCall& call, const Gradients& gradients, char* memory, CudaStream stream) const {
+    cuda::BackwardParams params = backward_params(call, gradients);
+    params.row_lse = reinterpret_cast<float*>(memory);
+    params.row_delta = reinterpret_cast<float*>(memory + workspace.row_delta);
+    params.dq_sum = reinterpret_cast<float*>(memory + workspace.dq_sum);
+    params.splits = workspace.splits;
+    char* const captured = memory + workspace.sums;
+    if (Check failure = sums.clear(captured, stream)) return failure;
+    sums.fill_views(captured, params.gradients);
+    const struct {
+      const CudaKernel& kernel;
+      std::int64_t blocks;
+      unsigned threads;
+    } launches[] = {{*rows, grids.rows, kRowsThreads}, {*main, grids.main, threads}, {*dq, grids.dq, threads}};
+    for (const auto& launch : launches) {
+      if (launch.blocks == 0) continue;
+      if (Check failure =
+              launch.kernel.launch({.x = static_cast<unsigned>(launch.blocks)}, launch.threads, &params, stream)) {
+        return failure;
+      }
+    }
+    return sums.finish(call, gradients, captured, stream);
+  }
+};
+
+}  // namespace
+
+std::size_t backward_shared_memory(const sm80::BackwardConfig& config, const std::vector<compiler::SinkFacts>& sinks) {
+  return static_cast<std::size_t>(
+      sm80::backward_shared_memory(config, count(sinks, SinkLevel::kRow), count(sinks, SinkLevel::kDiagonal)));
+}
+
+std::optional<sm80::BackwardConfig> choose_backward_config(const Sm80BackwardProblem& problem) {
+  const bool f32 = problem.element == sm80::Element::kF32;
+  const int head_dim = std::max(sm80::padded(problem.head_dim), sm80::padded(problem.head_dim_v));
+  for (const Tiling& row : f32 ? std::span<const Tiling>(kF32) : std::span<const Tiling>(k16Bit)) {
+    if (row.head_dim < head_dim || row.demand < problem.demand) continue;
+    const sm80::BackwardConfig config{.element = problem.element,
+                                      .head_dim = problem.head_dim,
+                                      .head_dim_v = problem.head_dim_v,
+                                      .tile_m = row.tile_m,
+                                      .tile_n = row.tile_n,
+                                      .warps = row.warps,
+                                      .step_m = row.step_m,
+                                      .stages = row.stages,
+                                      .slices = row.slices,
+                                      .load_bytes = problem.load_bytes,
+                                      .store_bytes = problem.store_bytes,
+                                      .wants_dq = problem.wants_dq,
+                                      .wants_dk = problem.wants_dk,
+                                      .wants_dv = problem.wants_dv,
+                                      .deterministic = problem.deterministic};
+    if (backward_shared_memory(config, problem.sinks) <= problem.max_shared_memory) return config;
+  }
+  return std::nullopt;
+}
+
+void learn(const compiler::EmittedCuda& emitted, Sm80BackwardProblem* problem) {
+  problem->demand = std::max(problem->demand, emitted.demand);
+  problem->sinks = emitted.facts.sinks;
+  // Sums are registers, too.
+  const auto is_summed = [](const compiler::SinkFacts& sink) { return !sink.row_shift; };
+  if (std::ranges::any_of(problem->sinks, is_summed)) problem->demand = ModDemand::kDense;
+}
+
+Sm80BackwardWorkspace backward_workspace(const Signature& s, const sm80::BackwardConfig& config, int num_sms,
+                                         std::size_t sums) {
+  Sm80BackwardWorkspace workspace;
+  const auto rows = static_cast<std::size_t>(s.batch * s.num_heads * round_up(s.seqlen_q, config.tile_m));
+  if (config.deterministic) {
+    // Enough blocks for two rounds over the device.
+    const std::int64_t heads = std::max<std::int64_t>(s.batch * s.num_heads_kv * config.slices, 1);
+    const std::int64_t key_tiles = std::max<std::int64_t>(round_up(s.seqlen_kv, config.tile_n) / config.tile_n, 1);
+    const std::int64_t wanted = (2 * std::int64_t{num_sms} + heads - 1) / heads;
+    workspace.splits =
+        static_cast<int>(std::min({std::max<std::int64_t>(wanted, 1), key_tiles, std::int64_t{kMaxSplits}}));
+  }
+  workspace.row_delta = aligned(rows * sizeof(float));
+  workspace.dq_sum = 2 * workspace.row_delta;
+  const std::size_t features = config.wants_dq ? static_cast<std::size_t>(sm80::sliced(config, config.head_dim)) : 0;
+  workspace.sums =
+      workspace.dq_sum + aligned(static_cast<std::size_t>(workspace.splits) * rows * features * sizeof(float));
+  workspace.size = workspace.sums + sums;
+  return workspace;
+}
+
+Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm80Target& target,
+                                               const CollectText& collect) {
+  const Signature& s = request.call.signature;
+  if (Check failure = check_cuda_arch(target.arch)) return *failure;
+  // Positions are 32-bit in the kernel, those behind the end of the last tile included.
+  constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max() - kMaxTile;
+  if (s.seqlen_q > kLongest || s.seqlen_kv > kLongest) {
+    return unsupported(fmt::format("it takes sequences up to {}", kLongest));
+  }
+  Sm80BackwardProblem by = {.element = sm80_element(static_cast<dsl::DType>(s.dtype)),
+                            .head_dim = static_cast<int>(s.head_dim),
+                            .head_dim_v = static_cast<int>(s.head_dim_v),
+                            .max_shared_memory = target.max_shared_memory,
+                            .load_bytes = s.load_bytes,
+                            .store_bytes = s.store_bytes,
+                            .wants_dq = s.wants_dq != 0,
+                            .wants_dk = s.wants_dk != 0,
+                            .wants_dv = s.wants_dv != 0,
+                            .deterministic = s.deterministic != 0,
+                            .demand = request.mods.mask_mod ? ModDemand::kBusy : ModDemand::kNone,
+                            .sinks = {}};
+  compiler::CompileOptions options;
+  if (request.files.any() || collect) {
+    options.dump = [&](std::string_view kind, std::string_view text) {
+      if (request.files.wants(kind)) request.files.write(kind, "", text);
+      if (collect) collect(kind, text);
+    };
+  }
+  const auto no_configuration = [&] {
+    return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}",
+                                   target.max_shared_memory, compiler::cuda_arch_name(target.arch)));
+  };
+  std::optional<sm80::BackwardConfig> config = choose_backward_config(by);
+  if (!config) return no_configuration();
+  auto emitted = emit(request, *config, options);
+  if (!emitted.error) {
+    learn(emitted.value, &by);
+    const std::optional<sm80::BackwardConfig> other = choose_backward_config(by);
+    if (!other) return no_configuration();
+    if (config_name(*other) != config_name(*config)) {
+      config = other;
+      emitted = emit(request, *config, options);
+    }
+  }
+  if (emitted.error) return emission_failure(emitted.error->message);
+  const Grids grids = grids_of(s, *config, kMaxSplits);
+  if (const std::int64_t blocks = std::max({grids.rows, grids.main, grids.dq}); blocks > kMaxGrid) {
+    return unsupported(fmt::format("a launch of {} blocks is beyond the {} of a grid", blocks, kMaxGrid));
+  }
+  // Texts of the emission do not need a compile.
+  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  Result<FoundBinary> found = find_cuda_binary(request.context, emitted.value.source, target.arch, options);
+  if (!found) return found.failure();
+  Sm80BackwardBinary binary{.config = *config,
+                            .facts = std::move(emitted.value.facts),
+                            .found = std::move(*found),
+                            .phases = std::move(emitted.value.phases)};
+  binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
+  return binary;
+}
+
+std::string config_name(const sm80::BackwardConfig& config) {
+  return fmt::format("{} x {}, {} warps, {} queries at once, {} stage{}, {} slice{}", config.tile_m, config.tile_n,
+                     config.warps, config.step_m, config.stages, config.stages == 1 ? "" : "s", config.slices,
+                     config.slices == 1 ? "" : "s");
+}
+
+Json kernels_json(const Sm80BackwardBinary& binary) {
+  const sm80::BackwardConfig& c = binary.config;
+  Json main = binary_json(binary.found, kMainEntry);
+  main["shared_bytes"] = backward_shared_memory(c, binary.facts.sinks);
+  main["tile"] = config_name(c);
+  main["load_bytes"] = c.load_bytes;
+  main["store_bytes"] = c.store_bytes;
+  main["deterministic"] = c.deterministic;
+  main["phases_ms"] = phases_json(binary.phases);
+  Json json = Json::array({binary_json(binary.found, kRowsEntry), std::move(main)});
+  if (c.wants_dq) json.push_back(binary_json(binary.found, kDqEntry));
+  return json;
+}
+
+Result<ReadyBackend> prepare_sm80_backward(const Request& request) {
+  const Signature& s = request.call.signature;
+  Result<std::shared_ptr<CudaDevice>> found = request.context.cuda_device(s.device);
+  if (!found) return found.failure();
+  const std::shared_ptr<CudaDevice>& device = *found;
+  Result<Sm80BackwardBinary> binary = build_sm80_backward(
+      request,
+      {.arch = {.number = device->arch(), .specific = false},
+       .max_shared_memory = std::min(max_shared_memory(device->arch()), device->max_shared_memory())},
+      nullptr);
+  if (!binary) return binary.failure();
+
+  const sm80::BackwardConfig& config = binary->config;
+  auto launches = std::make_shared<Launches>(Launches{
+      .sums = CudaGradientSums(request.call.forward, s.capture_gradients, binary->facts.sinks, config.deterministic)});
+  if (Check failure = launches->sums.load(request.context, device, &binary->phases)) return *failure;
+  launches->workspace = backward_workspace(s, config, device->num_sms(), launches->sums.size());
+  launches->grids = grids_of(s, config, launches->workspace.splits);
+  launches->threads = 32u * static_cast<unsigned>(config.warps);
+  const struct {
+    std::shared_ptr<const CudaKernel>* kernel;
+    const char* entry;
+    std::size_t shared_memory;
+  } wanted[] = {{&launches->rows, kRowsEntry, 0},
+                {&launches->main, kMainEntry, backward_shared_memory(config, binary->facts.sinks)},
+                {&launches->dq, kDqEntry, static_cast<std::size_t>(sm80::backward_dq_shared_memory(config))}};
+  for (const auto& [kernel, entry, shared_memory] : wanted) {
+    auto loaded = CudaKernel::load(device, binary->found.binary->cubin, entry, shared_memory);
+    if (!loaded) return loaded.failure();
+    *kernel = std::move(*loaded);
+  }
+
+  ReadyBackend ready;
+  ready.backward.workspace_size = launches->workspace.size;
+  ready.backward.run = [launches = std::shared_ptr<const Launches>(std::move(launches))](
+                           const ForwardCall& call, const Gradients& gradients, void* workspace, CudaStream stream) {
+    return launches->run(call, gradients, static_cast<char*>(workspace), stream);
+  };
+  ready.description = {{"device", device->name()},
+                       {"hash", hash_text(binary->facts)},
+                       {"facts", gradient_facts_json(binary->facts, request.call)},
+                       {"kernels", kernels_json(*binary)}};
+  ready.phases = std::move(binary->phases);
+  return ready;
+}
+
+}  // namespace attnjit::runtime
