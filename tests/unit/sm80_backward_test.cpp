@@ -69,8 +69,9 @@ TEST(Sm80Backward, WhatAConfigurationIsChosenBy) {
   EXPECT_EQ(config->slices, 1);
   problem.demand = ModDemand::kDense;
   EXPECT_LT(choose_backward_config(problem)->step_m, 64);
+  EXPECT_EQ(choose_backward_config(problem)->stages, 2);
   problem.max_shared_memory = max_shared_memory(86);
-  EXPECT_LT(choose_backward_config(problem)->tile_n, 128);
+  EXPECT_EQ(choose_backward_config(problem)->stages, 1);
   problem.max_shared_memory = 1024;
   EXPECT_FALSE(choose_backward_config(problem));
   // Accumulators of 256 features and more than one element's type.
