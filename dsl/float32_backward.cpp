@@ -413,7 +413,10 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
               : std::max(std::exp(score.hi - lse + lse_error) - p, p - std::exp(score.lo - lse - lse_error)) + 0x1p-126;
       cell.p = {.value = p, .ideal = rounded_to(options.dtype, ideal_p), .scatter = change, .error = change};
       const double difference = dp - delta;
-      const double arithmetic = 8.0 * kUnit * (dp_magnitude + delta_magnitude) + 4.0 * kUnit * std::fabs(difference);
+      // 16-bit products may be added 16 at a time, and what does not fit the sum cut off.
+      const double cut = options.dtype == DType::kF32 ? 0.0 : static_cast<double>(head.head_dim_v) / 8.0;
+      const double arithmetic =
+          kUnit * ((8.0 + cut) * dp_magnitude + 8.0 * delta_magnitude + 4.0 * std::fabs(difference));
       dm = {.value = product(p, difference),
             .ideal = product(ideal_p, dp - ideal_delta),
             .scatter = product(change, std::fabs(difference)) + product(p + change, arithmetic)};

@@ -10,7 +10,7 @@
 #   repeat    the same problems in several processes: the same bytes
 #   cache     16 processes on one cold cache; damaged cache entries
 #   times     compile times cold, from disk, warm; the host's time of a prepared call
-#   sweep     attnjit bench score-mod with all its defaults
+#   sweep     attnjit bench score-mod with its defaults, forward and backward
 #   peers     attnjit beside PyTorch's attention
 # Each part has a time limit of its own, and all together end within RUN_GPU_MINUTES (9): a part that does not fit is cut
 # short or skipped, and says so. OUT_DIR gets summary.md, the reports, and logs.tar.gz with one log per part. Ends with a
@@ -161,7 +161,7 @@ part_times() {
 
 part_sweep() {
   ATTNJIT_CACHE_DIR=$work/sweep "$bundle/bin/attnjit" bench score-mod --device cuda \
-    --output "$out/sweep.md"
+    --calculate-bwd --output "$out/sweep.md"
   local status=$?
   [ ! -f "$out/sweep.md" ] || cat "$out/sweep.md"
   return $status
@@ -169,11 +169,11 @@ part_sweep() {
 
 part_peers() {
   ATTNJIT_CACHE_DIR=$work/sweep "$python" "$bundle/python/peers.py" --output "$out/peers.jsonl" \
-    --time-limit $(($1 - 25)) --mods noop causal rel head_bias alibi
+    --time-limit $(($1 - 25)) --mods noop causal rel head_bias alibi --backward
 }
 
-declare -A limit=([info]=30 [warm]=150 [tests]=60 [sm80]=120 [math]=120 [sanitize]=120 [repeat]=60 [cache]=90
-  [times]=60 [sweep]=180 [peers]=420)
+declare -A limit=([info]=30 [warm]=150 [tests]=60 [sm80]=200 [math]=200 [sanitize]=240 [repeat]=150 [cache]=90
+  [times]=60 [sweep]=300 [peers]=420)
 table=()
 failed=0
 for part in "${parts[@]}"; do

@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--backends", nargs="+", default=["sm80", "math"])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--backward-runs", type=int, default=20)
-    parser.add_argument("--jobs", type=int, default=8, help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=16, help="processes at a time")
     args = parser.parse_args()
     failures = compared = 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:

@@ -154,14 +154,15 @@ TEST(Report, TheBackwardHasColumnsAndASummaryOfItsOwn) {
                                   .verdict = {.ok = false, .o_of_bound = 3.0, .why = "dq b=0 h=1 row 2: [3] is 1"}};
   EXPECT_FALSE(report.ok());
   std::string text = format_report(report, ReportFormat::kGithub);
-  EXPECT_THAT(text, HasSubstr("fwd_speedup | fwd TFLOP/s | fwd max error | fwd of bound | fwd check | bwd_eager_time"));
+  EXPECT_THAT(text, HasSubstr("fwd_speedup | fwd TFLOP/s | fwd max error | fwd of bound | fwd check | "));
+  EXPECT_THAT(text, HasSubstr(" | bwd_speedup | bwd TFLOP/s | bwd max error | bwd of bound | bwd check |"));
   EXPECT_THAT(text, HasSubstr("6.000 [5.000..7.000]"));
   EXPECT_THAT(text, HasSubstr("### Forward speedups"));
   EXPECT_THAT(text, HasSubstr("### Backward speedups"));
   EXPECT_THAT(text, HasSubstr("1 of 2 cells are WRONG"));
   EXPECT_THAT(text, HasSubstr("bwd: dq b=0 h=1 row 2"));
   auto json = nlohmann::json::parse(format_report(report, ReportFormat::kJson));
-  EXPECT_EQ(json["backward_summary"]["geometric_mean_speedup"], 3.0);
+  EXPECT_DOUBLE_EQ(json["backward_summary"]["geometric_mean_speedup"].get<double>(), 3.0);
   EXPECT_EQ(json["summary"]["max"]["speedup"], 8.0);
   EXPECT_EQ(json["cells"][1]["pass"], true);
   EXPECT_EQ(json["cells"][1]["backward"]["pass"], false);
