@@ -414,14 +414,14 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
       cell.p = {.value = p, .ideal = rounded_to(options.dtype, ideal_p), .scatter = change, .error = change};
       const double difference = dp - delta;
       // 16-bit products may be added 16 at a time, and what does not fit the sum cut off.
-      const double cut = options.dtype == DType::kF32 ? 0.0 : static_cast<double>(head.head_dim_v) / 8.0;
-      const double arithmetic =
-          kUnit * ((8.0 + cut) * dp_magnitude + 8.0 * delta_magnitude + 4.0 * std::fabs(difference));
-      dm = {.value = product(p, difference),
-            .ideal = product(ideal_p, dp - ideal_delta),
-            .scatter = product(change, std::fabs(difference)) + product(p + change, arithmetic)};
-      dm.error = dm.scatter + product(p + change, delta_given);
-      if (options.own_forward) dm.scatter = dm.error;
+      const double cut =
+          options.dtype == DType::kF32 ? 0.0 : static_cast<double>(head.head_dim_v) / 8.0 * kUnit * dp_magnitude;
+      const double arithmetic = kUnit * (8.0 * (dp_magnitude + delta_magnitude) + 4.0 * std::fabs(difference)) + cut;
+      const double error = product(change, std::fabs(difference)) + product(p + change, arithmetic);
+      dm = {.value = product(p, difference), .ideal = product(ideal_p, dp - ideal_delta)};
+      dm.error = error + product(p + change, delta_given);
+      // Of errors of both signs a mean has an eighth of the bound; of what is cut off, half.
+      dm.scatter = (options.own_forward ? dm.error : error) + product(p + change, 3.0 * cut);
       if (!std::isfinite(dm.value)) unspecified(&dm);
     }
     ElementGradient gradient;
