@@ -364,7 +364,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   double lse_error = 5.0 * kUnit * finite_magnitude(lse);
   double delta = -grad_lse, ideal_delta = -grad_lse, delta_magnitude = std::fabs(grad_lse), delta_given = 0.0;
   if (options.own_forward && !poisoned) {
-    lse_error += decision.undecided ? kInfinity : decision.lse_bound();
+    lse_error += decision.undecided ? kInfinity : decision.lse_scatter();
     worker->features.assign(features, {});
     for (std::size_t j = 0; j < keys && !decision.undecided && !empty; ++j) {
       const auto v = slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v);

@@ -162,6 +162,13 @@ double Float32Row::lse_bound() const {
   return 1e-4 + 1e-5 * std::fabs(maximum + std::log(sum)) + share / (1.0 - share) + approximation;
 }
 
+double Float32Row::lse_scatter() const {
+  if (empty()) return 0.0;
+  // The sum's roundings, and the logarithm's: absolute near one, relative else.
+  const double rounding = 2.0 * roundoffs * kUnit + 8.0 * kUnit * (1.0 + std::fabs(maximum + std::log(sum)));
+  return rounding + share / (1.0 - share) + approximation;
+}
+
 double Float32Row::scatter(const FeatureSums& sums) const { return sums.spread / sum / (1.0 - share); }
 
 double Float32Row::o_bound(DType dtype, const FeatureSums& sums) const {

@@ -88,8 +88,9 @@ struct Float32Row {
 
   bool empty() const;  // no element is kept: O = 0, LSE = -inf
 
-  // What |lse - gold| may be.
+  // What |lse - gold| may be; the second by float32 alone, without rule 4's allowance.
   double lse_bound() const;
+  double lse_scatter() const;
   // What float32 scores may move one feature of o by.
   double scatter(const FeatureSums& sums) const;
   // What |o - gold| may be for one feature of a result of type `dtype`; infinite where it is unspecified.
