@@ -36,6 +36,10 @@ struct ModProblem {
   std::int64_t num_heads = 1;
   std::int64_t seqlen_q = 1;  // rounded up by the caller to what its padded lanes reach
   std::int64_t seqlen_kv = 1;
+  // Lengths that exist, where the caller's code stores nothing for an element beyond them; 0: as above. Only the facts
+  // about sinks look at them.
+  std::int64_t stored_seqlen_q = 0;
+  std::int64_t stored_seqlen_kv = 0;
   // For the backward: captures whose gradient is wanted, a bit by number. Floating types only.
   std::uint32_t gradients = 0;
 };

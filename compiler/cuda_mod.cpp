@@ -968,12 +968,20 @@ class Printer {
       return name(id, spelled(id));
     }
 
-    // Whether the text of `id` would call anything.
+    // Whether the text of `id` would call anything. Each node is looked at once: what is used twice would double the
+    // way.
     bool calls(NodeId id) const {
-      const Node& node = p_.g_[id];
-      if (p_.g_.level(id) != level_ || named_.contains(id)) return false;
-      if (node.form == Form::kCall && !node.text.starts_with("static_cast")) return true;
-      return std::any_of(node.args.begin(), node.args.end(), [this](NodeId arg) { return calls(arg); });
+      std::set<NodeId> seen;
+      std::vector<NodeId> open{id};
+      while (!open.empty()) {
+        const NodeId next = open.back();
+        open.pop_back();
+        const Node& node = p_.g_[next];
+        if (!seen.insert(next).second || p_.g_.level(next) != level_ || named_.contains(next)) continue;
+        if (node.form == Form::kCall && !node.text.starts_with("static_cast")) return true;
+        open.insert(open.end(), node.args.begin(), node.args.end());
+      }
+      return false;
     }
 
     std::string spelled(NodeId id) {

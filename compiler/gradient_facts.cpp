@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <utility>
 
 #include "compiler/dialect/dialect.h"
 #include "llvm/ADT/DenseMap.h"
 #include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/IR/Matchers.h"
 
 namespace attnjit::compiler {
 namespace {
@@ -120,19 +122,49 @@ unsigned told_by(const Dependences& dependences, Value v, unsigned known) {
   }
 }
 
+// How many values each coordinate has among the elements that are stored.
+struct StoredExtents {
+  explicit StoredExtents(const ModProblem& problem)
+      : of{problem.batch, problem.num_heads, problem.stored_seqlen_q > 0 ? problem.stored_seqlen_q : problem.seqlen_q,
+           problem.stored_seqlen_kv > 0 ? problem.stored_seqlen_kv : problem.seqlen_kv} {}
+  std::int64_t of[4];  // by Role
+};
+
+// The values of `v`, a sum of coordinates and literals, over those elements; nothing where it is something else.
+std::optional<std::pair<std::int64_t, std::int64_t>> range_of(Value v, const StoredExtents& extents) {
+  mlir::Operation* const op = v.getDefiningOp();
+  if (!op) return std::nullopt;
+  if (auto index = llvm::dyn_cast<IndexOp>(op))
+    return std::pair(std::int64_t{0}, extents.of[static_cast<int>(index.getRole())] - 1);
+  if (llvm::APInt literal; mlir::matchPattern(v, mlir::m_ConstantInt(&literal)))
+    return std::pair(literal.getSExtValue(), literal.getSExtValue());
+  // Narrowed where the value fits.
+  if (llvm::isa<arith::ExtSIOp, arith::TruncIOp>(op)) return range_of(op->getOperand(0), extents);
+  if (!llvm::isa<arith::AddIOp, arith::SubIOp>(op)) return std::nullopt;
+  const auto a = range_of(op->getOperand(0), extents), b = range_of(op->getOperand(1), extents);
+  if (!a || !b) return std::nullopt;
+  const bool minus = llvm::isa<arith::SubIOp>(op);
+  std::pair<std::int64_t, std::int64_t> range;
+  const bool wraps = minus ? __builtin_sub_overflow(a->first, b->second, &range.first) ||
+                                 __builtin_sub_overflow(a->second, b->first, &range.second)
+                           : __builtin_add_overflow(a->first, b->first, &range.first) ||
+                                 __builtin_add_overflow(a->second, b->second, &range.second);
+  return wraps ? std::nullopt : std::optional(range);
+}
+
 bool is_injective(const Dependences& dependences, SinkOp sink, const ModProblem& problem) {
+  const StoredExtents extents(problem);
   unsigned known = 0;
-  if (problem.batch == 1) known |= kWithB;
-  if (problem.num_heads == 1) known |= kWithH;
-  if (problem.seqlen_q == 1) known |= kWithQuery;
-  if (problem.seqlen_kv == 1) known |= kWithKey;
+  for (int role = 0; role < 4; ++role) known |= extents.of[role] == 1 ? 1u << role : 0;
   const std::optional<llvm::ArrayRef<bool>> in_bounds = sink.getInBounds();
   // Each dimension may tell another coordinate, given those that are known.
   for (bool found = true; found;) {
     found = false;
     for (const auto& [i, index] : llvm::enumerate(sink.getIndices())) {
       // A clamped index is shared.
-      if (!in_bounds || !(*in_bounds)[i]) continue;
+      const auto range = range_of(index, extents);
+      const bool inside = range && range->first >= 0 && range->second < sink.getExtents()[i];
+      if (!inside && (!in_bounds || !(*in_bounds)[i])) continue;
       const unsigned told = told_by(dependences, index, known);
       known |= told;
       found |= told != 0;

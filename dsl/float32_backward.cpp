@@ -123,7 +123,9 @@ class Sums {
     value *= scale;
     gradient_.ideal[at] = rounded_to(dtype, gradient_.ideal[at] * scale);
     const double summing = 2.0 * roundoffs * kUnit * magnitude_[at];
-    bound = product(bound + summing + (partial ? unit_roundoff(dtype) * magnitude_[at] : 0.0), std::fabs(scale));
+    // A scale of 0 does not make a number of what is not finite.
+    if (bound != kInfinity)
+      bound = product(bound + summing + (partial ? unit_roundoff(dtype) * magnitude_[at] : 0.0), std::fabs(scale));
     bound += unit_roundoff(dtype) * (finite_magnitude(value) + bound);
     scatter = product(scatter + summing, std::fabs(scale));
     if (touched_[at]) bound += underflow(dtype);

@@ -53,7 +53,7 @@ Check CudaGradientSums::load(Context& context, const std::shared_ptr<CudaDevice>
   const compiler::CudaSource source = compiler::cuda_finish_gradients();
   Result<FoundBinary> found = find_cuda_binary(context, source, {.number = device->arch(), .specific = false}, {});
   if (!found) return found.failure();
-  phases->insert(phases->end(), found->phases.begin(), found->phases.end());
+  add_phases(found->phases, phases);
   auto kernel = CudaKernel::load(device, found->binary->cubin, source.entries.front(), 0);
   if (!kernel) return kernel.failure();
   kernel_ = std::move(*kernel);

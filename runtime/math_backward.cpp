@@ -212,7 +212,7 @@ class Differentiation {
 
   // base * f, for base the gradient of the modified scores or of lse.
   int times(int base, int factor) {
-    return factor == kOne ? base : gradient(GradientPass::kTimes, {base, factor}, "gradient: multiply");
+    return factor == kOne ? base : gradient(GradientPass::kRowFactor, {base, factor}, "gradient: multiply");
   }
 
   // Over all four dimensions.

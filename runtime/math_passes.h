@@ -74,7 +74,8 @@ enum class GradientPass : std::uint8_t {
   kErf,         // g, x
   kSin,         // g, x
   kCos,         // g, x
-  // Not of an operation: of softmax.
+  // Not of an operation: of a row, and of softmax.
+  kRowFactor,    // g, x: g * x, 0 where x is 0: what a choice made nothing of
   kProbability,  // modified score m, lse, and `keep` (bytes) where there is one: exp(m - lse), 0 for a dropped element
   kScore,        // p, dp, delta: p * (dp - delta), 0 where p is 0
 };

@@ -21,9 +21,6 @@ using compiler::SinkLevel;
 
 constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
 constexpr int kMaxTile = 256;  // of queries or keys
-// Of the kernel before: rows of a block, and its threads.
-constexpr std::int64_t kRowsBlock = 64;
-constexpr unsigned kRowsThreads = 256;
 constexpr std::size_t kAlignment = 256;
 constexpr int kMaxSplits = 16;
 constexpr const char* kRowsEntry = "attnjit_backward_rows";
@@ -147,7 +144,8 @@ Grids grids_of(const Signature& s, const sm80::BackwardConfig& config, int split
   const std::int64_t padded = round_up(s.seqlen_q, config.tile_m);
   const std::int64_t key_tiles = round_up(s.seqlen_kv, config.tile_n) / config.tile_n;
   const std::int64_t blocks = config.deterministic ? std::min<std::int64_t>(splits, key_tiles) : key_tiles;
-  return {.rows = product({s.batch, s.num_heads, round_up(padded, kRowsBlock) / kRowsBlock}),
+  return {.rows = product({s.batch, s.num_heads,
+                           round_up(padded, std::int64_t{sm80::kRowsOfBlock}) / std::int64_t{sm80::kRowsOfBlock}}),
           .main = product({s.batch, s.num_heads_kv, config.slices, blocks}),
           .dq = config.wants_dq ? product({s.batch, s.num_heads, config.slices, padded / config.tile_m}) : 0};
 }
@@ -155,9 +153,12 @@ Grids grids_of(const Signature& s, const sm80::BackwardConfig& config, int split
 compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm80::BackwardConfig& config,
                                                     const compiler::CompileOptions& options) {
   const Signature& s = request.call.signature;
-  return compiler::emit_sm80_backward(mod_problem(request.mods, request.call, round_up(s.seqlen_q, config.tile_m),
-                                                  round_up(s.seqlen_kv, config.tile_n)),
-                                      config, options);
+  compiler::ModProblem problem = mod_problem(request.mods, request.call, round_up(s.seqlen_q, config.tile_m),
+                                             round_up(s.seqlen_kv, config.tile_n));
+  // Beyond them every gradient is 0, which is not stored.
+  problem.stored_seqlen_q = s.seqlen_q;
+  problem.stored_seqlen_kv = s.seqlen_kv;
+  return compiler::emit_sm80_backward(problem, config, options);
 }
 
 Failure emission_failure(std::string_view message) {
@@ -217,7 +218,8 @@ struct Launches {
       const CudaKernel& kernel;
       std::int64_t blocks;
       unsigned threads;
-    } launches[] = {{*rows, grids.rows, kRowsThreads}, {*main, grids.main, threads}, {*dq, grids.dq, threads}};
+    } launches[] = {
+        {*rows, grids.rows, unsigned{sm80::kRowsThreads}}, {*main, grids.main, threads}, {*dq, grids.dq, threads}};
     for (const auto& launch : launches) {
       if (launch.blocks == 0) continue;
       if (Check failure =
@@ -324,15 +326,15 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm8
   };
   std::optional<sm80::BackwardConfig> config = choose_backward_config(by);
   if (!config) return no_configuration();
-  auto emitted = emit(request, *config, options);
+  // Only the compiler sees what the mod demands; what is dumped is what is compiled.
+  auto emitted = emit(request, *config, {});
   if (!emitted.error) {
     learn(emitted.value, &by);
     const std::optional<sm80::BackwardConfig> other = choose_backward_config(by);
     if (!other) return no_configuration();
-    if (config_name(*other) != config_name(*config)) {
-      config = other;
-      emitted = emit(request, *config, options);
-    }
+    const bool changes = config_name(*other) != config_name(*config);
+    config = other;
+    if (changes || options.dump) emitted = emit(request, *config, options);
   }
   if (emitted.error) return emission_failure(emitted.error->message);
   const Grids grids = grids_of(s, *config, kMaxSplits);

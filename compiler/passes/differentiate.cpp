@@ -84,7 +84,7 @@ class Differentiator {
       for (const std::optional<Flow>& flow : {incoming.of_row, incoming.other}) {
         if (!flow) continue;
         results.push_back(SinkOp::create(b_, loc_, b_.getF32Type(), value_under(*flow, kNone), read.getCapture(),
-                                         read.getIndices(), read.getExtents(), mlir::DenseBoolArrayAttr(),
+                                         places(read), read.getExtents(), mlir::DenseBoolArrayAttr(),
                                          feeds_row_shift_.contains(read) && is_of_row(*flow, kNone)));
       }
     }
@@ -160,6 +160,14 @@ class Differentiator {
     if (!mlir::matchPattern(v, mlir::m_Constant(&attribute))) return false;
     if (value) *value = attribute.getValueAsDouble();
     return true;
+  }
+
+  // The indices of a read; of a dimension of one element that element, whatever the index is computed from.
+  llvm::SmallVector<Value> places(ReadOp read) {
+    llvm::SmallVector<Value> indices(read.getIndices());
+    for (const auto& [i, extent] : llvm::enumerate(read.getExtents()))
+      if (extent == 1) indices[i] = arith::ConstantOp::create(b_, loc_, b_.getI64IntegerAttr(0));
+    return indices;
   }
 
   // ---- Making operations
@@ -447,7 +455,7 @@ class Differentiator {
         .Case<math::Log2Op>([&](auto) { return given(x, divided(scaled(flow, std::numbers::log2e), x)); })
         .Case<math::Log1pOp>([&](auto) { return given(x, divided(flow, add(x, literal(1.0)))); })
         .Case<math::SqrtOp>([&](auto) { return given(x, divided(scaled(flow, 0.5), out)); })
-        .Case<math::RsqrtOp>([&](auto) { return given(x, times(flow, mul(mul(mul(out, out), out), literal(-0.5)))); })
+        .Case<math::RsqrtOp>([&](auto) { return given(x, times(times(times(scaled(flow, -0.5), out), out), out)); })
         .Case<math::TanhOp>([&](auto) { return given(x, times(flow, sub(literal(1.0), mul(out, out)))); })
         .Case<math::ErfOp>(
             [&](auto) { return given(x, times(flow, mul(gaussian(x, 1.0), literal(2 * std::numbers::inv_sqrtpi)))); })

@@ -385,8 +385,8 @@ __device__ __forceinline__ void apply_mod(Accumulators<kMTiles, kNTiles>& s, Acc
         float& s_element = s[r / 2][j][r % 2 * 2 + e];
         float& dp_element = dp[r / 2][j][r % 2 * 2 + e];
         if constexpr (kPlain) {
-          // The lse of a query that does not exist is infinite. Its p could only be other than 0 by a K that is not
-          // finite, which every lse knows of already.
+          // The lse of a query that does not exist is infinite, and so its p 0, unless q . k is not finite for a key: the
+          // gradients of such a K or V are unspecified (docs/numerics.md, rule 3).
           const float p = exp2_approx(fmaf(s_element, scale, -row_lse) * kLog2E);
           dp_element = p * (dp_element - row_delta);
           s_element = p;
@@ -795,9 +795,7 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
 
 // ---- The kernel before
 
-constexpr int kRowsThreads = 256;
 constexpr int kRowLanes = 8;      // that share a row
-constexpr int kRowsOfBlock = 64;  // rows of a block
 constexpr int kRowsAtOnce = kRowsThreads / kRowLanes;
 
 template <int kWidth>

@@ -1,5 +1,5 @@
-// The configuration of the sm80 family's forward kernel: what its template is instantiated with, and how it lays out
-// shared memory. Shared by host and device; includes nothing.
+// The configurations of the sm80 family's kernels, forward and backward: what their templates are instantiated with,
+// and how they lay out shared memory. Shared by host and device; includes nothing.
 #pragma once
 
 namespace attnjit::sm80 {
@@ -74,6 +74,10 @@ constexpr int forward_shared_memory(const ForwardConfig& c) {
 }
 
 // ---- Backward
+
+// Of the kernel before the main one: rows of a head that a block has, and its threads.
+inline constexpr int kRowsOfBlock = 64;
+inline constexpr int kRowsThreads = 256;
 
 // Features of one slice, and of all of them, in shared memory and in dq_sum.
 constexpr int slice_width(const BackwardConfig& c, int head_dim) {

@@ -265,6 +265,35 @@ TEST(NumericsBackwardEdge, OneOfEverything) {
   }
 }
 
+// Of a dimension of one element that is read, whatever its index is computed from.
+TEST(NumericsBackwardEdge, IndicesIntoOneElement) {
+  for (const std::string& backend : target().backends) {
+    for (const char* const fields :
+         {R"_(score_mod="score + u[int(score)]*1.0" capture=u:float32:1:packed:normal)_",
+          R"_(score_mod="score + u[int(score), kv_idx]" capture=u:float32:1x50:packed:normal)_",
+          R"_(score_mod="score + u[q_idx, int(score), kv_idx]" capture=u:bfloat16:40x1x50:packed:normal)_"}) {
+      expect_accepted(std::string(fields) + " b=1 hq=2 sq=40 skv=50 d=16 backward=dq,dk,dv grads=u backend=" + backend);
+    }
+  }
+}
+
+// What a choice made nothing of, along a row, stays that beside a NaN.
+TEST(NumericsBackwardEdge, UnchosenFactorsOfRows) {
+  for (const std::string& backend : target().backends) {
+    expect_accepted(
+        "b=1 hq=2 sq=40 skv=50 d=16 score_mod=\"score + g[kv_idx] * where(q_idx > 7, 1.0, 0.0) + where(q_idx > 3, 0.0, "
+        "t[q_idx]) * kv_idx\" capture=g:float32:50:packed:normal capture=t:float32:40:packed:poison backward=dv "
+        "grads=g "
+        "backend=" +
+        backend);
+    expect_accepted(
+        "b=1 hq=1 sq=40 skv=50 d=16 score_mod=\"score + kv_idx * (x[kv_idx] % 0.1) + t[kv_idx] % y\" "
+        "capture=x:float32:50:packed:normal capture=t:float32:50:packed:normal capture=y:float32::packed:normal "
+        "backward=dq,dk grads=x,t,y backend=" +
+        backend);
+  }
+}
+
 // A captured tensor that the mask_mod alone reads, or no expression's result, has a gradient of zero.
 TEST(NumericsBackwardEdge, WhatIsOnlyAskedAboutHasNoGradient) {
   for (const std::string& backend : target().backends) {

@@ -163,7 +163,7 @@ typedef struct attnjit_capture_gradient {
 /* What the backward of a call is given beside its attnjit_attention, and what it computes.
  *
  * attention->o and attention->lse are then what the forward computed: inputs. lse is needed; one that was merged over
- * several devices serves. attention->row_max is ignored. All tensors are on the call's device.
+ * several devices serves (row shifts: docs/backward.md). attention->row_max is ignored. All are on the call's device.
  * Gradients are of sum(grad_out * o) + sum(grad_lse * lse). Where the expression has a kink they are PyTorch's. An
  * element that is dropped, a branch that is not taken and a row without a kept element contribute exactly zero. */
 typedef struct attnjit_gradients {
