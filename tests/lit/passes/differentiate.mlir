@@ -296,7 +296,7 @@ func.func @row_shifts(%s: f32) -> (f32, i1) {
 // CHECK-DAG: %[[COS:.*]] = math.cos %arg0
 // CHECK-DAG: arith.mulf %arg1, %[[EXP]]
 // CHECK-DAG: arith.divf %arg1, %[[SQRT]]
-// CHECK-DAG: arith.mulf %[[RSQRT]], %[[RSQRT]]
+// CHECK-DAG: arith.mulf %arg1, %[[RSQRT]]
 // CHECK-DAG: arith.divf %arg1, %arg0
 // CHECK: return
 func.func @functions(%s: f32) -> (f32, i1) {
