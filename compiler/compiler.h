@@ -181,6 +181,10 @@ struct EmittedCuda {
 // The fused forward kernel; entry `attnjit_forward(cuda::ForwardParams)`.
 CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm80::ForwardConfig& config,
                                              const CompileOptions& options = {});
+// The fused forward kernel of Hopper, with the mod in its folded form; entry `attnjit_forward(sm90::ForwardParams)`.
+// For sm_90a.
+CompileResult<EmittedCuda> emit_sm90_forward(const ModProblem& problem, const sm90::ForwardConfig& config,
+                                             const CompileOptions& options = {});
 // The fused backward kernels; the entries are kernels_templates/sm80/backward.cuh's.
 CompileResult<EmittedCuda> emit_sm80_backward(const ModProblem& problem, const sm80::BackwardConfig& config,
                                               const CompileOptions& options = {});

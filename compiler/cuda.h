@@ -10,6 +10,7 @@
 
 #include "kernels_templates/cuda/params.h"
 #include "kernels_templates/sm80/config.h"
+#include "kernels_templates/sm90/config.h"
 
 namespace attnjit::compiler {
 

@@ -19,6 +19,12 @@ enum class CudaAccuracy : std::uint8_t {
   kBFloat16,  // besides, tanh within 2^-10.98
 };
 
+// Which hooks a forward's mod has for the score: see kernels_templates/cuda/mod_defaults.cuh.
+enum class ModForm : std::uint8_t {
+  kPlain,
+  kFolded,
+};
+
 struct CudaMod {
   std::string text;  // `struct Mod : ModDefaults` of kernels_templates/cuda/mod_defaults.cuh, in its namespace
   ModDemand demand = ModDemand::kNone;

@@ -16,7 +16,27 @@
 //       given the gradient of its lse as `grad` (s, column and diagonal are not looked at)
 //   offset(captured, gradients, s, block, row, column, diagonal): where in GradientView::data, in elements, an int or a
 //       long long; besides block only what kLevel names is looked at, and with kElement all of it
+//
+// Of whole tiles the mod knows what the mask is (tile_kind), and which keys or queries are worth looking at (kv_range,
+// q_range). All three are sound, not exact: partial and the whole range are always right.
+//
+// A forward that asks for the folded form (compiler::ModForm) gets score() and its traits without the terms that
+// softmax cannot see, those free of score and key: shift() gives them once per row, in log2 units, for LSE and maximum.
+// Where what is left is the score and a sum of terms, kAdditive, term() gives them; where these are a multiple of the
+// difference of the positions, kLinear, slope() gives the factor. The folded form is for kScoresInLog2 or kIdentity; of
+// others shift() is there, and score() is as usual.
 namespace attnjit::cuda {
+
+// Logical positions, and query heads, of one batch; both ends included.
+struct Tile {
+  int b, h_first, h_last, q_first, q_last, kv_first, kv_last;
+};
+// What keep() is over a tile: false; anything; true.
+enum class TileKind : int { kSkip, kPartial, kFull };
+// Both ends included; empty where first > last.
+struct IndexRange {
+  int first, last;
+};
 
 // What decides a sink's offset: compiler::SinkLevel.
 enum class SinkLevel : int { kBlock, kRow, kColumn, kDiagonal, kElement };
@@ -35,6 +55,17 @@ struct ModDefaults {
   static constexpr bool kHasMask = false;
   // keep() depends on the score.
   static constexpr bool kMaskReadsScore = false;
+  // tile_kind() may say more than kPartial. Never with kMaskReadsScore.
+  static constexpr bool kKnowsTiles = false;
+  // kv_range() and q_range() may be less than the whole.
+  static constexpr bool kKnowsRanges = false;
+  // Folded form: shift() may be other than 0; score() is s + term(); term() is slope() * q_minus_kv.
+  static constexpr bool kHasShift = false;
+  static constexpr bool kAdditive = false;
+  static constexpr bool kLinear = false;
+  // The modified score moves with the key's position by arithmetic, and is not kLinear: over many keys it may rise or
+  // fall without bound, which captured values and the score itself are not expected to do.
+  static constexpr bool kDrifts = false;
   // Some captured tensor is read.
   static constexpr bool kReadsCaptured = false;
 
@@ -70,6 +101,29 @@ struct ModDefaults {
   static __device__ __forceinline__ float dscore(const CapturedView* captured, float s, float grad, const B& block,
                                                  const R& row, const C& column, const D& diagonal) {
     return grad;
+  }
+  template <typename B, typename R>
+  static __device__ __forceinline__ float shift(const CapturedView* captured, const B& block, const R& row) {
+    return 0.0f;
+  }
+  template <typename B, typename R, typename C, typename D>
+  static __device__ __forceinline__ float term(const CapturedView* captured, const B& block, const R& row,
+                                               const C& column, const D& diagonal) {
+    return 0.0f;
+  }
+  template <typename B>
+  static __device__ __forceinline__ float slope(const CapturedView* captured, const B& block) {
+    return 0.0f;
+  }
+  static __device__ __forceinline__ TileKind tile_kind(const CapturedView* captured, const Tile& tile) {
+    return TileKind::kPartial;
+  }
+  // Keys outside are dropped for every query of `tile`; queries outside drop every key of it. Within the tile's own.
+  static __device__ __forceinline__ IndexRange kv_range(const CapturedView* captured, const Tile& tile) {
+    return {tile.kv_first, tile.kv_last};
+  }
+  static __device__ __forceinline__ IndexRange q_range(const CapturedView* captured, const Tile& tile) {
+    return {tile.q_first, tile.q_last};
   }
   template <typename B, typename R, typename C, typename D>
   static __device__ __forceinline__ bool keep(const CapturedView* captured, float s, const B& block, const R& row,

@@ -1,0 +1,64 @@
+// The configurations of the sm90 family's kernel, what it is launched with, and how it lays out shared memory. Shared
+// by host and device. It includes nothing: cuda/params.h comes before it.
+#pragma once
+
+namespace attnjit::sm90 {
+
+enum class Element : int { kF16 = 1, kBF16 = 2 };
+
+struct ForwardConfig {
+  Element element = Element::kBF16;
+  int head_dim = 128;     // of q and k, as the problem has it; padded in shared memory
+  int head_dim_v = 128;   // of v and o
+  int warpgroups = 2;     // that compute, 64 queries each: 2, 3 or 4; one more loads
+  int tile_n = 128;       // keys of one step; a multiple of 16, at most 256
+  int stages = 2;         // buffers for K and for V each
+  bool o_buffer = true;   // O leaves from memory of its own, so that the next Q can arrive; else from Q's
+  bool ping_pong = true;  // warpgroups take turns at the tensor cores
+  // The reference of the exponentials stays where the first steps put it, and a tile whose sums run too high is done
+  // again; else it is the running maximum. Without it row_max is exact, and only then.
+  bool frozen = true;
+};
+
+// A tensor map as the driver encodes it, of a 4-D tensor (feature, sequence, head, batch): boxes of 64 features,
+// 128-byte swizzle. Rows and features that do not exist arrive as zero and are not written.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+// One forward call: what a launch of one block per multiprocessor, at most `tiles`, takes.
+struct ForwardParams {
+  TensorMap q, k, v, o;  // boxes of 64, tile_n, tile_n and 64 rows
+  cuda::ForwardParams call;
+  int m_tiles;  // of a head
+  int tiles;    // m_tiles * num_heads * batch
+};
+
+constexpr int kRowsOfWarpgroup = 64;
+constexpr int tile_m(const ForwardConfig& c) { return kRowsOfWarpgroup * c.warpgroups; }
+constexpr int threads(const ForwardConfig& c) { return 128 * (c.warpgroups + 1); }
+
+// Feature dimensions are computed in steps of 16, and lie in shared memory in columns of 64: [column][row][64].
+constexpr int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
+constexpr int columns(int head_dim) { return (head_dim + 63) / 64; }
+constexpr int tile_bytes(int rows, int head_dim) { return columns(head_dim) * rows * 128; }
+
+// Shared memory of a block, in order: Q, K and V by stage, O where it has a buffer, barriers. Its start is aligned to
+// 1024 bytes by the kernel, which may cost as many.
+constexpr int q_bytes(const ForwardConfig& c) {
+  const int q = tile_bytes(kRowsOfWarpgroup, c.head_dim);
+  const int o = c.o_buffer ? 0 : tile_bytes(kRowsOfWarpgroup, c.head_dim_v);
+  return c.warpgroups * (q > o ? q : o);
+}
+constexpr int k_bytes(const ForwardConfig& c) { return tile_bytes(c.tile_n, c.head_dim); }
+constexpr int v_bytes(const ForwardConfig& c) { return tile_bytes(c.tile_n, c.head_dim_v); }
+constexpr int o_bytes(const ForwardConfig& c) {
+  return c.o_buffer ? c.warpgroups * tile_bytes(kRowsOfWarpgroup, c.head_dim_v) : 0;
+}
+inline constexpr int kBarrierBytes = 512;
+inline constexpr int kTileAlignment = 1024;
+constexpr int forward_shared_memory(const ForwardConfig& c) {
+  return q_bytes(c) + c.stages * (k_bytes(c) + v_bytes(c)) + o_bytes(c) + kBarrierBytes + kTileAlignment;
+}
+
+}  // namespace attnjit::sm90
