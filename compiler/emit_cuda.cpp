@@ -4,6 +4,7 @@
 #include "compiler/cuda_mod.h"
 #include "compiler/dialect/dialect.h"
 #include "compiler/frontend.h"
+#include "compiler/wgmma.h"
 #include "dsl/printer.h"
 #include "kernels_templates/cuda/embedded.h"
 #include "kernels_templates/math/config.h"
@@ -119,6 +120,10 @@ CudaAccuracy accuracy_for(sm80::Element element) {
   return CudaAccuracy::kFull;
 }
 
+sm80::Element as_sm80(sm90::Element element) {
+  return element == sm90::Element::kF16 ? sm80::Element::kF16 : sm80::Element::kBF16;
+}
+
 const char* bool_text(bool value) { return value ? "true" : "false"; }
 
 std::string initializer(const std::vector<std::pair<const char*, std::string>>& fields) {
@@ -139,6 +144,18 @@ std::string config_text(const sm80::ForwardConfig& c) {
                       {"min_blocks", std::to_string(c.min_blocks)},
                       {"load_bytes", std::to_string(c.load_bytes)},
                       {"store_bytes", std::to_string(c.store_bytes)}});
+}
+
+std::string config_text(const sm90::ForwardConfig& c) {
+  return initializer({{"element", element_name(as_sm80(c.element))},
+                      {"head_dim", std::to_string(c.head_dim)},
+                      {"head_dim_v", std::to_string(c.head_dim_v)},
+                      {"warpgroups", std::to_string(c.warpgroups)},
+                      {"tile_n", std::to_string(c.tile_n)},
+                      {"stages", std::to_string(c.stages)},
+                      {"o_buffer", bool_text(c.o_buffer)},
+                      {"ping_pong", bool_text(c.ping_pong)},
+                      {"frozen", bool_text(c.frozen)}});
 }
 
 std::string config_text(const sm80::BackwardConfig& c) {
@@ -208,6 +225,22 @@ CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm
          prelude() + template_file("sm80/config.h") + "\n" + in_namespace("cuda", mod) +
              in_namespace("sm80", "constexpr ForwardConfig kConfig = " + values + ";\n") +
              template_file("sm80/tile.cuh") + "\n" + template_file("sm80/forward.cuh"),
+         options);
+  return result;
+}
+
+CompileResult<EmittedCuda> emit_sm90_forward(const ModProblem& problem, const sm90::ForwardConfig& config,
+                                             const CompileOptions& options) {
+  CompileResult<EmittedCuda> result;
+  std::string mod;
+  const std::string values = config_text(config);
+  if (!emit_mod(problem, Direction::kForward, accuracy_for(as_sm80(config.element)), options, "sm90 " + values, result,
+                mod))
+    return result;
+  finish(result.value,
+         prelude() + template_file("sm90/config.h") + "\n" + in_namespace("cuda", mod) +
+             in_namespace("sm90", "constexpr ForwardConfig kConfig = " + values + ";\n\n" + wgmma_products(config)) +
+             template_file("sm90/forward.cuh"),
          options);
   return result;
 }

@@ -30,8 +30,12 @@ struct alignas(64) TensorMap {
 struct ForwardParams {
   TensorMap q, k, v, o;  // boxes of 64, tile_n, tile_n and 64 rows
   cuda::ForwardParams call;
+  // The tiles of each block, (rounds, blocks), -1 where a block has no more; null: round robin.
+  const int* schedule;
+  int rounds;
   int m_tiles;  // of a head
   int tiles;    // m_tiles * num_heads * batch
+  int section;  // heads, a divisor of num_heads * batch, whose tiles mods with a mask see by their rows, the last first
 };
 
 constexpr int kRowsOfWarpgroup = 64;

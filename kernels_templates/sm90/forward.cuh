@@ -1,0 +1,840 @@
+// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that loads and several that compute. Compiled behind
+// cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products that the compiler writes
+// for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
+//
+// docs/sm90.md explains roles, barriers and what was tried.
+namespace attnjit::sm90 {
+
+using cuda::exp2_approx;
+using cuda::IndexRange;
+using cuda::Mod;
+using cuda::Tile;
+using cuda::TileKind;
+
+constexpr int kWarpgroups = kConfig.warpgroups;
+constexpr int kTileM = tile_m(kConfig);
+constexpr int kTileN = kConfig.tile_n;
+constexpr int kStages = kConfig.stages;
+constexpr int kThreads = threads(kConfig);
+constexpr int kRows = kRowsOfWarpgroup;
+constexpr int kQColumns = columns(kConfig.head_dim);
+constexpr int kVColumns = columns(kConfig.head_dim_v);
+constexpr int kScores = kTileN / 2;                       // of a thread: elements of S
+constexpr int kProbabilities = kTileN / 4;                // words of P
+constexpr int kOutputs = padded(kConfig.head_dim_v) / 2;  // elements of O
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+constexpr float kLn2 = 0.693147180559945309f;
+
+static_assert(kWarpgroups >= 2 && kWarpgroups <= 4 && kTileN % 16 == 0 && kTileN <= 256);
+
+// Registers of a thread, of the loading warpgroup and of the others; a block gets no more than it starts with.
+constexpr int kLoaderRegisters = kWarpgroups == 2 ? 40 : 32;
+constexpr int kComputeRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
+
+template <bool kIs>
+struct Choice {
+  static constexpr bool kValue = kIs;
+};
+
+// ---- Shared memory
+
+using Address = unsigned;  // in the shared window
+
+constexpr int kQOfWarpgroup = q_bytes(kConfig) / kWarpgroups;
+constexpr int kOOfWarpgroup = tile_bytes(kRows, kConfig.head_dim_v);
+constexpr int kKAt = q_bytes(kConfig);
+constexpr int kVAt = kKAt + kStages * k_bytes(kConfig);
+constexpr int kOAt = kVAt + kStages * v_bytes(kConfig);
+constexpr int kBarriersAt = kOAt + o_bytes(kConfig);
+
+// Barriers, as bytes behind kBarriersAt; of stages and slots one behind the other.
+constexpr int kKFull = 0;
+constexpr int kKEmpty = kKFull + 8 * kStages;
+constexpr int kVFull = kKEmpty + 8 * kStages;
+constexpr int kVEmpty = kVFull + 8 * kStages;
+constexpr int kQFull = kVEmpty + 8 * kStages;
+constexpr int kQEmpty = kQFull + 8;
+constexpr int kJobFull = kQEmpty + 8;
+constexpr int kJobEmpty = kJobFull + 16;
+constexpr int kDrained = kJobEmpty + 16;
+// And what warps tell each other.
+constexpr int kJobs = (kDrained + 8 + 15) / 16 * 16;  // two, of four words
+constexpr int kKeys = kJobs + 32;                     // by stage: the number of the tile of keys in it
+constexpr int kRedo = kKeys + 4 * kStages;            // by warpgroup: a tile to be done again, or -1
+static_assert(kRedo + 4 * kWarpgroups <= kBarrierBytes);
+
+__device__ __forceinline__ void store_shared(Address address, int x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ int load_shared(Address address) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// ---- Barriers
+
+__device__ __forceinline__ void init(Address barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(Address barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(Address barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait(Address barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE_%=;\n"
+      "bra AGAIN_%=;\nDONE_%=:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Named barriers.
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+constexpr int kTurnBarrier = 1;  // and one per warpgroup; likewise for what a warpgroup does together
+constexpr int kOwnBarrier = 8;
+
+// Whether `condition` holds in any thread of the warpgroup; all of them ask.
+__device__ __forceinline__ bool any_of_warpgroup(int warpgroup, bool condition) {
+  int result = condition;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.s32 p, %0, 0;\nbarrier.cta.red.or.pred q, %1, 128, p;\nselp.s32 %0, 1, 0, q;\n}"
+      : "+r"(result)
+      : "r"(kOwnBarrier + warpgroup)
+      : "memory");
+  return result != 0;
+}
+
+// ---- TMA
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// `kColumns` boxes of `rows` rows from row `row` on.
+template <int kColumns>
+__device__ __forceinline__ void load_tile(Address to, const TensorMap& map, Address barrier, int rows, int row, int h,
+                                          int b) {
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+        "%6}], [%2];" ::"r"(to + c * rows * 128),
+        "l"(&map), "r"(barrier), "r"(64 * c), "r"(row), "r"(h), "r"(b)
+        : "memory");
+  }
+}
+__device__ __forceinline__ void store_column(const TensorMap& map, Address from, int column, int row, int h, int b) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(from), "r"(column), "r"(row), "r"(h), "r"(b)
+               : "memory");
+}
+
+// ---- Jobs
+
+// A job is a tile of queries of one head: first the steps over tiles of keys that need their mask or their end looked
+// at, then those that do not.
+struct Job {
+  int tile;     // of queries; kDrain or kEnd
+  int partial;  // steps
+  int full;
+};
+constexpr int kDrain = -2;  // all jobs are out: leave nothing under way, and tell
+constexpr int kEnd = -1;
+
+__device__ __forceinline__ void store_job(Address slot, const Job& job) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(job.tile), "r"(job.partial), "r"(job.full),
+               "r"(0)
+               : "memory");
+}
+__device__ __forceinline__ Job load_job(Address slot) {
+  Job job;
+  int unused;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(job.tile), "=r"(job.partial), "=r"(job.full), "=r"(unused)
+               : "r"(slot)
+               : "memory");
+  return job;
+}
+
+struct Place {
+  int b, h, first_query;
+};
+
+// Tile number `tile`. With a mask the rows of the last queries, which see most keys where masks look back, come first,
+// of so many heads together as the L2 cache holds.
+__device__ __forceinline__ Place place_of(const ForwardParams& params, int tile) {
+  int head, m;
+  if constexpr (Mod::kHasMask) {
+    const int of_section = params.section * params.m_tiles;
+    const int section = tile / of_section;
+    const int rest = tile - section * of_section;
+    const int row = rest / params.section;
+    m = params.m_tiles - 1 - row;
+    head = section * params.section + rest - row * params.section;
+  } else {
+    head = tile / params.m_tiles;
+    m = tile - head * params.m_tiles;
+  }
+  const int b = head / params.call.num_heads;
+  return {b, head - b * params.call.num_heads, m * kTileM};
+}
+
+// This block's job number `round`: of the schedule, or round robin. None where it is negative or not below
+// params.tiles.
+__device__ __forceinline__ int tile_of_round(const ForwardParams& params, int round) {
+  const int at = round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  if (params.schedule == nullptr) return at;
+  return round < params.rounds ? params.schedule[at] : -1;
+}
+
+// ---- The loading warp
+
+struct Loader {
+  const ForwardParams& params;
+  Address shared;
+  int lane;
+  int jobs = 0;     // so far
+  int loads = 0;    // of K
+  int queries = 0;  // jobs that loaded Q
+
+  __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
+
+  __device__ __forceinline__ void send(const Job& job) {
+    const int slot = jobs % 2;
+    if (lane == 0) {
+      wait(barrier(kJobEmpty + 8 * slot), jobs / 2 % 2 ^ 1);
+      store_job(barrier(kJobs + 16 * slot), job);
+      arrive(barrier(kJobFull + 8 * slot));
+    }
+    ++jobs;
+  }
+
+  // All jobs of this block, and again those whose sums ran too high.
+  __device__ __forceinline__ void run_all() {
+    int next = tile_of_round(params, 0);
+#pragma unroll 1
+    for (int round = 1; next >= 0 && next < params.tiles; ++round) {
+      const int tile = next;
+      // Early enough to have arrived when it is asked for.
+      next = tile_of_round(params, round);
+      run(tile);
+    }
+    if constexpr (kConfig.frozen) {
+      send({.tile = kDrain});
+      wait(barrier(kDrained), 0);
+#pragma unroll 1
+      for (int w = 0; w < kWarpgroups; ++w) {
+        const int tile = load_shared(barrier(kRedo + 4 * w));
+        bool again = tile >= 0;
+        for (int before = 0; before < w; ++before) again &= load_shared(barrier(kRedo + 4 * before)) != tile;
+        if (again) run(tile);
+      }
+    }
+    send({.tile = kEnd});
+  }
+
+  // What is to be done with tile number `n` of the keys.
+  __device__ __forceinline__ TileKind kind(Tile tile, int n) const {
+    const int keys = params.call.seqlen_kv;
+    tile.kv_first = params.call.kv_idx_origin + n * kTileN;
+    tile.kv_last = tile.kv_first + kTileN - 1;
+    const bool whole = (n + 1) * kTileN <= keys;
+    TileKind kind = TileKind::kFull;
+    if constexpr (Mod::kHasMask) kind = Mod::tile_kind(params.call.captured, tile);
+    if (kind == TileKind::kFull && !whole) kind = TileKind::kPartial;
+    return kind;
+  }
+
+  // Loads what a job needs, in the order in which it is used.
+  __device__ void run(int number) {
+    const auto [b, h, first_query] = place_of(params, number);
+    const cuda::ForwardParams& call = params.call;
+    const int h_kv = h / (call.num_heads / call.num_heads_kv);
+    const int last_query = min(first_query + kTileM, call.seqlen_q) - 1;
+    const Tile tile = {.b = b,
+                       .h_first = h,
+                       .h_last = h,
+                       .q_first = call.q_idx_origin + first_query,
+                       .q_last = call.q_idx_origin + last_query,
+                       .kv_first = call.kv_idx_origin,
+                       .kv_last = call.kv_idx_origin + call.seqlen_kv - 1};
+    int first = 0, last = (call.seqlen_kv + kTileN - 1) / kTileN - 1;
+    if constexpr (Mod::kKnowsRanges) {
+      const IndexRange range = Mod::kv_range(call.captured, tile);
+      const bool none = range.first > range.last;
+      first = none ? 1 : (range.first - call.kv_idx_origin) / kTileN;
+      last = none ? 0 : (range.last - call.kv_idx_origin) / kTileN;
+    }
+    bool ascending = false;
+    if constexpr (Mod::kLinear) ascending = Mod::slope(call.captured, Mod::block(call.captured, b, h)) > 0.0f;
+
+    // 32 tiles of keys at a time, one to a lane.
+    const auto tiles_of = [&](int group, TileKind wanted) {
+      const int n = ascending ? first + 32 * group + lane : last - 32 * group - lane;
+      return __ballot_sync(0xffffffffu, n >= first && n <= last && kind(tile, n) == wanted);
+    };
+    const int groups = (last - first + 32) / 32;
+    int partial = 0, full = 0;
+    if constexpr (Mod::kKnowsTiles) {
+#pragma unroll 1
+      for (int group = 0; group < groups; ++group) {
+        partial += __popc(tiles_of(group, TileKind::kPartial));
+        full += __popc(tiles_of(group, TileKind::kFull));
+      }
+    } else {
+      const int tiles = max(last - first + 1, 0);
+      const int whole = Mod::kHasMask ? 0 : min(tiles, call.seqlen_kv / kTileN - first);
+      full = whole;
+      partial = tiles - whole;
+    }
+    send({.tile = number, .partial = partial, .full = full});
+
+    int previous = -1;
+    const auto load_v = [&] {
+      const int load = loads - 1;
+      const int stage = load % kStages;
+      wait(barrier(kVEmpty + 8 * stage), load / kStages % 2 ^ 1);
+      arrive_expecting(barrier(kVFull + 8 * stage), v_bytes(kConfig));
+      load_tile<kVColumns>(shared + kVAt + stage * v_bytes(kConfig), params.v, barrier(kVFull + 8 * stage), kTileN,
+                           previous * kTileN, h_kv, b);
+    };
+    const auto load = [&](int n) {
+      const int stage = loads % kStages;
+      const int parity = loads / kStages % 2 ^ 1;
+      wait(barrier(kKEmpty + 8 * stage), parity);
+      store_shared(barrier(kKeys + 4 * stage), n);
+      arrive_expecting(barrier(kKFull + 8 * stage), k_bytes(kConfig));
+      load_tile<kQColumns>(shared + kKAt + stage * k_bytes(kConfig), params.k, barrier(kKFull + 8 * stage), kTileN,
+                           n * kTileN, h_kv, b);
+      if (previous < 0) {
+        wait(barrier(kQEmpty), queries % 2 ^ 1);
+        ++queries;
+        arrive_expecting(barrier(kQFull), kWarpgroups * tile_bytes(kRows, kConfig.head_dim));
+#pragma unroll 1
+        for (int w = 0; w < kWarpgroups; ++w) {
+          load_tile<kQColumns>(shared + w * kQOfWarpgroup, params.q, barrier(kQFull), kRows, first_query + w * kRows, h,
+                               b);
+        }
+      } else {
+        load_v();
+      }
+      ++loads;
+      previous = n;
+    };
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      const TileKind wanted = pass == 0 ? TileKind::kPartial : TileKind::kFull;
+#pragma unroll 1
+      for (int group = 0; group < groups; ++group) {
+        unsigned tiles = tiles_of(group, wanted);
+#pragma unroll 1
+        while (tiles != 0) {
+          const int i = __ffs(tiles) - 1;
+          tiles &= tiles - 1;
+          if (lane == 0) load(ascending ? first + 32 * group + i : last - 32 * group - i);
+        }
+      }
+    }
+    if (lane == 0 && previous >= 0) load_v();
+    __syncwarp();
+  }
+};
+
+// ---- The computing warpgroups
+
+// Element 4 * j + 2 * r + e of a thread's scores is row warp * 16 + lane / 4 + 8 * r, column 8 * j + 2 * (lane % 4) +
+// e. A word of P is two neighbouring elements.
+
+// Where the mod leaves the scores as they are, the scale is applied inside the exponential, in one fused operation. It
+// is positive, so that the maximum of the products is that of the scores.
+constexpr bool kIdentity = Mod::kIdentity;
+
+struct RowState {
+  float reference[2];  // of the exponentials, in units of log2 over the factor; the maximum so far, unless frozen
+  float sum[2];        // of the exponentials of this thread's columns
+};
+
+// Two values rounded to the element type, the first in the low half.
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned word;
+  if constexpr (kConfig.element == Element::kBF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+template <int kSize>
+__device__ __forceinline__ void pack_all(unsigned (&words)[kSize], const float (&x)[2 * kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) words[i] = pack(x[2 * i], x[2 * i + 1]);
+}
+
+template <typename Block, typename Row>
+struct Warpgroup {
+  const ForwardParams& params;
+  const Block& block;
+  const Row (&rows)[2];
+  int first_row;     // logical position of this thread's first row
+  int first_column;  // of this thread, in a tile
+  float factor;      // on what the softmax is given
+
+  __device__ __forceinline__ int first_key(int n) const {
+    return params.call.kv_idx_origin + n * kTileN + first_column;
+  }
+
+  // Calls f(element, row, column, diagonal) for each. Row r and column j lie on diagonal r - j of those 8 apart: each j
+  // brings a new one, and the second row has the first's before.
+  template <typename F>
+  __device__ __forceinline__ void for_each(int n, const F& f) const {
+    const int kv_first = first_key(n);
+    const int difference = first_row - kv_first;
+    const float difference_float = static_cast<float>(difference);
+    const auto diagonal = [&](int offset) {
+      return Mod::diagonal(params.call.captured, block, difference + offset,
+                           difference_float + static_cast<float>(offset));
+    };
+    decltype(diagonal(0)) before[2] = {diagonal(8), diagonal(7)};
+#pragma unroll
+    for (int j = 0; j < kTileN / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const auto column = Mod::column(params.call.captured, block, kv_first + 8 * j + e);
+        const auto own = diagonal(-8 * j - e);
+        f(4 * j + e, 0, column, own);
+        f(4 * j + 2 + e, 1, column, before[e]);
+        before[e] = own;
+      }
+    }
+  }
+
+  // What the softmax is given, of all elements, in place: -inf where there is no key or the mask drops it.
+  __device__ __forceinline__ void modify(float (&s)[kScores], int n) const {
+    const cuda::ForwardParams& call = params.call;
+    if (call.score_prescale != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] *= call.score_prescale;
+    }
+    if constexpr (!kIdentity || Mod::kHasMask) {
+      for_each(n, [&](int i, int r, const auto& column, const auto& diagonal) {
+        const float score = kIdentity && !Mod::kMaskReadsScore ? s[i] : s[i] * call.score_scale;
+        float value = score;
+        if constexpr (!kIdentity) value = Mod::score(call.captured, score, block, rows[r], column, diagonal);
+        if constexpr (Mod::kHasMask) {
+          if (!Mod::keep(call.captured, score, block, rows[r], column, diagonal)) value = -kInfinity;
+        }
+        s[i] = value;
+      });
+    }
+    const int keys_left = call.seqlen_kv - n * kTileN - first_column;
+    if (keys_left < kTileN) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (8 * (i / 4) + i % 2 >= keys_left) s[i] = -kInfinity;
+      }
+    }
+  }
+
+  // Scores to probabilities against the running maximum. `rescale`: for what was summed before.
+  __device__ __forceinline__ void exact_softmax(float (&s)[kScores], RowState& state, float (&rescale)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float max[2] = {s[2 * r], s[2 * r + 1]};
+#pragma unroll
+      for (int j = 1; j < kTileN / 8; ++j) {
+        max[0] = fmaxf(max[0], s[4 * j + 2 * r]);
+        max[1] = fmaxf(max[1], s[4 * j + 2 * r + 1]);
+      }
+      max[0] = fmaxf(max[0], max[1]);
+      max[0] = fmaxf(max[0], __shfl_xor_sync(0xffffffffu, max[0], 1));
+      max[0] = fmaxf(max[0], __shfl_xor_sync(0xffffffffu, max[0], 2));
+      max[0] = fmaxf(max[0], state.reference[r]);
+      // Every element so far dropped: any finite reference makes their exponentials 0.
+      const float finite_max = max[0] == -kInfinity ? 0.0f : max[0];
+      rescale[r] = exp2_approx((state.reference[r] - finite_max) * factor);
+      state.reference[r] = max[0];
+      const float offset = -finite_max * factor;
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kTileN / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * j + 2 * r + e];
+          x = exp2_approx(kIdentity ? fmaf(x, factor, offset) : x + offset);
+          sum += x;
+        }
+      }
+      state.sum[r] = fmaf(state.sum[r], rescale[r], sum);
+    }
+  }
+
+  // Scores that are all kept, unmodified, to probabilities against the reference as it is.
+  __device__ __forceinline__ void frozen_softmax(float (&s)[kScores], RowState& state, int n) const {
+    const cuda::ForwardParams& call = params.call;
+    const float offset[2] = {-state.reference[0] * factor, -state.reference[1] * factor};
+    if constexpr (kIdentity) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] = exp2_approx(fmaf(s[i], factor, offset[i / 2 % 2]));
+    } else if constexpr (Mod::kLinear) {
+      const float slope = Mod::slope(call.captured, block);
+      const float difference = static_cast<float>(first_row - first_key(n));
+      const float base[2] = {fmaf(slope, difference, offset[0]), fmaf(slope, difference + 8.0f, offset[1])};
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const float term = fmaf(slope, -static_cast<float>(8 * (i / 4) + i % 2), base[i / 2 % 2]);
+        s[i] = exp2_approx(fmaf(s[i], call.score_scale, term));
+      }
+    } else if constexpr (Mod::kAdditive) {
+      for_each(n, [&](int i, int r, const auto& column, const auto& diagonal) {
+        const float term = Mod::term(call.captured, block, rows[r], column, diagonal) + offset[r];
+        s[i] = exp2_approx(fmaf(s[i], call.score_scale, term));
+      });
+    } else {
+      for_each(n, [&](int i, int r, const auto& column, const auto& diagonal) {
+        const float value = Mod::score(call.captured, s[i] * call.score_scale, block, rows[r], column, diagonal);
+        s[i] = exp2_approx(value + offset[r]);
+      });
+    }
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) sum[i / 2 % 2] += s[i];
+    state.sum[0] += sum[0];
+    state.sum[1] += sum[1];
+  }
+};
+
+// ---- Epilogue
+
+// A frozen sum that is not below this is done again: of NaN, too, and where P may have left the element type's range.
+constexpr float kHighestSum = kConfig.element == Element::kBF16 ? 18446744073709551616.0f : 65504.0f;
+
+// Normalises this thread's rows in place and writes their lse and row_max. Whether the rows have to be done again.
+template <typename Block, typename Row>
+__device__ __forceinline__ bool finish_rows(const Warpgroup<Block, Row>& own, float (&o)[kOutputs], RowState& state,
+                                            int b, int h, int first_query, bool exact) {
+  const cuda::ForwardParams& call = own.params.call;
+  bool again = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = state.sum[r];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const float reference = state.reference[r] * own.factor;
+    bool empty = state.reference[r] == -kInfinity && sum == 0.0f;
+    float shift = 0.0f;
+    if constexpr (Mod::kHasShift) {
+      shift = Mod::shift(call.captured, own.block, own.rows[r]);
+      empty |= shift == -kInfinity && sum == sum;
+      // Infinite less itself: NaN spreads over the row.
+      if (!empty) sum += shift - shift;
+    }
+    const float inverse = empty ? 0.0f : cuda::reciprocal_approx(sum);
+    float magnitude = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOutputs / 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = o[4 * i + 2 * r + e];
+        // 0 times a V that is not finite stays out of an empty row.
+        x = empty ? 0.0f : x * inverse;
+        if constexpr (kConfig.frozen) magnitude += fabsf(x);
+      }
+    }
+    const int query = first_query + 8 * r;
+    if (query >= call.seqlen_q) continue;
+    if constexpr (kConfig.frozen) again |= !exact && !(sum < kHighestSum && magnitude < kInfinity);
+    if (threadIdx.x % 4 != 0) continue;
+    if (call.lse) {
+      float log_sum;
+      asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log_sum) : "f"(sum));
+      call.lse[b * call.lse_stride[0] + h * call.lse_stride[1] + query * call.lse_stride[2]] =
+          empty ? -kInfinity : (reference + shift + log_sum) * kLn2;
+    }
+    if constexpr (!kConfig.frozen) {
+      if (call.row_max) {
+        const float max = reference + shift;
+        call.row_max[b * call.row_max_stride[0] + h * call.row_max_stride[1] + query * call.row_max_stride[2]] =
+            empty                            ? -kInfinity
+            : sum != sum && max != kInfinity ? sum
+                                             : max * kLn2;
+      }
+    }
+  }
+  return again;
+}
+
+// Writes this warp's rows of a normalised O to shared memory as TMA takes them.
+__device__ __forceinline__ void stage_output(const float (&o)[kOutputs], Address tile, int warp, int lane) {
+  const Address row = tile + (warp * 16 + lane % 16) * 128;
+#pragma unroll
+  for (int i = 0; i < kOutputs / 8; ++i) {
+    const int chunk = 2 * i % 8 + lane / 16;  // of 16 bytes; 8 features
+    const Address address = row + i / 4 * kRows * 128 + ((chunk ^ lane % 8) << 4);
+    unsigned words[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) words[k] = pack(o[8 * i + 2 * k], o[8 * i + 2 * k + 1]);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
+}
+
+// ---- A warpgroup's work
+
+__device__ __forceinline__ void compute(const ForwardParams& params, Address shared, int warpgroup) {
+  const cuda::ForwardParams& call = params.call;
+  const int thread = threadIdx.x % 128;
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const auto barrier = [&](int which) { return shared + kBarriersAt + which; };
+  const auto release = [&](Address to) {
+    if (lane == 0) arrive(to);
+  };
+  // Shared memory as wgmma is told of it: 128-byte swizzle, 1024 bytes from 8 rows to the next, and the bytes from one
+  // column of 64 to the next where they are read across columns.
+  const auto descriptor = [&](int at, int column_bytes) {
+    return 1ull << 62 | 64ull << 32 | static_cast<unsigned long long>(column_bytes >> 4) << 16 | (shared + at) >> 4;
+  };
+  const unsigned long long q = descriptor(warpgroup * kQOfWarpgroup, 16);
+  const unsigned long long k = descriptor(kKAt, 16);
+  const unsigned long long v = descriptor(kVAt, kTileN * 128);
+  const auto k_of = [&](int stage) { return k + static_cast<unsigned long long>(stage * (k_bytes(kConfig) >> 4)); };
+  const auto v_of = [&](int stage) { return v + static_cast<unsigned long long>(stage * (v_bytes(kConfig) >> 4)); };
+  const Address o_tile = shared + (kConfig.o_buffer ? kOAt + warpgroup * kOOfWarpgroup : warpgroup * kQOfWarpgroup);
+
+  // The warpgroups issue their products in turns, so that one's softmax runs beside another's products.
+  const auto await_turn = [&] {
+    if constexpr (kConfig.ping_pong) sync_threads(kTurnBarrier + warpgroup, 256);
+  };
+  const auto pass_turn = [&] {
+    if constexpr (kConfig.ping_pong) {
+      arrive_threads(kTurnBarrier + (warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1), 256);
+    }
+  };
+  if (kConfig.ping_pong && warpgroup == 0) arrive_threads(kTurnBarrier, 256);
+
+  int loads = 0;    // of the loading warp that this warpgroup is past
+  int queries = 0;  // jobs with steps
+  // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
+  bool exact = !kConfig.frozen || call.score_prescale != 1.0f;
+
+#pragma unroll 1
+  for (int jobs = 0;; ++jobs) {
+    wait(barrier(kJobFull + 8 * (jobs % 2)), jobs / 2 % 2);
+    const Job job = load_job(barrier(kJobs + 16 * (jobs % 2)));
+    __syncwarp();
+    release(barrier(kJobEmpty + 8 * (jobs % 2)));
+    if (job.tile == kEnd) break;
+    if (job.tile == kDrain) {
+      if (thread == 0) {
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        arrive(barrier(kDrained));
+      }
+      exact = true;
+      continue;
+    }
+
+    const auto [b, h, first_query] = place_of(params, job.tile);
+    const int query = first_query + warpgroup * kRows + warp * 16 + lane / 4;
+    const int first_row = call.q_idx_origin + query;
+    const auto block = Mod::block(call.captured, b, h);
+    const decltype(Mod::row(call.captured, block, 0)) rows[2] = {Mod::row(call.captured, block, first_row),
+                                                                 Mod::row(call.captured, block, first_row + 8)};
+    using Own = Warpgroup<decltype(Mod::block(call.captured, b, h)), decltype(Mod::row(call.captured, block, 0))>;
+    const Own own{.params = params,
+                  .block = block,
+                  .rows = rows,
+                  .first_row = first_row,
+                  .first_column = lane % 4 * 2,
+                  .factor = kIdentity ? call.score_scale : 1.0f};
+
+    float s[kScores];
+    float o[kOutputs];
+    unsigned p[kProbabilities];
+    RowState state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
+
+    const int steps = job.partial + job.full;
+    if (steps > 0) wait(barrier(kQFull), queries % 2);
+    int step = 0;
+    // Tiles of keys that this warpgroup's part of the queries does not see, as long as nothing is under way.
+    if constexpr (Mod::kKnowsTiles && kWarpgroups > 1) {
+#pragma unroll 1
+      for (; step < job.partial; ++step) {
+        const int stage = loads % kStages;
+        const int parity = loads / kStages % 2;
+        wait(barrier(kKFull + 8 * stage), parity);
+        const int kv_first = call.kv_idx_origin + load_shared(barrier(kKeys + 4 * stage)) * kTileN;
+        const int own_first = call.q_idx_origin + first_query + warpgroup * kRows;
+        const Tile tile = {.b = b,
+                           .h_first = h,
+                           .h_last = h,
+                           .q_first = own_first,
+                           .q_last = own_first + kRows - 1,
+                           .kv_first = kv_first,
+                           .kv_last = kv_first + kTileN - 1};
+        if (Mod::tile_kind(call.captured, tile) != TileKind::kSkip) break;
+        if (step > 0) await_turn();
+        if (step > 0) pass_turn();
+        release(barrier(kKEmpty + 8 * stage));
+        wait(barrier(kVFull + 8 * stage), parity);
+        release(barrier(kVEmpty + 8 * stage));
+        ++loads;
+      }
+    }
+    const bool some = step < steps;
+    if (some) {
+      const int stage = loads % kStages;
+      wait(barrier(kKFull + 8 * stage), loads / kStages % 2);
+      if (step > 0) await_turn();
+      multiply_qk(s, q, k_of(stage));
+      if (step > 0) pass_turn();
+      const int n = load_shared(barrier(kKeys + 4 * stage));
+      wait_for_scores_alone(s);
+      release(barrier(kKEmpty + 8 * stage));
+      if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
+      own.modify(s, n);
+      float rescale[2];
+      own.exact_softmax(s, state, rescale);
+      pack_all(p, s);
+      ++step;
+    }
+
+    // S of the next tile of keys beside O of the one before.
+    const auto advance = [&](auto is_exact) {
+      constexpr bool kExact = decltype(is_exact)::kValue;
+      const int before = loads % kStages;
+      const int before_parity = loads / kStages % 2;
+      ++loads;
+      const int stage = loads % kStages;
+      wait(barrier(kKFull + 8 * stage), loads / kStages % 2);
+      await_turn();
+      multiply_qk(s, q, k_of(stage));
+      wait(barrier(kVFull + 8 * before), before_parity);
+      multiply_pv(o, p, v_of(before));
+      pass_turn();
+      int n = 0;
+      if constexpr (kExact || !kIdentity) n = load_shared(barrier(kKeys + 4 * stage));
+      wait_for_scores(s);
+      release(barrier(kKEmpty + 8 * stage));
+      if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
+      float rescale[2];
+      if constexpr (kExact) {
+        own.modify(s, n);
+        own.exact_softmax(s, state, rescale);
+      } else {
+        own.frozen_softmax(s, state, n);
+      }
+      wait_for_all(s, o);
+      release(barrier(kVEmpty + 8 * before));
+      if constexpr (kExact) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
+      }
+      pack_all(p, s);
+    };
+
+    if constexpr (kConfig.frozen) {
+      // A linear term may leave the tiles before behind by any amount: one step more shows where it starts.
+      int exact_steps = exact ? steps : max(step, job.partial + (Mod::kLinear && Mod::kHasMask));
+#pragma unroll 1
+      while (true) {
+#pragma unroll 1
+        for (; step < min(exact_steps, steps); ++step) advance(Choice<true>());
+        if (step >= steps || !Mod::kHasMask) break;
+        const bool unset = state.reference[0] == -kInfinity || state.reference[1] == -kInfinity;
+        if (!any_of_warpgroup(warpgroup, unset)) break;
+        exact_steps = step + 1;
+      }
+#pragma unroll 1
+      for (; step < steps; ++step) advance(Choice<false>());
+    } else {
+#pragma unroll 1
+      for (; step < steps; ++step) advance(Choice<true>());
+    }
+
+    if (some) {
+      const int stage = loads % kStages;
+      wait(barrier(kVFull + 8 * stage), loads / kStages % 2);
+      multiply_pv(o, p, v_of(stage));
+      wait_for_output(o);
+      release(barrier(kVEmpty + 8 * stage));
+      ++loads;
+    }
+    if (kConfig.o_buffer && steps > 0 && !some) release(barrier(kQEmpty));
+
+    const bool again = finish_rows(own, o, state, b, h, query, exact);
+    if (kConfig.frozen && again) store_shared(barrier(kRedo + 4 * warpgroup), job.tile);
+    // Whatever left this memory before has been read; and without a buffer everybody is done with Q.
+    if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    sync_threads(kOwnBarrier + warpgroup, 128);
+    stage_output(o, o_tile, warp, lane);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    sync_threads(kOwnBarrier + warpgroup, 128);
+    if (kConfig.frozen && load_shared(barrier(kRedo + 4 * warpgroup)) >= 0) exact = true;
+    if (thread == 0) {
+      const int row = first_query + warpgroup * kRows;
+      if (row < call.seqlen_q) {
+#pragma unroll
+        for (int c = 0; c < kVColumns; ++c) store_column(params.o, o_tile + c * kRows * 128, 64 * c, row, h, b);
+      }
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      if (!kConfig.o_buffer && steps > 0) {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        arrive(barrier(kQEmpty));
+      }
+    }
+    if (steps > 0) ++queries;
+  }
+  if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+}  // namespace attnjit::sm90
+
+extern "C" __global__ void __launch_bounds__(attnjit::sm90::kThreads, 1)
+    attnjit_forward(const __grid_constant__ attnjit::sm90::ForwardParams params) {
+  using namespace attnjit::sm90;
+  extern __shared__ char dynamic[];
+  const Address shared =
+      (static_cast<Address>(__cvta_generic_to_shared(dynamic)) + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  const Address barriers = shared + kBarriersAt;
+  // Of the whole warp, and known to be: else descriptors are moved at every step.
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) {
+    prefetch_map(params.q);
+    prefetch_map(params.k);
+    prefetch_map(params.v);
+    prefetch_map(params.o);
+    constexpr int kWarps = 4 * kWarpgroups;
+    for (int stage = 0; stage < kStages; ++stage) {
+      init(barriers + kKFull + 8 * stage, 1);
+      init(barriers + kKEmpty + 8 * stage, kWarps);
+      init(barriers + kVFull + 8 * stage, 1);
+      init(barriers + kVEmpty + 8 * stage, kWarps);
+    }
+    init(barriers + kQFull, 1);
+    init(barriers + kQEmpty, kConfig.o_buffer ? kWarps : kWarpgroups);
+    for (int slot = 0; slot < 2; ++slot) {
+      init(barriers + kJobFull + 8 * slot, 1);
+      init(barriers + kJobEmpty + 8 * slot, kWarps);
+    }
+    init(barriers + kDrained, kWarpgroups);
+    for (int w = 0; w < kWarpgroups; ++w) store_shared(barriers + kRedo + 4 * w, -1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
+    if (threadIdx.x < 32) Loader{params, shared, static_cast<int>(threadIdx.x)}.run_all();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
+    compute(params, shared, warpgroup - 1);
+  }
+}
