@@ -26,6 +26,22 @@ struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
 
+// Division by what only the host knows, of dividends from 0 to 2^31 - 1.
+struct Divisor {
+  unsigned divisor, multiplier;
+  int shift;
+};
+constexpr Divisor make_divisor(int divisor) {
+  int bits = 0;  // of the next power of two
+  while (1ll << bits < divisor) ++bits;
+  const unsigned long long power = 1ull << (31 + bits);
+  const unsigned d = static_cast<unsigned>(divisor);
+  return {d, static_cast<unsigned>((power + d - 1) / d), 31 + bits};
+}
+constexpr int quotient(int dividend, const Divisor& by) {
+  return static_cast<int>(static_cast<unsigned long long>(dividend) * by.multiplier >> by.shift);
+}
+
 // One forward call: what a launch of one block per multiprocessor, at most `tiles`, takes.
 struct ForwardParams {
   TensorMap q, k, v, o;  // boxes of 64, tile_n, tile_n and 64 rows
@@ -35,7 +51,10 @@ struct ForwardParams {
   int rounds;
   int m_tiles;  // of a head
   int tiles;    // m_tiles * num_heads * batch
-  int section;  // heads, a divisor of num_heads * batch, whose tiles mods with a mask see by their rows, the last first
+  // Heads, a divisor of num_heads * batch, whose tiles mods with a mask see by their rows, the last first.
+  int section;
+  // By m_tiles, num_heads, num_heads / num_heads_kv, section * m_tiles and section.
+  Divisor by_m_tiles, by_heads, by_group, by_section_tiles, by_section;
 };
 
 constexpr int kRowsOfWarpgroup = 64;

@@ -58,8 +58,8 @@ constexpr int kJobFull = kQEmpty + 8;
 constexpr int kJobEmpty = kJobFull + 16;
 constexpr int kDrained = kJobEmpty + 16;
 // And what warps tell each other.
-constexpr int kJobs = (kDrained + 8 + 15) / 16 * 16;  // two, of four words
-constexpr int kKeys = kJobs + 32;                     // by stage: the number of the tile of keys in it
+constexpr int kJobs = (kDrained + 8 + 15) / 16 * 16;  // two, of eight words
+constexpr int kKeys = kJobs + 64;                     // by stage: the number of the tile of keys in it
 constexpr int kRedo = kKeys + 4 * kStages;            // by warpgroup: a tile to be done again, or -1
 static_assert(kRedo + 4 * kWarpgroups <= kBarrierBytes);
 
@@ -71,6 +71,10 @@ __device__ __forceinline__ int load_shared(Address address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
   return x;
 }
+
+// The same value in every lane, and known to be: what is computed from it, descriptors above all, stays in uniform
+// registers. Of loop bounds, too.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // ---- Barriers
 
@@ -108,7 +112,7 @@ __device__ __forceinline__ bool any_of_warpgroup(int warpgroup, bool condition) 
       : "+r"(result)
       : "r"(kOwnBarrier + warpgroup)
       : "memory");
-  return result != 0;
+  return uniform(result) != 0;
 }
 
 // ---- TMA
@@ -140,49 +144,35 @@ __device__ __forceinline__ void store_column(const TensorMap& map, Address from,
 // A job is a tile of queries of one head: first the steps over tiles of keys that need their mask or their end looked
 // at, then those that do not.
 struct Job {
-  int tile;     // of queries; kDrain or kEnd
-  int partial;  // steps
-  int full;
+  int first_query;
+  int h, b;
+  int tile;           // its number; kEnd: there is none, nor will there be
+  int partial, full;  // steps
+  bool last;          // of those that are not done again
 };
-constexpr int kDrain = -2;  // all jobs are out: leave nothing under way, and tell
 constexpr int kEnd = -1;
 
 __device__ __forceinline__ void store_job(Address slot, const Job& job) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(job.tile), "r"(job.partial), "r"(job.full),
-               "r"(0)
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(job.first_query), "r"(job.h), "r"(job.b),
+               "r"(job.tile)
+               : "memory");
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot + 16), "r"(job.partial), "r"(job.full),
+               "r"(static_cast<int>(job.last)), "r"(0)
                : "memory");
 }
 __device__ __forceinline__ Job load_job(Address slot) {
   Job job;
-  int unused;
+  int last;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(job.tile), "=r"(job.partial), "=r"(job.full), "=r"(unused)
+               : "=r"(job.first_query), "=r"(job.h), "=r"(job.b), "=r"(job.tile)
                : "r"(slot)
                : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, _}, [%3];"
+               : "=r"(job.partial), "=r"(job.full), "=r"(last)
+               : "r"(slot + 16)
+               : "memory");
+  job.last = last != 0;
   return job;
-}
-
-struct Place {
-  int b, h, first_query;
-};
-
-// Tile number `tile`. With a mask the rows of the last queries, which see most keys where masks look back, come first,
-// of so many heads together as the L2 cache holds.
-__device__ __forceinline__ Place place_of(const ForwardParams& params, int tile) {
-  int head, m;
-  if constexpr (Mod::kHasMask) {
-    const int of_section = params.section * params.m_tiles;
-    const int section = tile / of_section;
-    const int rest = tile - section * of_section;
-    const int row = rest / params.section;
-    m = params.m_tiles - 1 - row;
-    head = section * params.section + rest - row * params.section;
-  } else {
-    head = tile / params.m_tiles;
-    m = tile - head * params.m_tiles;
-  }
-  const int b = head / params.call.num_heads;
-  return {b, head - b * params.call.num_heads, m * kTileM};
 }
 
 // This block's job number `round`: of the schedule, or round robin. None where it is negative or not below
@@ -195,10 +185,26 @@ __device__ __forceinline__ int tile_of_round(const ForwardParams& params, int ro
 
 // ---- The loading warp
 
+// One lane of the warp, the same everywhere.
+__device__ __forceinline__ bool elected() {
+  int is_elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.s32 %0, 1, 0, p;\n}" : "=r"(is_elected));
+  return is_elected != 0;
+}
+
+// What the loading warp knows of a job. Tiles of keys are numbered in the order of their use, from 0 on.
+struct Plan {
+  Job job;
+  int first_tile;      // number 0
+  int count;           // of those that may be looked at
+  bool ascending;      // number i is first_tile + i, or - i
+  unsigned partial_0;  // of the first 32, those of each kind
+  unsigned full_0;
+};
+
 struct Loader {
   const ForwardParams& params;
   Address shared;
-  int lane;
   int jobs = 0;     // so far
   int loads = 0;    // of K
   int queries = 0;  // jobs that loaded Q
@@ -207,142 +213,192 @@ struct Loader {
 
   __device__ __forceinline__ void send(const Job& job) {
     const int slot = jobs % 2;
-    if (lane == 0) {
-      wait(barrier(kJobEmpty + 8 * slot), jobs / 2 % 2 ^ 1);
-      store_job(barrier(kJobs + 16 * slot), job);
+    wait(barrier(kJobEmpty + 8 * slot), jobs / 2 % 2 ^ 1);
+    if (elected()) {
+      store_job(barrier(kJobs + 32 * slot), job);
       arrive(barrier(kJobFull + 8 * slot));
     }
     ++jobs;
   }
 
-  // All jobs of this block, and again those whose sums ran too high.
-  __device__ __forceinline__ void run_all() {
-    int next = tile_of_round(params, 0);
-#pragma unroll 1
-    for (int round = 1; next >= 0 && next < params.tiles; ++round) {
-      const int tile = next;
-      // Early enough to have arrived when it is asked for.
-      next = tile_of_round(params, round);
-      run(tile);
-    }
-    if constexpr (kConfig.frozen) {
-      send({.tile = kDrain});
-      wait(barrier(kDrained), 0);
-#pragma unroll 1
-      for (int w = 0; w < kWarpgroups; ++w) {
-        const int tile = load_shared(barrier(kRedo + 4 * w));
-        bool again = tile >= 0;
-        for (int before = 0; before < w; ++before) again &= load_shared(barrier(kRedo + 4 * before)) != tile;
-        if (again) run(tile);
-      }
-    }
-    send({.tile = kEnd});
-  }
-
-  // What is to be done with tile number `n` of the keys.
-  __device__ __forceinline__ TileKind kind(Tile tile, int n) const {
-    const int keys = params.call.seqlen_kv;
-    tile.kv_first = params.call.kv_idx_origin + n * kTileN;
-    tile.kv_last = tile.kv_first + kTileN - 1;
-    const bool whole = (n + 1) * kTileN <= keys;
-    TileKind kind = TileKind::kFull;
-    if constexpr (Mod::kHasMask) kind = Mod::tile_kind(params.call.captured, tile);
-    if (kind == TileKind::kFull && !whole) kind = TileKind::kPartial;
-    return kind;
-  }
-
-  // Loads what a job needs, in the order in which it is used.
-  __device__ void run(int number) {
-    const auto [b, h, first_query] = place_of(params, number);
-    const cuda::ForwardParams& call = params.call;
-    const int h_kv = h / (call.num_heads / call.num_heads_kv);
-    const int last_query = min(first_query + kTileM, call.seqlen_q) - 1;
-    const Tile tile = {.b = b,
-                       .h_first = h,
-                       .h_last = h,
-                       .q_first = call.q_idx_origin + first_query,
-                       .q_last = call.q_idx_origin + last_query,
-                       .kv_first = call.kv_idx_origin,
-                       .kv_last = call.kv_idx_origin + call.seqlen_kv - 1};
-    int first = 0, last = (call.seqlen_kv + kTileN - 1) / kTileN - 1;
-    if constexpr (Mod::kKnowsRanges) {
-      const IndexRange range = Mod::kv_range(call.captured, tile);
-      const bool none = range.first > range.last;
-      first = none ? 1 : (range.first - call.kv_idx_origin) / kTileN;
-      last = none ? 0 : (range.last - call.kv_idx_origin) / kTileN;
-    }
-    bool ascending = false;
-    if constexpr (Mod::kLinear) ascending = Mod::slope(call.captured, Mod::block(call.captured, b, h)) > 0.0f;
-
-    // 32 tiles of keys at a time, one to a lane.
-    const auto tiles_of = [&](int group, TileKind wanted) {
-      const int n = ascending ? first + 32 * group + lane : last - 32 * group - lane;
-      return __ballot_sync(0xffffffffu, n >= first && n <= last && kind(tile, n) == wanted);
-    };
-    const int groups = (last - first + 32) / 32;
-    int partial = 0, full = 0;
-    if constexpr (Mod::kKnowsTiles) {
-#pragma unroll 1
-      for (int group = 0; group < groups; ++group) {
-        partial += __popc(tiles_of(group, TileKind::kPartial));
-        full += __popc(tiles_of(group, TileKind::kFull));
-      }
+  // Tile number `tile` of the queries. With a mask the rows of the last queries, which see most keys where masks look
+  // back, come first, of so many heads together as the L2 cache holds.
+  __device__ __forceinline__ void place(Job& job, int tile) const {
+    int head, m;
+    if constexpr (Mod::kHasMask) {
+      const int section = quotient(tile, params.by_section_tiles);
+      const int rest = tile - section * static_cast<int>(params.by_section_tiles.divisor);
+      const int row = quotient(rest, params.by_section);
+      m = params.m_tiles - 1 - row;
+      head = (section - row) * params.section + rest;
     } else {
-      const int tiles = max(last - first + 1, 0);
-      const int whole = Mod::kHasMask ? 0 : min(tiles, call.seqlen_kv / kTileN - first);
-      full = whole;
-      partial = tiles - whole;
+      head = quotient(tile, params.by_m_tiles);
+      m = tile - head * params.m_tiles;
     }
-    send({.tile = number, .partial = partial, .full = full});
+    job.tile = tile;
+    job.b = quotient(head, params.by_heads);
+    job.h = head - job.b * params.call.num_heads;
+    job.first_query = m * kTileM;
+  }
 
-    int previous = -1;
-    const auto load_v = [&] {
-      const int load = loads - 1;
-      const int stage = load % kStages;
-      wait(barrier(kVEmpty + 8 * stage), load / kStages % 2 ^ 1);
-      arrive_expecting(barrier(kVFull + 8 * stage), v_bytes(kConfig));
-      load_tile<kVColumns>(shared + kVAt + stage * v_bytes(kConfig), params.v, barrier(kVFull + 8 * stage), kTileN,
-                           previous * kTileN, h_kv, b);
-    };
-    const auto load = [&](int n) {
-      const int stage = loads % kStages;
-      const int parity = loads / kStages % 2 ^ 1;
-      wait(barrier(kKEmpty + 8 * stage), parity);
+  __device__ __forceinline__ Tile whole_tile(const Job& job) const {
+    const cuda::ForwardParams& call = params.call;
+    return {.b = job.b,
+            .h_first = job.h,
+            .h_last = job.h,
+            .q_first = call.q_idx_origin + job.first_query,
+            .q_last = call.q_idx_origin + min(job.first_query + kTileM, call.seqlen_q) - 1,
+            .kv_first = call.kv_idx_origin,
+            .kv_last = call.kv_idx_origin + call.seqlen_kv - 1};
+  }
+
+  // Which of tiles 32 * group to 32 * group + 31 are of a kind: one to a lane.
+  __device__ __forceinline__ void kinds(const Plan& plan, int group, unsigned& partial, unsigned& full) const {
+    const int number = 32 * group + static_cast<int>(threadIdx.x);
+    const int n = plan.ascending ? plan.first_tile + number : plan.first_tile - number;
+    Tile tile = whole_tile(plan.job);
+    tile.kv_first += n * kTileN;
+    tile.kv_last = tile.kv_first + kTileN - 1;
+    const bool whole = (n + 1) * kTileN <= params.call.seqlen_kv;
+    TileKind kind = TileKind::kPartial;
+    if constexpr (Mod::kKnowsTiles) kind = Mod::tile_kind(params.call.captured, tile);
+    if constexpr (!Mod::kHasMask) kind = TileKind::kFull;
+    const bool some = number < plan.count && kind != TileKind::kSkip;
+    const bool is_full = kind == TileKind::kFull && whole;
+    full = __ballot_sync(0xffffffffu, some && is_full);
+    partial = __ballot_sync(0xffffffffu, some && !is_full);
+  }
+
+  __device__ __forceinline__ Plan plan_of(int tile, bool last) const {
+    Plan plan;
+    Job& job = plan.job;
+    place(job, tile);
+    job.last = last;
+    const cuda::ForwardParams& call = params.call;
+    int first = 0, end = (call.seqlen_kv + kTileN - 1) / kTileN;
+    if constexpr (Mod::kKnowsRanges) {
+      const IndexRange range = Mod::kv_range(call.captured, whole_tile(job));
+      const bool none = range.first > range.last;
+      first = none ? 0 : (range.first - call.kv_idx_origin) / kTileN;
+      end = none ? 0 : (range.last - call.kv_idx_origin) / kTileN + 1;
+    }
+    plan.ascending = false;
+    if constexpr (Mod::kLinear) {
+      plan.ascending = Mod::slope(call.captured, Mod::block(call.captured, job.b, job.h)) > 0.0f;
+    }
+    plan.first_tile = plan.ascending ? first : end - 1;
+    plan.count = end - first;
+    kinds(plan, 0, plan.partial_0, plan.full_0);
+    job.partial = __popc(plan.partial_0);
+    job.full = __popc(plan.full_0);
+#pragma unroll 1
+    for (int group = 1; 32 * group < plan.count; ++group) {
+      unsigned partial, full;
+      kinds(plan, group, partial, full);
+      job.partial += __popc(partial);
+      job.full += __popc(full);
+    }
+    return plan;
+  }
+
+  __device__ __forceinline__ void load_k(const Job& job, int h_kv, int n) {
+    const int stage = loads % kStages;
+    wait(barrier(kKEmpty + 8 * stage), loads / kStages % 2 ^ 1);
+    if (elected()) {
       store_shared(barrier(kKeys + 4 * stage), n);
       arrive_expecting(barrier(kKFull + 8 * stage), k_bytes(kConfig));
       load_tile<kQColumns>(shared + kKAt + stage * k_bytes(kConfig), params.k, barrier(kKFull + 8 * stage), kTileN,
-                           n * kTileN, h_kv, b);
-      if (previous < 0) {
-        wait(barrier(kQEmpty), queries % 2 ^ 1);
-        ++queries;
-        arrive_expecting(barrier(kQFull), kWarpgroups * tile_bytes(kRows, kConfig.head_dim));
-#pragma unroll 1
-        for (int w = 0; w < kWarpgroups; ++w) {
-          load_tile<kQColumns>(shared + w * kQOfWarpgroup, params.q, barrier(kQFull), kRows, first_query + w * kRows, h,
-                               b);
-        }
-      } else {
-        load_v();
+                           n * kTileN, h_kv, job.b);
+    }
+    ++loads;
+  }
+  __device__ __forceinline__ void load_q(const Job& job) {
+    wait(barrier(kQEmpty), queries % 2 ^ 1);
+    if (elected()) {
+      arrive_expecting(barrier(kQFull), kWarpgroups * tile_bytes(kRows, kConfig.head_dim));
+#pragma unroll
+      for (int w = 0; w < kWarpgroups; ++w) {
+        load_tile<kQColumns>(shared + w * kQOfWarpgroup, params.q, barrier(kQFull), kRows, job.first_query + w * kRows,
+                             job.h, job.b);
       }
-      ++loads;
-      previous = n;
-    };
+    }
+    ++queries;
+  }
+  // Of the load of K number `load`.
+  __device__ __forceinline__ void load_v(const Job& job, int h_kv, int load, int n) {
+    const int stage = load % kStages;
+    wait(barrier(kVEmpty + 8 * stage), load / kStages % 2 ^ 1);
+    if (elected()) {
+      arrive_expecting(barrier(kVFull + 8 * stage), v_bytes(kConfig));
+      load_tile<kVColumns>(shared + kVAt + stage * v_bytes(kConfig), params.v, barrier(kVFull + 8 * stage), kTileN,
+                           n * kTileN, h_kv, job.b);
+    }
+  }
+
+  // Loads what a job needs, in the order in which it is used, but for the last V. Returns the number of its tile, or
+  // -1.
+  __device__ __forceinline__ int load(const Plan& plan, int h_kv) {
+    int previous = -1;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
-      const TileKind wanted = pass == 0 ? TileKind::kPartial : TileKind::kFull;
 #pragma unroll 1
-      for (int group = 0; group < groups; ++group) {
-        unsigned tiles = tiles_of(group, wanted);
+      for (int group = 0; 32 * group < plan.count; ++group) {
+        unsigned partial = plan.partial_0, full = plan.full_0;
+        if (group > 0) kinds(plan, group, partial, full);
+        unsigned tiles = pass == 0 ? partial : full;
 #pragma unroll 1
         while (tiles != 0) {
-          const int i = __ffs(tiles) - 1;
+          const int number = 32 * group + __ffs(static_cast<int>(tiles)) - 1;
           tiles &= tiles - 1;
-          if (lane == 0) load(ascending ? first + 32 * group + i : last - 32 * group - i);
+          const int n = plan.ascending ? plan.first_tile + number : plan.first_tile - number;
+          load_k(plan.job, h_kv, n);
+          if (previous < 0) {
+            load_q(plan.job);
+          } else {
+            load_v(plan.job, h_kv, loads - 2, previous);
+          }
+          previous = n;
         }
       }
     }
-    if (lane == 0 && previous >= 0) load_v();
-    __syncwarp();
+    return previous;
+  }
+
+  // All jobs of this block, and again those whose sums ran too high. What a job is made of is found out before the last
+  // load of the one before, which has to wait in any case.
+  __device__ __forceinline__ void run_all() {
+    int tile = tile_of_round(params, 0);
+    int next = tile_of_round(params, 1);
+    const auto exists = [&](int t) { return t >= 0 && t < params.tiles; };
+    int redone = 0;  // warpgroups whose tile to be done again was looked at
+    Plan plan = plan_of(tile, !exists(next));
+#pragma unroll 1
+    for (int round = 2;; ++round) {
+      send(plan.job);
+      const Job job = plan.job;
+      const int h_kv = quotient(job.h, params.by_group);
+      const int last_tile = load(plan, h_kv);
+      tile = next;
+      if (!job.last) {
+        next = tile_of_round(params, round);
+        plan = plan_of(tile, !exists(next));
+      }
+      if (last_tile >= 0) load_v(job, h_kv, loads - 1, last_tile);
+      if (!job.last) continue;
+      if constexpr (!kConfig.frozen) break;
+      if (redone == 0) wait(barrier(kDrained), 0);
+      tile = -1;
+#pragma unroll 1
+      for (; redone < kWarpgroups && tile < 0; ++redone) {
+        tile = load_shared(barrier(kRedo + 4 * redone));
+        for (int w = 0; w < redone; ++w) {
+          if (load_shared(barrier(kRedo + 4 * w)) == tile) tile = -1;
+        }
+      }
+      if (tile < 0) break;
+      plan = plan_of(tile, true);
+    }
+    send({.tile = kEnd});
   }
 };
 
@@ -432,8 +488,8 @@ struct Warpgroup {
         s[i] = value;
       });
     }
-    const int keys_left = call.seqlen_kv - n * kTileN - first_column;
-    if (keys_left < kTileN) {
+    if (n * kTileN + kTileN > call.seqlen_kv) {
+      const int keys_left = call.seqlen_kv - n * kTileN - first_column;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         if (8 * (i / 4) + i % 2 >= keys_left) s[i] = -kInfinity;
@@ -619,28 +675,20 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   };
   if (kConfig.ping_pong && warpgroup == 0) arrive_threads(kTurnBarrier, 256);
 
-  int loads = 0;    // of the loading warp that this warpgroup is past
+  int base = 0;     // loads of K of the jobs before
   int queries = 0;  // jobs with steps
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
   bool exact = !kConfig.frozen || call.score_prescale != 1.0f;
+  bool drained = false;  // all jobs but those that are done again are behind
 
 #pragma unroll 1
   for (int jobs = 0;; ++jobs) {
     wait(barrier(kJobFull + 8 * (jobs % 2)), jobs / 2 % 2);
-    const Job job = load_job(barrier(kJobs + 16 * (jobs % 2)));
+    const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
     __syncwarp();
     release(barrier(kJobEmpty + 8 * (jobs % 2)));
-    if (job.tile == kEnd) break;
-    if (job.tile == kDrain) {
-      if (thread == 0) {
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-        arrive(barrier(kDrained));
-      }
-      exact = true;
-      continue;
-    }
-
-    const auto [b, h, first_query] = place_of(params, job.tile);
+    if (uniform(job.tile) == kEnd) break;
+    const int b = job.b, h = job.h, first_query = job.first_query;
     const int query = first_query + warpgroup * kRows + warp * 16 + lane / 4;
     const int first_row = call.q_idx_origin + query;
     const auto block = Mod::block(call.captured, b, h);
@@ -661,15 +709,16 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
 
-    const int steps = job.partial + job.full;
+    const int partial_steps = uniform(job.partial);
+    const int steps = partial_steps + uniform(job.full);
     if (steps > 0) wait(barrier(kQFull), queries % 2);
     int step = 0;
     // Tiles of keys that this warpgroup's part of the queries does not see, as long as nothing is under way.
     if constexpr (Mod::kKnowsTiles && kWarpgroups > 1) {
 #pragma unroll 1
-      for (; step < job.partial; ++step) {
-        const int stage = loads % kStages;
-        const int parity = loads / kStages % 2;
+      for (; step < partial_steps; ++step) {
+        const int stage = (base + step) % kStages;
+        const int parity = (base + step) / kStages % 2;
         wait(barrier(kKFull + 8 * stage), parity);
         const int kv_first = call.kv_idx_origin + load_shared(barrier(kKeys + 4 * stage)) * kTileN;
         const int own_first = call.q_idx_origin + first_query + warpgroup * kRows;
@@ -680,19 +729,18 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
                            .q_last = own_first + kRows - 1,
                            .kv_first = kv_first,
                            .kv_last = kv_first + kTileN - 1};
-        if (Mod::tile_kind(call.captured, tile) != TileKind::kSkip) break;
+        if (uniform(static_cast<int>(Mod::tile_kind(call.captured, tile))) != static_cast<int>(TileKind::kSkip)) break;
         if (step > 0) await_turn();
         if (step > 0) pass_turn();
         release(barrier(kKEmpty + 8 * stage));
         wait(barrier(kVFull + 8 * stage), parity);
         release(barrier(kVEmpty + 8 * stage));
-        ++loads;
       }
     }
     const bool some = step < steps;
     if (some) {
-      const int stage = loads % kStages;
-      wait(barrier(kKFull + 8 * stage), loads / kStages % 2);
+      const int stage = (base + step) % kStages;
+      wait(barrier(kKFull + 8 * stage), (base + step) / kStages % 2);
       if (step > 0) await_turn();
       multiply_qk(s, q, k_of(stage));
       if (step > 0) pass_turn();
@@ -710,11 +758,10 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     // S of the next tile of keys beside O of the one before.
     const auto advance = [&](auto is_exact) {
       constexpr bool kExact = decltype(is_exact)::kValue;
-      const int before = loads % kStages;
-      const int before_parity = loads / kStages % 2;
-      ++loads;
-      const int stage = loads % kStages;
-      wait(barrier(kKFull + 8 * stage), loads / kStages % 2);
+      const int before = (base + step - 1) % kStages;
+      const int before_parity = (base + step - 1) / kStages % 2;
+      const int stage = (base + step) % kStages;
+      wait(barrier(kKFull + 8 * stage), (base + step) / kStages % 2);
       await_turn();
       multiply_qk(s, q, k_of(stage));
       wait(barrier(kVFull + 8 * before), before_parity);
@@ -743,12 +790,12 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 
     if constexpr (kConfig.frozen) {
       // A linear term may leave the tiles before behind by any amount: one step more shows where it starts.
-      int exact_steps = exact ? steps : max(step, job.partial + (Mod::kLinear && Mod::kHasMask));
+      int exact_steps = exact ? steps : max(step, partial_steps + (Mod::kLinear && Mod::kHasMask));
 #pragma unroll 1
       while (true) {
 #pragma unroll 1
         for (; step < min(exact_steps, steps); ++step) advance(Choice<true>());
-        if (step >= steps || !Mod::kHasMask) break;
+        if (!Mod::kHasMask || step >= steps) break;
         const bool unset = state.reference[0] == -kInfinity || state.reference[1] == -kInfinity;
         if (!any_of_warpgroup(warpgroup, unset)) break;
         exact_steps = step + 1;
@@ -761,24 +808,35 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     }
 
     if (some) {
-      const int stage = loads % kStages;
-      wait(barrier(kVFull + 8 * stage), loads / kStages % 2);
+      const int stage = (base + steps - 1) % kStages;
+      wait(barrier(kVFull + 8 * stage), (base + steps - 1) / kStages % 2);
       multiply_pv(o, p, v_of(stage));
       wait_for_output(o);
       release(barrier(kVEmpty + 8 * stage));
-      ++loads;
     }
+    base += steps;
     if (kConfig.o_buffer && steps > 0 && !some) release(barrier(kQEmpty));
 
     const bool again = finish_rows(own, o, state, b, h, query, exact);
     if (kConfig.frozen && again) store_shared(barrier(kRedo + 4 * warpgroup), job.tile);
     // Whatever left this memory before has been read; and without a buffer everybody is done with Q.
-    if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    if (thread == 0) {
+      if (drained) {
+        // Of a job that is done again: it is to write after itself.
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+      } else {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      }
+    }
     sync_threads(kOwnBarrier + warpgroup, 128);
     stage_output(o, o_tile, warp, lane);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     sync_threads(kOwnBarrier + warpgroup, 128);
-    if (kConfig.frozen && load_shared(barrier(kRedo + 4 * warpgroup)) >= 0) exact = true;
+    if (kConfig.frozen && uniform(load_shared(barrier(kRedo + 4 * warpgroup))) >= 0) exact = true;
+    if (kConfig.frozen && uniform(job.last) && !drained) {
+      if (thread == 0) arrive(barrier(kDrained));
+      exact = drained = true;
+    }
     if (thread == 0) {
       const int row = first_query + warpgroup * kRows;
       if (row < call.seqlen_q) {
@@ -805,8 +863,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm90::kThreads, 1)
   const Address shared =
       (static_cast<Address>(__cvta_generic_to_shared(dynamic)) + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
   const Address barriers = shared + kBarriersAt;
-  // Of the whole warp, and known to be: else descriptors are moved at every step.
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
     prefetch_map(params.q);
     prefetch_map(params.k);
@@ -832,7 +889,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm90::kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
-    if (threadIdx.x < 32) Loader{params, shared, static_cast<int>(threadIdx.x)}.run_all();
+    if (threadIdx.x < 32) Loader{params, shared}.run_all();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
     compute(params, shared, warpgroup - 1);
