@@ -253,13 +253,7 @@ template <typename Tile>
 Result<Tile> compile_for_cpu(const Request& request, const CollectText& collect,
                              compiler::CompileResult<Tile> (*compile)(const compiler::ModProblem&,
                                                                       const compiler::CompileOptions&)) {
-  compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = nullptr};
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
+  const compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = dumps(request, collect)};
   // A panel always has all its lanes; those of a shorter problem reach beyond it.
   auto tile = compile(
       mod_problem(request.mods, request.call, std::max<std::int64_t>(request.call.signature.seqlen_q, cpu::kPanelLanes),
@@ -329,6 +323,20 @@ Result<ReadyBackend> prepare_backend(const Request& request) {
     reasons.add(backend.id, reason);
   }
   return reasons.failure(s);
+}
+
+CollectText dumps(const Request& request, const CollectText& collect) {
+  if (!request.files.any() && !collect) return nullptr;
+  return [&](std::string_view kind, std::string_view text) {
+    if (request.files.wants(kind)) request.files.write(kind, "", text);
+    if (collect) collect(kind, text);
+  };
+}
+
+CollectText binary_dumps(const Request& request, const CollectText& collect) {
+  // Texts of the emission do not need a compile.
+  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) return nullptr;
+  return dumps(request, collect);
 }
 
 Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect) {
