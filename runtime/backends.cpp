@@ -19,6 +19,7 @@
 #include "runtime/math_backward.h"
 #include "runtime/sm80_backend.h"
 #include "runtime/sm80_backward.h"
+#include "runtime/sm90_backend.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -127,6 +128,8 @@ Result<ReadyBackend> prepare_cpu_backward(const Request& request) {
   return ready;
 }
 
+Result<ReadyBackend> prepare_sm90_backward(const Request&) { return refuse_sm90_backward(); }
+
 Result<ReadyBackend> prepare_math(const Request& request) {
   if (request.call.signature.device != kCpu) return prepare_cuda_math(request);
   ReadyBackend ready;
@@ -183,8 +186,9 @@ struct Backend {
   Result<ReadyBackend> (*prepare)(const Request&);
   Result<ReadyBackend> (*prepare_backward)(const Request&);
 };
-constexpr std::array<Backend, 3> kBackends = {
-    {{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, prepare_sm80_backward},
+constexpr std::array<Backend, 4> kBackends = {
+    {{ATTNJIT_BACKEND_SM90, false, true, prepare_sm90, prepare_sm90_backward},
+     {ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, prepare_sm80_backward},
      {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, prepare_cpu_backward},
      {ATTNJIT_BACKEND_MATH, true, true, prepare_math, prepare_math_backward}}};
 

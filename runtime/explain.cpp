@@ -20,6 +20,7 @@
 #include "runtime/plan.h"
 #include "runtime/sm80_backend.h"
 #include "runtime/sm80_backward.h"
+#include "runtime/sm90_backend.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -86,7 +87,11 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
     };
     const auto kernel_of = [](const FusedBinary& binary) { return Json::array({kernel_json(binary)}); };
     const bool backward = request.call.signature.backward != 0;
-    if (backend == ATTNJIT_BACKEND_SM80 && backward) {
+    if (backend == ATTNJIT_BACKEND_SM90 && backward) {
+      failure = refuse_sm90_backward();
+    } else if (backend == ATTNJIT_BACKEND_SM90) {
+      take(build_sm90(request, target, collect), kernel_of);
+    } else if (backend == ATTNJIT_BACKEND_SM80 && backward) {
       take(build_sm80_backward(request, target, collect),
            [](const Sm80BackwardBinary& binary) { return kernels_json(binary); });
     } else if (backend == ATTNJIT_BACKEND_SM80) {

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <memory>
 #include <span>
 #include <utility>
@@ -226,6 +225,7 @@ Result<FusedBinary> build_sm80(const Request& request, const FusedTarget& target
   if (s.autotune != static_cast<std::uint8_t>(AutotuneMode::kOff)) candidates = candidate_configs(by);
   candidates.erase(std::remove_if(candidates.begin() + 1, candidates.end(), too_many), candidates.end());
   std::vector<FusedKernel> kernels;
+  kernels.reserve(candidates.size());
   for (const sm80::ForwardConfig& candidate : candidates) kernels.push_back(kernel_of(request, candidate));
   return build_fused(request, target, "sm80", std::move(kernels), std::move(emitted.value), collect);
 }
