@@ -18,7 +18,7 @@ import math
 from types import SimpleNamespace
 
 # attnjit_backend, by the names of attnjit_backend_name.
-BACKENDS = {"auto": 0, "math": 1, "cpu": 2, "sm80": 3}
+BACKENDS = {"auto": 0, "math": 1, "cpu": 2, "sm80": 3, "sm90": 4}
 
 _CPU, _CUDA = 1, 2  # DLDeviceType
 _INT, _UINT, _FLOAT, _BFLOAT, _BOOL = 0, 1, 2, 4, 6  # DLDataTypeCode

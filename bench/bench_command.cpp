@@ -938,7 +938,8 @@ void add_bench_command(CLI::App& app, Action& action) {
   command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
   command->add_option("--baseline", options->baseline,
                       "math: eager with the mod; plain: unfused attention without it (default: math)");
-  command->add_option("--backend", options->backend, "of the compiled side: auto, sm80, math or cpu (default: auto)");
+  command->add_option("--backend", options->backend,
+                      "of the compiled side: auto, sm90, sm80, math or cpu (default: auto)");
   command->add_option("--reps", options->repetitions, "timed repetitions of each cell (default: 5)")
       ->check(CLI::Range(1, 1'000'000));
   command->add_option("--threads", options->threads, "CPU threads (default: one per processor)")

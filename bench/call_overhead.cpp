@@ -115,6 +115,7 @@ void cuda_prepared_call(benchmark::State& state, attnjit_backend backend, bool c
   }
   stream.synchronize();
 }
+BENCHMARK_CAPTURE(cuda_prepared_call, sm90, ATTNJIT_BACKEND_SM90, false)->UseRealTime();
 BENCHMARK_CAPTURE(cuda_prepared_call, sm80, ATTNJIT_BACKEND_SM80, false)->UseRealTime();
 BENCHMARK_CAPTURE(cuda_prepared_call, sm80_captures, ATTNJIT_BACKEND_SM80, true)->UseRealTime();
 BENCHMARK_CAPTURE(cuda_prepared_call, math, ATTNJIT_BACKEND_MATH, false)->UseRealTime();

@@ -198,7 +198,7 @@ void add_explain_command(CLI::App& app, Action& action) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(CLI::IsMember({"mlir", "llvm", "asm", "cuda", "ptx"}));
-  command->add_option("--backend", options->backend, "auto, sm80, math or cpu (default: auto)");
+  command->add_option("--backend", options->backend, "auto, sm90, sm80, math or cpu (default: auto)");
   command->add_option("--format", options->format, "text or json (default: text)")
       ->check(CLI::IsMember({"text", "json"}));
   command->callback([options, &action] { action = [options] { return explain_expression(*options); }; });

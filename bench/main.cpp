@@ -20,7 +20,8 @@ bool uses_gpu(const std::string& device, attnjit_backend backend) {
   if (device != "auto" && device != "cpu" && device != "cuda") {
     throw user_error(fmt::format("--device {}: allowed are auto, cpu and cuda", in_quotes(device)));
   }
-  const bool cpu_only = backend == ATTNJIT_BACKEND_CPU, gpu_only = backend == ATTNJIT_BACKEND_SM80;
+  const bool cpu_only = backend == ATTNJIT_BACKEND_CPU;
+  const bool gpu_only = backend == ATTNJIT_BACKEND_SM80 || backend == ATTNJIT_BACKEND_SM90;
   if ((device == "cuda" && cpu_only) || (device == "cpu" && gpu_only)) {
     throw user_error(fmt::format("--device {} --backend {}: the backend is one of the {}", device,
                                  attnjit_backend_name(backend), cpu_only ? "CPU" : "GPU"));

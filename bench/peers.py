@@ -401,7 +401,7 @@ def parse_arguments():
     default = os.environ.get("ATTNJIT_LIBRARY") or here.parent / "lib" / "libattnjit.so"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--library", default=default, help="libattnjit.so (default: %(default)s)")
-    p.add_argument("--backends", nargs="*", default=["sm80", "math"], choices=["sm80", "math"], help="of attnjit")
+    p.add_argument("--backends", nargs="*", default=["sm80", "math"], choices=["sm90", "sm80", "math"], help="of attnjit")
     p.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     p.add_argument("--mods", nargs="+", default=["noop", "causal", "rel", "head_bias"], choices=MODS)
     p.add_argument("-b", type=int, nargs="+", default=[2, 8, 16])

@@ -217,12 +217,12 @@ ElementType parse_dtype(const std::string& text) {
 }
 
 attnjit_backend parse_backend(const std::string& text) {
-  constexpr attnjit_backend kAll[] = {ATTNJIT_BACKEND_AUTO, ATTNJIT_BACKEND_SM80, ATTNJIT_BACKEND_MATH,
-                                      ATTNJIT_BACKEND_CPU};
+  constexpr attnjit_backend kAll[] = {ATTNJIT_BACKEND_AUTO, ATTNJIT_BACKEND_SM90, ATTNJIT_BACKEND_SM80,
+                                      ATTNJIT_BACKEND_MATH, ATTNJIT_BACKEND_CPU};
   for (attnjit_backend backend : kAll) {
     if (text == attnjit_backend_name(backend)) return backend;
   }
-  throw user_error(fmt::format("--backend {}: allowed are auto, sm80, math and cpu", in_quotes(text)));
+  throw user_error(fmt::format("--backend {}: allowed are auto, sm90, sm80, math and cpu", in_quotes(text)));
 }
 
 CaptureSpec parse_capture(const std::string& text) {

@@ -313,7 +313,7 @@ void add_run_command(CLI::App& app, Action& action) {
   command->add_flag("--deterministic", options->deterministic, "gradients that are the same bits in every run");
   command->add_option("--scale", options->scale, "multiplies q . k before the score_mod (default: 1 / sqrt(D))");
   command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
-  command->add_option("--backend", options->backend, "auto, sm80, math or cpu (default: auto)");
+  command->add_option("--backend", options->backend, "auto, sm90, sm80, math or cpu (default: auto)");
   command->add_option("--threads", options->threads, "CPU threads (default: one per processor)")
       ->check(CLI::NonNegativeNumber);
   command->add_flag("--check-reads", options->check_reads,

@@ -193,6 +193,8 @@ const char* attnjit_backend_name(attnjit_backend backend) {
       return "cpu";
     case ATTNJIT_BACKEND_SM80:
       return "sm80";
+    case ATTNJIT_BACKEND_SM90:
+      return "sm90";
   }
   return "unknown backend";
 }

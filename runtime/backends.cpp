@@ -19,6 +19,7 @@
 #include "runtime/math_backward.h"
 #include "runtime/sm80_backend.h"
 #include "runtime/sm80_backward.h"
+#include "runtime/sm90_backend.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -127,6 +128,8 @@ Result<ReadyBackend> prepare_cpu_backward(const Request& request) {
   return ready;
 }
 
+Result<ReadyBackend> prepare_sm90_backward(const Request&) { return refuse_sm90_backward(); }
+
 Result<ReadyBackend> prepare_math(const Request& request) {
   if (request.call.signature.device != kCpu) return prepare_cuda_math(request);
   ReadyBackend ready;
@@ -183,8 +186,9 @@ struct Backend {
   Result<ReadyBackend> (*prepare)(const Request&);
   Result<ReadyBackend> (*prepare_backward)(const Request&);
 };
-constexpr std::array<Backend, 3> kBackends = {
-    {{ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, prepare_sm80_backward},
+constexpr std::array<Backend, 4> kBackends = {
+    {{ATTNJIT_BACKEND_SM90, false, true, prepare_sm90, prepare_sm90_backward},
+     {ATTNJIT_BACKEND_SM80, false, true, prepare_sm80, prepare_sm80_backward},
      {ATTNJIT_BACKEND_CPU, true, false, prepare_cpu, prepare_cpu_backward},
      {ATTNJIT_BACKEND_MATH, true, true, prepare_math, prepare_math_backward}}};
 
@@ -253,13 +257,7 @@ template <typename Tile>
 Result<Tile> compile_for_cpu(const Request& request, const CollectText& collect,
                              compiler::CompileResult<Tile> (*compile)(const compiler::ModProblem&,
                                                                       const compiler::CompileOptions&)) {
-  compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = nullptr};
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
+  const compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = dumps(request, collect)};
   // A panel always has all its lanes; those of a shorter problem reach beyond it.
   auto tile = compile(
       mod_problem(request.mods, request.call, std::max<std::int64_t>(request.call.signature.seqlen_q, cpu::kPanelLanes),
@@ -329,6 +327,20 @@ Result<ReadyBackend> prepare_backend(const Request& request) {
     reasons.add(backend.id, reason);
   }
   return reasons.failure(s);
+}
+
+CollectText dumps(const Request& request, const CollectText& collect) {
+  if (!request.files.any() && !collect) return nullptr;
+  return [&](std::string_view kind, std::string_view text) {
+    if (request.files.wants(kind)) request.files.write(kind, "", text);
+    if (collect) collect(kind, text);
+  };
+}
+
+CollectText binary_dumps(const Request& request, const CollectText& collect) {
+  // Texts of the emission do not need a compile.
+  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) return nullptr;
+  return dumps(request, collect);
 }
 
 Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect) {

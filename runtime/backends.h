@@ -62,8 +62,15 @@ Result<ReadyBackend> prepare_backend(const Request& request);
 // Those that prepare_backend would try, best first; ATTNJIT_UNSUPPORTED where there are none.
 Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, const Signature& signature);
 
-// Runs the compiler's CPU end for `request`. `collect` receives every text in between, beside the files.
+// Receives the texts of a compile. Where it is set, everything is compiled that it could ask for.
 using CollectText = std::function<void(std::string_view kind, std::string_view text)>;
+// Hands texts to the files that want them and to `collect`, which may be null; null where nobody wants any. Keeps
+// references to both.
+CollectText dumps(const Request& request, const CollectText& collect);
+// Likewise for what is made of an emitted text: null where nobody wants "ptx" or "cubin".
+CollectText binary_dumps(const Request& request, const CollectText& collect);
+
+// Runs the compiler's CPU end for `request`. `collect` receives every text in between, beside the files.
 Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect);
 Result<std::shared_ptr<const compiler::CpuGradientTile>> compile_gradient_tile(const Request& request,
                                                                                const CollectText& collect);

@@ -65,7 +65,7 @@ Check Context::register_mod(dsl::RegistryEntry entry) {
 
 Result<std::shared_ptr<Context>> create_context(const attnjit_context_options* options) {
   constexpr std::uint32_t kAllBackends =
-      1u << ATTNJIT_BACKEND_MATH | 1u << ATTNJIT_BACKEND_CPU | 1u << ATTNJIT_BACKEND_SM80;
+      1u << ATTNJIT_BACKEND_MATH | 1u << ATTNJIT_BACKEND_CPU | 1u << ATTNJIT_BACKEND_SM80 | 1u << ATTNJIT_BACKEND_SM90;
   int num_threads = 0;
   std::uint32_t backends = 0;
   if (options) {

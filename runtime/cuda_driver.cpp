@@ -43,6 +43,12 @@ constexpr int kJitErrorLogSize = 6;
 constexpr int kCaptureNone = 0;
 constexpr int kCaptureModeRelaxed = 2;
 constexpr unsigned kStreamNonBlocking = 1;
+constexpr int kTensorMapFloat16 = 6;
+constexpr int kTensorMapBfloat16 = 9;
+constexpr int kTensorMapInterleaveNone = 0;
+constexpr int kTensorMapSwizzle128 = 3;
+constexpr int kTensorMapPromotion256 = 3;  // to the L2 cache, in bytes
+constexpr int kTensorMapFillZero = 0;
 
 struct Api {
   CuResult (*init)(unsigned) = nullptr;
@@ -63,6 +69,9 @@ struct Api {
   CuResult (*function_set)(CuFunction, int, int) = nullptr;
   CuResult (*launch)(CuFunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CuStream, void**,
                      void**) = nullptr;
+  // Null: a driver older than 12.0.
+  CuResult (*tensor_map_encode)(void*, int, unsigned, void*, const std::uint64_t*, const std::uint64_t*,
+                                const std::uint32_t*, const std::uint32_t*, int, int, int, int) = nullptr;
   CuResult (*memset_d32)(CuDevicePtr, unsigned, std::size_t, CuStream) = nullptr;
   CuResult (*stream_is_capturing)(CuStream, int*) = nullptr;
   CuResult (*exchange_capture_mode)(int*) = nullptr;
@@ -141,6 +150,7 @@ void open_driver(const std::string& library, Driver* driver) {
   need(&api.function_get, "cuFuncGetAttribute");
   need(&api.function_set, "cuFuncSetAttribute");
   need(&api.launch, "cuLaunchKernel");
+  find(&api.tensor_map_encode, "cuTensorMapEncodeTiled");
   need(&api.memset_d32, "cuMemsetD32Async");
   need(&api.stream_is_capturing, "cuStreamIsCapturing");
   need(&api.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
@@ -235,6 +245,7 @@ class Device final : public CudaDevice {
     return api().driver_version(&version) == kSuccess ? version : 0;
   }
   std::size_t max_shared_memory() const override { return max_shared_memory_; }
+  bool has_tensor_maps() const override { return api().tensor_map_encode != nullptr; }
 
   bool is_capturing(CudaStream stream) const override {
     const CudaScope scope(*this);
@@ -251,6 +262,16 @@ class Device final : public CudaDevice {
     if (scope.failure()) return scope.failure();
     const CuResult result = api().memset_d32(reinterpret_cast<CuDevicePtr>(address), value, size / 4, stream);
     if (result != kSuccess) return call_failure(result, "cuMemsetD32Async");
+    return {};
+  }
+
+  Check encode_tensor_map(const TensorMapLayout& layout, void* map) const override {
+    constexpr std::uint32_t kElementStride[4] = {1, 1, 1, 1};
+    const CuResult result = api().tensor_map_encode(map, layout.bfloat16 ? kTensorMapBfloat16 : kTensorMapFloat16, 4,
+                                                    const_cast<void*>(layout.data), layout.extent, layout.stride,
+                                                    layout.box, kElementStride, kTensorMapInterleaveNone,
+                                                    kTensorMapSwizzle128, kTensorMapPromotion256, kTensorMapFillZero);
+    if (result != kSuccess) return driver_.failure(result, "cuTensorMapEncodeTiled");
     return {};
   }
 

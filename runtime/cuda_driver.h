@@ -15,6 +15,16 @@ namespace attnjit::runtime {
 
 using CudaStream = void*;  // a CUstream; null is the legacy default stream
 
+// A 4-D tensor of 16-bit elements (feature, sequence, head, batch) that boxes are copied of: boxes of box[0] features
+// in rows of 128 bytes, swizzled over them. What does not exist arrives as zero.
+struct TensorMapLayout {
+  const void* data = nullptr;    // aligned to 16 bytes
+  bool bfloat16 = true;          // or float16
+  std::uint64_t extent[4] = {};  // not 0
+  std::uint64_t stride[3] = {};  // bytes, of all but features: multiples of 16 below 2^40
+  std::uint32_t box[4] = {};     // at most 256; 64 features
+};
+
 // One GPU and its primary context, which is retained while the object lives and pushed only around calls. One object
 // per ordinal and process at a time.
 class CudaDevice {
@@ -31,12 +41,16 @@ class CudaDevice {
   virtual int num_sms() const = 0;
   virtual int driver_version() const = 0;             // 1000 * major + 10 * minor of the CUDA it brings; 0: unknown
   virtual std::size_t max_shared_memory() const = 0;  // of one block, opted in
+  virtual bool has_tensor_maps() const = 0;           // the driver encodes them, as those of CUDA 12 and later do
 
   // True while `stream` is being captured into a graph (and for a legacy stream that a capture forbids to touch). Does
   // not disturb the capture.
   virtual bool is_capturing(CudaStream stream) const = 0;
   // Stream-ordered. `size` in bytes, `value` a 32-bit pattern; address and size are multiples of 4.
   virtual Check fill(void* address, std::uint32_t value, std::size_t size, CudaStream stream) const = 0;
+  // Writes the 128 bytes of a map, aligned to 64, that kernels copy by. Only where has_tensor_maps(), within a
+  // CudaScope.
+  virtual Check encode_tensor_map(const TensorMapLayout& layout, void* map) const = 0;
 
  private:
   friend class CudaScope;

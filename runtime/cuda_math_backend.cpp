@@ -181,13 +181,7 @@ Result<CudaMathBinaries> build_cuda_math(const Request& request, compiler::CudaA
     return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
   }
   const Signature& s = request.call.signature;
-  compiler::CompileOptions options;
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
+  compiler::CompileOptions options{.dump = dumps(request, collect)};
   auto emitted = compiler::emit_cuda_math(mod_problem(request.mods, request.call, s.seqlen_q, s.seqlen_kv), options);
   if (emitted.error) {
     return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
@@ -204,8 +198,7 @@ Result<CudaMathBinaries> build_cuda_math(const Request& request, compiler::CudaA
     add_phases(binary->phases, &binaries.phases);
     return {};
   };
-  // Texts of the emission do not need a compile.
-  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  options.dump = binary_dumps(request, collect);
   if (Check failure = find(emitted.value.source, &binaries.mod)) return *failure;
   // Nothing of the expression is in these.
   options.dump = nullptr;

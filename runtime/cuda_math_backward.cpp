@@ -265,13 +265,7 @@ Result<CudaMathBackwardBinaries> build_cuda_math_backward(const Request& request
     return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
   }
   const Signature& s = request.call.signature;
-  compiler::CompileOptions options;
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
+  compiler::CompileOptions options{.dump = dumps(request, collect)};
   auto emitted = compiler::emit_cuda_math_backward(mod_problem(request.mods, request.call, s.seqlen_q, s.seqlen_kv),
                                                    s.deterministic != 0, options);
   if (emitted.error) {
@@ -289,8 +283,7 @@ Result<CudaMathBackwardBinaries> build_cuda_math_backward(const Request& request
     add_phases(binary->phases, &binaries.phases);
     return {};
   };
-  // Texts of the emission do not need a compile.
-  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  options.dump = binary_dumps(request, collect);
   if (Check failure = find(emitted.value.source, &binaries.mod)) return *failure;
   // Nothing of the expression is in these.
   options.dump = nullptr;

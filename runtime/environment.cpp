@@ -45,7 +45,8 @@ constexpr std::array<std::pair<std::string_view, compiler::CpuIsa>, 4> kCpuIsas 
 
 constexpr std::array<std::string_view, 6> kDumps = {"mlir", "llvm", "asm", "cuda", "ptx", "cubin"};
 
-constexpr std::array<std::pair<std::string_view, attnjit_backend>, 3> kBackends = {{
+constexpr std::array<std::pair<std::string_view, attnjit_backend>, 4> kBackends = {{
+    {"sm90", ATTNJIT_BACKEND_SM90},
     {"sm80", ATTNJIT_BACKEND_SM80},
     {"math", ATTNJIT_BACKEND_MATH},
     {"cpu", ATTNJIT_BACKEND_CPU},
@@ -158,7 +159,8 @@ Result<Environment> read_environment() {
   for (const std::string_view name : split(variable("ATTNJIT_BACKENDS"))) {
     const attnjit_backend* backend = lookup(kBackends, name);
     if (!backend) {
-      return refused("ATTNJIT_BACKENDS", variable("ATTNJIT_BACKENDS"), "a comma-separated list of sm80, math, cpu");
+      return refused("ATTNJIT_BACKENDS", variable("ATTNJIT_BACKENDS"),
+                     "a comma-separated list of sm90, sm80, math, cpu");
     }
     environment.backends |= 1u << *backend;
   }

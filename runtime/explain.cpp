@@ -16,9 +16,11 @@
 #include "runtime/backends.h"
 #include "runtime/cuda_math_backend.h"
 #include "runtime/cuda_math_backward.h"
+#include "runtime/fused.h"
 #include "runtime/plan.h"
 #include "runtime/sm80_backend.h"
 #include "runtime/sm80_backward.h"
+#include "runtime/sm90_backend.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -40,7 +42,9 @@ Result<compiler::CudaArch> parse_arch(std::string_view text) {
 struct Findings {
   compiler::ModFacts facts;
   compiler::PhaseTimes phases;
-  Json kernels;  // of CUDA
+  // Of CUDA.
+  Json kernels;
+  Json unsupported = Json::array();  // backends that do not serve the call, each with its reason
   Json dumps = Json::object();
 };
 
@@ -55,12 +59,10 @@ Check compile_for_cpu(const Request& request, const CollectText& collect, Findin
   return take(compile_tile(request, collect));
 }
 
-// The kernels of every backend of `backends`, for `device` where there is one; those that do not serve the call are
-// listed with their reasons.
+// The kernels of every backend of `backends`, for `device` where there is one.
 Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend>& backends, compiler::CudaArch arch,
                        const std::shared_ptr<CudaDevice>& device, const CollectText& collect, Findings* findings) {
-  std::size_t shared_memory = max_shared_memory(arch.number);
-  if (device) shared_memory = std::min(shared_memory, device->max_shared_memory());
+  const FusedTarget target = make_target(arch, device, false);
   findings->kernels = Json::array();
   const auto found = [&](attnjit_backend backend, const Json& kernels, const auto& binary) {
     // At the top stands what the best backend says; each kernel has its own times.
@@ -74,7 +76,6 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
       findings->kernels.push_back(std::move(row));
     }
   };
-  std::string reasons;
   for (const attnjit_backend backend : backends) {
     Check failure;
     const auto take = [&](const auto& built, auto&& rows) {
@@ -84,14 +85,17 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
         failure = built.failure();
       }
     };
+    const auto kernel_of = [](const FusedBinary& binary) { return Json::array({kernel_json(binary)}); };
     const bool backward = request.call.signature.backward != 0;
-    const Sm80Target target = {.arch = arch, .max_shared_memory = shared_memory, .device = device, .may_time = false};
-    if (backend == ATTNJIT_BACKEND_SM80 && backward) {
+    if (backend == ATTNJIT_BACKEND_SM90 && backward) {
+      failure = refuse_sm90_backward();
+    } else if (backend == ATTNJIT_BACKEND_SM90) {
+      take(build_sm90(request, target, collect), kernel_of);
+    } else if (backend == ATTNJIT_BACKEND_SM80 && backward) {
       take(build_sm80_backward(request, target, collect),
            [](const Sm80BackwardBinary& binary) { return kernels_json(binary); });
     } else if (backend == ATTNJIT_BACKEND_SM80) {
-      take(build_sm80(request, target, collect),
-           [](const Sm80Binary& binary) { return Json::array({kernel_json(binary)}); });
+      take(build_sm80(request, target, collect), kernel_of);
     } else if (backward) {
       take(build_cuda_math_backward(request, arch, collect),
            [](const CudaMathBackwardBinaries& binaries) { return kernels_json(binaries); });
@@ -100,9 +104,15 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
            [&](const CudaMathBinaries& binaries) { return kernels_json(binaries, request.call.signature.seqlen_kv); });
     }
     if (failure && failure->status != ATTNJIT_UNSUPPORTED) return failure;
-    if (failure) reasons += fmt::format("; {}: {}", attnjit_backend_name(backend), failure->message);
+    if (failure) {
+      findings->unsupported.push_back({{"backend", attnjit_backend_name(backend)}, {"reason", failure->message}});
+    }
   }
   if (!findings->kernels.empty()) return {};
+  std::string reasons;
+  for (const Json& row : findings->unsupported) {
+    reasons += fmt::format("; {}: {}", row["backend"].get<std::string>(), row["reason"].get<std::string>());
+  }
   return Failure{ATTNJIT_UNSUPPORTED,
                  fmt::format("no permitted backend serves {} on {}{}", shape_text(request.call.signature),
                              compiler::cuda_arch_name(arch), reasons)};
@@ -198,6 +208,7 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
     json["arch"] = compiler::cuda_arch_name(*arch);
     json["backend"] = findings.kernels[0]["backend"];
     json["kernels"] = std::move(findings.kernels);
+    if (!findings.unsupported.empty()) json["unsupported"] = std::move(findings.unsupported);
   } else {
     json["host"] = host_json(context);
   }

@@ -19,8 +19,6 @@ namespace {
 using compiler::ModDemand;
 using compiler::SinkLevel;
 
-constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
-constexpr int kMaxTile = 256;  // of queries or keys
 constexpr std::size_t kAlignment = 256;
 constexpr int kMaxSplits = 16;
 constexpr const char* kRowsEntry = "attnjit_backward_rows";
@@ -116,10 +114,7 @@ constexpr Tiling kF32[] = {
      .slices = 4},
 };
 
-std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 std::size_t aligned(std::size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
-
-Failure unsupported(std::string reason) { return {ATTNJIT_UNSUPPORTED, std::move(reason)}; }
 
 // Sinks of a level that the main kernel sums.
 int count(const std::vector<compiler::SinkFacts>& sinks, SinkLevel level) {
@@ -153,16 +148,11 @@ Grids grids_of(const Signature& s, const sm80::BackwardConfig& config, int split
 compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm80::BackwardConfig& config,
                                                     const compiler::CompileOptions& options) {
   const Signature& s = request.call.signature;
-  compiler::ModProblem problem = mod_problem(request.mods, request.call, round_up(s.seqlen_q, config.tile_m),
-                                             round_up(s.seqlen_kv, config.tile_n));
+  compiler::ModProblem problem = tiled_problem(request, config.tile_m, config.tile_n);
   // Beyond them every gradient is 0, which is not stored.
   problem.stored_seqlen_q = s.seqlen_q;
   problem.stored_seqlen_kv = s.seqlen_kv;
   return compiler::emit_sm80_backward(problem, config, options);
-}
-
-Failure emission_failure(std::string_view message) {
-  return {ATTNJIT_INTERNAL, fmt::format("the gradient of score_mod does not compile: {}", message)};
 }
 
 // The whole call, but for what lies in the workspace.
@@ -292,15 +282,11 @@ Sm80BackwardWorkspace backward_workspace(const Signature& s, const sm80::Backwar
   return workspace;
 }
 
-Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm80Target& target,
+Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const FusedTarget& target,
                                                const CollectText& collect) {
   const Signature& s = request.call.signature;
   if (Check failure = check_cuda_arch(target.arch)) return *failure;
-  // Positions are 32-bit in the kernel, those behind the end of the last tile included.
-  constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max() - kMaxTile;
-  if (s.seqlen_q > kLongest || s.seqlen_kv > kLongest) {
-    return unsupported(fmt::format("it takes sequences up to {}", kLongest));
-  }
+  if (Check failure = check_lengths(s)) return *failure;
   Sm80BackwardProblem by = {.element = sm80_element(static_cast<dsl::DType>(s.dtype)),
                             .head_dim = static_cast<int>(s.head_dim),
                             .head_dim_v = static_cast<int>(s.head_dim_v),
@@ -313,36 +299,25 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm8
                             .deterministic = s.deterministic != 0,
                             .demand = request.mods.mask_mod ? ModDemand::kBusy : ModDemand::kNone,
                             .sinks = {}};
-  compiler::CompileOptions options;
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
-  const auto no_configuration = [&] {
-    return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}",
-                                   target.max_shared_memory, compiler::cuda_arch_name(target.arch)));
-  };
+  compiler::CompileOptions options{.dump = dumps(request, collect)};
   std::optional<sm80::BackwardConfig> config = choose_backward_config(by);
-  if (!config) return no_configuration();
+  if (!config) return no_configuration(target);
   // Only the compiler sees what the mod demands; what is dumped is what is compiled.
   auto emitted = emit(request, *config, {});
   if (!emitted.error) {
     learn(emitted.value, &by);
     const std::optional<sm80::BackwardConfig> other = choose_backward_config(by);
-    if (!other) return no_configuration();
+    if (!other) return no_configuration(target);
     const bool changes = config_name(*other) != config_name(*config);
     config = other;
     if (changes || options.dump) emitted = emit(request, *config, options);
   }
-  if (emitted.error) return emission_failure(emitted.error->message);
+  if (emitted.error) return emission_failure("the gradient of score_mod", emitted.error->message);
   const Grids grids = grids_of(s, *config, kMaxSplits);
   if (const std::int64_t blocks = std::max({grids.rows, grids.main, grids.dq}); blocks > kMaxGrid) {
     return unsupported(fmt::format("a launch of {} blocks is beyond the {} of a grid", blocks, kMaxGrid));
   }
-  // Texts of the emission do not need a compile.
-  if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;
+  options.dump = binary_dumps(request, collect);
   Result<FoundBinary> found = find_cuda_binary(request.context, emitted.value.source, target.arch, options);
   if (!found) return found.failure();
   Sm80BackwardBinary binary{.config = *config,
@@ -375,14 +350,10 @@ Json kernels_json(const Sm80BackwardBinary& binary) {
 
 Result<ReadyBackend> prepare_sm80_backward(const Request& request) {
   const Signature& s = request.call.signature;
-  Result<std::shared_ptr<CudaDevice>> found = request.context.cuda_device(s.device);
-  if (!found) return found.failure();
-  const std::shared_ptr<CudaDevice>& device = *found;
-  Result<Sm80BackwardBinary> binary = build_sm80_backward(
-      request,
-      {.arch = {.number = device->arch(), .specific = false},
-       .max_shared_memory = std::min(max_shared_memory(device->arch()), device->max_shared_memory())},
-      nullptr);
+  const Result<FusedTarget> target = device_target(request);
+  if (!target) return target.failure();
+  const std::shared_ptr<CudaDevice>& device = target->device;
+  Result<Sm80BackwardBinary> binary = build_sm80_backward(request, *target, nullptr);
   if (!binary) return binary.failure();
 
   const sm80::BackwardConfig& config = binary->config;

@@ -9,6 +9,7 @@
 
 #include "compiler/compiler.h"
 #include "runtime/backends.h"
+#include "runtime/fused.h"
 #include "runtime/sm80_backend.h"
 
 namespace attnjit::runtime {
@@ -51,7 +52,7 @@ struct Sm80BackwardBinary {
   compiler::PhaseTimes phases;  // of all it took
 };
 // As build_sm80.
-Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm80Target& target,
+Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const FusedTarget& target,
                                                const CollectText& collect);
 
 // Their rows of a description.

@@ -712,10 +712,11 @@ Check check_tensors(const attnjit_attention* attention, const attnjit_gradients*
     call->forward.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
   }
   const int backend = static_cast<int>(attention->backend);
-  if (backend < ATTNJIT_BACKEND_AUTO || backend > ATTNJIT_BACKEND_SM80) {
-    return invalid(fmt::format("backend is {}; allowed: {} (auto), {} (math), {} (cpu), {} (sm80)", backend,
+  if (backend < ATTNJIT_BACKEND_AUTO || backend > ATTNJIT_BACKEND_SM90) {
+    return invalid(fmt::format("backend is {}; allowed: {} (auto), {} (math), {} (cpu), {} (sm80), {} (sm90)", backend,
                                static_cast<int>(ATTNJIT_BACKEND_AUTO), static_cast<int>(ATTNJIT_BACKEND_MATH),
-                               static_cast<int>(ATTNJIT_BACKEND_CPU), static_cast<int>(ATTNJIT_BACKEND_SM80)));
+                               static_cast<int>(ATTNJIT_BACKEND_CPU), static_cast<int>(ATTNJIT_BACKEND_SM80),
+                               static_cast<int>(ATTNJIT_BACKEND_SM90)));
   }
   if (attention->max_autotune != 0 && attention->max_autotune != 1) {
     return invalid(fmt::format("max_autotune is {}; allowed: 0 and 1", attention->max_autotune));

@@ -23,6 +23,7 @@
 
 #include "allocation_count.h"
 #include "kernels_templates/cuda/params.h"
+#include "kernels_templates/sm90/config.h"
 #include "support/fake_cublas/fake_cublas.h"
 #include "support/fake_cuda/fake_cuda.h"
 #include "test_problem.h"
@@ -282,8 +283,9 @@ TEST_F(CudaApi, NobodyServes) {
   p_.attention.backend = ATTNJIT_BACKEND_SM80;
   EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &plan), ATTNJIT_UNSUPPORTED);
   EXPECT_STREQ(attnjit_last_error(),
-               "no permitted backend serves B=2 Hq=4 Hkv=2 Sq=40 Skv=50 D=16 Dv=24 float32 on CUDA device 0; sm80: it "
-               "needs compute capability 8.0 or later, and not sm_75; cpu: not asked for; math: not asked for");
+               "no permitted backend serves B=2 Hq=4 Hkv=2 Sq=40 Skv=50 D=16 Dv=24 float32 on CUDA device 0; sm90: not "
+               "asked for; sm80: it needs compute capability 8.0 or later, and not sm_75; cpu: not asked for; math: "
+               "not asked for");
   // The eager path's kernels use the same instructions.
   p_.attention.backend = ATTNJIT_BACKEND_AUTO;
   p_.attention.score_mod = "max(score, 0.0)";
@@ -562,6 +564,291 @@ TEST_F(CudaApi, AutotuneDuringACapture) {
   EXPECT_EQ(autotune_of(prepared())["config"], autotune_of(tuned)["config"]);
   EXPECT_EQ(fake_->events_recorded, 0);
   EXPECT_FALSE(fake_->capture_broken);
+}
+
+// The same driver with a call that the sm90 family serves: bfloat16, in the buffers of the float32 one.
+class CudaSm90 : public CudaApi {
+ protected:
+  void SetUp() override {
+    CudaApi::SetUp();
+    if (IsSkipped()) return;
+    fake_->parameter_bytes = sizeof(sm90::ForwardParams);
+    for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o}) tensor->dl.dtype = {kDLBfloat, 16, 1};
+    p_.attention.row_max = nullptr;
+  }
+  // The parameters of the last launch; alignment is the launch's own.
+  sm90::ForwardParams last_sm90_params() {
+    sm90::ForwardParams params = {};
+    if (!fake_->launches.empty()) std::memcpy(&params, fake_->launches.back().parameters.data(), sizeof(params));
+    return params;
+  }
+  // What the map was encoded from.
+  const FakeCuda::TensorMap& encoded(const sm90::TensorMap& map) { return fake_->maps.at(map.opaque[0]); }
+  Json kernel(const PlanPtr& plan) { return Json::parse(attnjit_plan_description(plan.get()))["kernels"][0]; }
+
+  // The call is another backend's, and a wish for this one is refused with `reason`. No other may be left that serves.
+  void expect_refused(const char* reason, attnjit_backend other = ATTNJIT_BACKEND_SM80) {
+    SCOPED_TRACE(reason);
+    const PlanPtr plan = prepared();
+    if (no_compiler_) GTEST_SKIP() << attnjit_last_error();
+    ASSERT_TRUE(plan);
+    EXPECT_EQ(attnjit_plan_backend(plan.get()), other);
+    p_.attention.backend = ATTNJIT_BACKEND_SM90;
+    attnjit_plan* none = nullptr;
+    EXPECT_EQ(attnjit_prepare(context_.get(), &p_.attention, &none), ATTNJIT_UNSUPPORTED);
+    EXPECT_THAT(attnjit_last_error(), HasSubstr(std::string("sm90: ") + reason + "; sm80: not asked for"));
+    p_.attention.backend = ATTNJIT_BACKEND_AUTO;
+  }
+};
+
+TEST_F(CudaSm90, Launch) {
+  PREPARE_OR_SKIP(plan);
+  EXPECT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_SM90);
+  EXPECT_EQ(attnjit_plan_workspace_size(plan.get()), 0u);
+  EXPECT_EQ(fake_->launched, 0) << "prepare launched something";
+  EXPECT_TRUE(fake_->maps.empty());
+  int stream = 0;
+  ASSERT_EQ(run(plan, &stream), ATTNJIT_OK) << attnjit_last_error();
+  ASSERT_EQ(fake_->launches.size(), 1u);
+  const FakeCuda::Launch& launch = fake_->launches[0];
+  EXPECT_EQ(launch.entry, "attnjit_forward");
+  EXPECT_EQ(launch.stream, &stream);
+  const Json description = kernel(plan);
+  EXPECT_EQ(description["arch"], "sm_90a");
+  EXPECT_EQ(description["tile"], "128 x 128");
+  EXPECT_EQ(description["frozen"], true);
+  EXPECT_EQ(launch.shared, description["shared_bytes"].get<unsigned>());
+  // Two warpgroups that compute and one that loads; fewer tiles than multiprocessors.
+  EXPECT_EQ(launch.block, 384u);
+  EXPECT_EQ(launch.grid[0], 8u);
+  EXPECT_EQ(launch.grid[1], 1u);
+  const sm90::ForwardParams params = last_sm90_params();
+  EXPECT_EQ(params.m_tiles, 1);
+  EXPECT_EQ(params.tiles, 8);
+  EXPECT_EQ(params.call.q, p_.q_data.data());
+  EXPECT_EQ(params.call.lse, p_.lse_data.data());
+  EXPECT_EQ(params.call.row_max, nullptr);
+  EXPECT_EQ(params.call.seqlen_kv, 50);
+  EXPECT_EQ(params.call.num_heads_kv, 2);
+
+  // Compact tensors: features, sequence, heads, batch; strides in bytes.
+  ASSERT_EQ(fake_->maps.size(), 4u);
+  const struct {
+    const sm90::TensorMap& map;
+    const void* data;
+    std::uint64_t features, sequence, heads;
+    std::uint32_t rows;
+  } maps[] = {{params.q, p_.q_data.data(), 16, 40, 4, 64},
+              {params.k, p_.k_data.data(), 16, 50, 2, 128},
+              {params.v, p_.v_data.data(), 24, 50, 2, 128},
+              {params.o, p_.o_data.data(), 24, 40, 4, 64}};
+  for (const auto& [map, data, features, sequence, heads, rows] : maps) {
+    const FakeCuda::TensorMap& of = encoded(map);
+    EXPECT_EQ(of.data, data);
+    EXPECT_EQ(of.type, 9);
+    EXPECT_THAT(of.extents, testing::ElementsAre(features, sequence, heads, 2));
+    EXPECT_THAT(of.strides,
+                testing::ElementsAre(2 * features, 2 * features * sequence, 2 * features * sequence * heads));
+    EXPECT_THAT(of.box, testing::ElementsAre(64, rows, 1, 1));
+  }
+  EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+
+  // The maps are the call's, not the plan's.
+  p_.q.dl.byte_offset = 32;
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(encoded(last_sm90_params().q).data, p_.q_data.data() + 8);
+}
+
+// One block per multiprocessor where there are more tiles than those, of more queries.
+TEST_F(CudaSm90, MoreTilesThanMultiprocessors) {
+  fake_->sms = 5;
+  for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o}) tensor->dl.dtype = {kDLFloat, 16, 1};
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(kernel(plan)["tile"], "256 x 64");
+  EXPECT_EQ(fake_->launches.at(0).block, 640u);
+  EXPECT_EQ(fake_->launches.at(0).grid[0], 5u);
+  EXPECT_EQ(last_sm90_params().tiles, 8);
+  EXPECT_EQ(encoded(last_sm90_params().q).type, 6);
+  EXPECT_EQ(encoded(last_sm90_params().k).box[1], 64u);
+}
+
+TEST_F(CudaSm90, Strides) {
+  // (batch, sequence, heads, feature) with a gap behind each row of k; a v of one head, whose stride is any.
+  p_.q.strides = {40 * 4 * 16, 16, 4 * 16, 1};
+  p_.q.sync();
+  p_.k.shape[1] = p_.v.shape[1] = 1;
+  p_.k.strides = {50 * 24, 50 * 24, 24, 1};
+  p_.v.strides = {50 * 24, 3, 24, 1};
+  p_.k.sync();
+  p_.v.sync();
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_SM90);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  const sm90::ForwardParams params = last_sm90_params();
+  EXPECT_THAT(encoded(params.q).strides, testing::ElementsAre(128, 32, 5120));
+  EXPECT_EQ(encoded(params.k).strides[0], 48u);
+  EXPECT_EQ(encoded(params.k).strides[2], 2400u);
+  EXPECT_THAT(encoded(params.v).extents, testing::ElementsAre(24, 50, 1, 2));
+  EXPECT_EQ(encoded(params.v).strides[1] % 16, 0u);
+  // Rows that come closer than 16 bytes are refused before anything is encoded.
+  p_.k.strides[2] = 20;
+  EXPECT_EQ(run(plan), ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("k has rows aligned to 8 bytes"));
+}
+
+TEST_F(CudaSm90, WhatItLeavesToOthers) {
+  {
+    fake_->major = 8;
+    context_ = create();
+    expect_refused("it needs compute capability 9.0, and not sm_80");
+    fake_->major = 10;
+    context_ = create();
+    expect_refused("it needs compute capability 9.0, and not sm_100");
+    fake_->major = 9;
+    context_ = create();
+  }
+  for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o}) tensor->dl.dtype = kF32;
+  expect_refused("it takes float16 and bfloat16, and not float32");
+  for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o}) tensor->dl.dtype = {kDLBfloat, 16, 1};
+
+  p_.v.shape[3] = p_.o.shape[3] = 20;
+  expect_refused("it takes head dims that are multiples of 8, and not 16 and 20");
+  p_.v.shape[3] = p_.o.shape[3] = 24;
+
+  p_.v.strides = {2 * 50 * 28, 50 * 28, 28, 1};
+  p_.v.sync();
+  expect_refused("it needs rows aligned to 16 bytes, and v's are to 8");
+  p_.v.strides.clear();
+  p_.v.sync();
+  p_.o.dl.byte_offset = 4;
+  expect_refused("it needs rows aligned to 16 bytes, and o's are to 4");
+  p_.o.dl.byte_offset = 0;
+
+  p_.k.strides = {50 * 16, 0, 16, 1};
+  p_.k.sync();
+  expect_refused("k is broadcast over its heads");
+  p_.k.strides = {std::int64_t{1} << 39, 50 * 16, 16, 1};
+  expect_refused("the strides of k reach 2^40 bytes");
+  p_.k.strides.clear();
+  p_.k.sync();
+
+  p_.k.shape[2] = p_.v.shape[2] = 0;
+  expect_refused("there are no keys");
+}
+
+TEST_F(CudaSm90, NeedsTensorMapsOfTheDriver) {
+  FakeCuda* const old = fake_cuda(ATTNJIT_FAKE_CUDA_11);
+  ASSERT_NE(old, nullptr);
+  old->reset();
+  context_ = create(ATTNJIT_FAKE_CUDA_11);
+  expect_refused("it needs a driver of CUDA 12 or later");
+}
+
+TEST_F(CudaSm90, RefusesABackward) {
+  GradientProblem g;
+  for (Tensor* tensor : {&g.q, &g.k, &g.v, &g.o, &g.grad_out, &g.dq, &g.dk, &g.dv}) {
+    tensor->dl.dtype = {kDLBfloat, 16, 1};
+    tensor->dl.device = {kDLCUDA, 0};
+  }
+  g.lse.dl.device = g.grad_lse.dl.device = {kDLCUDA, 0};
+  g.attention.row_max = nullptr;
+  attnjit_plan* plan = nullptr;
+  g.attention.backend = ATTNJIT_BACKEND_SM90;
+  EXPECT_EQ(attnjit_prepare_backward(context_.get(), &g.attention, &g.gradients, nullptr, &plan), ATTNJIT_UNSUPPORTED);
+  EXPECT_THAT(attnjit_last_error(), HasSubstr("sm90: it computes forwards only; sm80: not asked for"));
+  g.attention.backend = ATTNJIT_BACKEND_AUTO;
+  const attnjit_status status = attnjit_prepare_backward(context_.get(), &g.attention, &g.gradients, nullptr, &plan);
+  if (status == ATTNJIT_ENVIRONMENT) GTEST_SKIP() << attnjit_last_error();
+  ASSERT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(attnjit_plan_backend(PlanPtr(plan).get()), ATTNJIT_BACKEND_SM80);
+}
+
+TEST_F(CudaSm90, RunAllocatesNothingAndIsCaptured) {
+  int stream = 0;
+  fake_->capturing = true;
+  fake_->captured_stream = &stream;
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(run(plan, &stream), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_TRUE(fake_->launches.at(0).captured);
+  EXPECT_FALSE(fake_->capture_broken);
+  fake_->record = false;
+  const long before = allocation_count();
+  for (int i = 0; i < 10; ++i) ASSERT_EQ(run(plan, &stream), ATTNJIT_OK);
+  if (counts_allocations()) EXPECT_EQ(allocation_count(), before);
+  EXPECT_EQ(fake_->launched, 11);
+}
+
+TEST_F(CudaSm90, RunFailures) {
+  PREPARE_OR_SKIP(plan);
+  for (const char* function : {"cuTensorMapEncodeTiled", "cuLaunchKernel", "cuCtxPushCurrent"}) {
+    fake_->failing = {{function, 1}};
+    EXPECT_EQ(run(plan), ATTNJIT_ENVIRONMENT);
+    EXPECT_THAT(attnjit_last_error(), HasSubstr(std::string(function) + " failed: CUDA_ERROR_INVALID_VALUE"));
+    EXPECT_EQ(fake_->launched, 0);
+    EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+  }
+}
+
+TEST_F(CudaSm90, RowMaximum) {
+  p_.attention.row_max = &p_.row_max.dl;
+  PREPARE_OR_SKIP(plan);
+  EXPECT_EQ(kernel(plan)["frozen"], false);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(last_sm90_params().call.row_max, p_.row_max_data.data());
+}
+
+TEST_F(CudaSm90, Autotune) {
+  p_.attention.max_autotune = 1;
+  fake_->kernel_ms = by_shared_memory;
+  PREPARE_OR_SKIP(plan);
+  const Json tuned = kernel(plan)["autotune"];
+  EXPECT_GE(tuned["candidates"].size(), 3u) << tuned;
+  EXPECT_THAT(tuned["why"].get<std::string>(), HasSubstr("the fastest of "));
+  double fastest = 1e9;
+  for (const Json& candidate : tuned["candidates"]) fastest = std::min(fastest, candidate.value("ms", 1e9));
+  EXPECT_NEAR(fastest, 1e-6 * kernel(plan)["shared_bytes"].get<double>(), 1e-5) << "the plan's kernel is another";
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->launches.back().shared, kernel(plan)["shared_bytes"].get<unsigned>());
+}
+
+// Without a device it is compiled for sm_90a whichever of both is asked for.
+TEST_F(CudaSm90, Explain) {
+  context_ = create("libno_such_driver.so.1");
+  GradientProblem g;  // on the CPU
+  for (Tensor* tensor : {&g.q, &g.k, &g.v, &g.o, &g.grad_out, &g.dq, &g.dk, &g.dv}) {
+    tensor->dl.dtype = {kDLBfloat, 16, 1};
+  }
+  g.attention.mask_mod = "causal";
+  g.attention.o = nullptr;
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  const auto explain = [&](const char* arch) {
+    options.arch = arch;
+    char* text = nullptr;
+    const attnjit_status status = attnjit_explain(context_.get(), &g.attention, &options, &text);
+    Json json = status == ATTNJIT_OK ? Json::parse(text) : Json();
+    attnjit_free(text);
+    return json;
+  };
+  const Json json = explain("sm_90");
+  if (json.is_null() && std::string(attnjit_last_error()).find("NVRTC") != std::string::npos) {
+    GTEST_SKIP() << attnjit_last_error();
+  }
+  ASSERT_FALSE(json.is_null()) << attnjit_last_error();
+  EXPECT_EQ(json["backend"], "sm90");
+  EXPECT_FALSE(json.contains("unsupported"));
+  ASSERT_GE(json["kernels"].size(), 2u);
+  EXPECT_EQ(json["kernels"][0]["arch"], "sm_90a");
+  EXPECT_EQ(json["kernels"][1]["backend"], "sm80");
+  EXPECT_EQ(explain("sm_90a")["kernels"][0]["key"], json["kernels"][0]["key"]);
+  const Json ampere = explain("sm_80");
+  EXPECT_EQ(ampere["backend"], "sm80");
+  EXPECT_EQ(ampere["unsupported"], Json::parse(R"([{"backend": "sm90",
+      "reason": "it needs compute capability 9.0, and not sm_80"}])"));
+  options.gradients = &g.gradients;
+  const Json backward = explain("sm_90");
+  EXPECT_EQ(backward["backend"], "sm80");
+  EXPECT_EQ(backward["unsupported"][0]["reason"], "it computes forwards only");
 }
 
 // The same driver with a backward of a call with a captured table, whose gradient is wanted.

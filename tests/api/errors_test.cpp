@@ -167,7 +167,7 @@ TEST_F(Errors, Backends) {
                   "cpu: not permitted by the context's options or ATTNJIT_BACKENDS", "math: not asked for"});
   options.backends = 1u;  // AUTO is none
   EXPECT_EQ(attnjit_context_create(&options, &raw), ATTNJIT_INVALID_ARGUMENT);
-  EXPECT_STREQ(attnjit_last_error(), "options.backends is 0x1; allowed: 0, or bits of 0xe");
+  EXPECT_STREQ(attnjit_last_error(), "options.backends is 0x1; allowed: 0, or bits of 0x1e");
 }
 
 TEST_F(Errors, Rank) {
@@ -865,6 +865,7 @@ TEST(ErrorNames, StatusAndBackend) {
   EXPECT_STREQ(attnjit_status_name(std::bit_cast<attnjit_status>(99)), "unknown status");
   EXPECT_STREQ(attnjit_backend_name(ATTNJIT_BACKEND_CPU), "cpu");
   EXPECT_STREQ(attnjit_backend_name(ATTNJIT_BACKEND_SM80), "sm80");
+  EXPECT_STREQ(attnjit_backend_name(ATTNJIT_BACKEND_SM90), "sm90");
   EXPECT_STREQ(attnjit_backend_name(std::bit_cast<attnjit_backend>(99)), "unknown backend");
 }
 
@@ -888,7 +889,7 @@ TEST(ErrorEnvironment, BadValues) {
       {"ATTNJIT_DUMP", "mlir,sass",
        "ATTNJIT_DUMP is 'mlir,sass'; allowed: a comma-separated list of mlir, llvm, asm, cuda, ptx, cubin"},
       {"ATTNJIT_BACKENDS", "cpu,gpu",
-       "ATTNJIT_BACKENDS is 'cpu,gpu'; allowed: a comma-separated list of sm80, math, cpu"},
+       "ATTNJIT_BACKENDS is 'cpu,gpu'; allowed: a comma-separated list of sm90, sm80, math, cpu"},
       {"ATTNJIT_NUM_THREADS", "0", "ATTNJIT_NUM_THREADS is '0'; allowed: a whole number from 1 to 1024"},
       {"ATTNJIT_NUM_THREADS", "2x", "ATTNJIT_NUM_THREADS is '2x'; allowed: a whole number from 1 to 1024"},
       {"ATTNJIT_CPU_ISA", "neon", "ATTNJIT_CPU_ISA is 'neon'; allowed: sse2, avx2, avx512, avx512bf16"},

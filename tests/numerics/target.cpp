@@ -39,8 +39,10 @@ std::string take_target(int* argc, char** argv) {
   if (!wanted.compile_only.empty() && !wanted.on_gpu()) return "--compile-only: needs --device cuda";
   wanted.backends = {wanted.on_gpu() ? "sm80" : "cpu", "math"};
   if (backend.empty()) return "";
-  if (std::ranges::find(wanted.backends, backend) == wanted.backends.end()) {
-    return "--backend: allowed are " + wanted.backends.front() + " and math";
+  // On a GPU, each case may be the best backend's that serves it.
+  const bool best = wanted.on_gpu() && backend == "auto";
+  if (!best && std::ranges::find(wanted.backends, backend) == wanted.backends.end()) {
+    return "--backend: allowed are " + wanted.backends.front() + (wanted.on_gpu() ? ", auto" : "") + " and math";
   }
   wanted.backends = {backend};
   return "";

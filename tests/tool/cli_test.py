@@ -268,7 +268,7 @@ class Run(Tool):
             (tensors, ["--score-mod", "scor + 1"], ["scor"]),
             (tensors, ["--score-mod", "score + "], ["score + ", "^"]),
             (tensors, ["--mask-mod", "score > 0"], ["score"]),
-            (tensors, ["--backend", "gpu"], ["'gpu'", "auto, sm80, math and cpu"]),
+            (tensors, ["--backend", "gpu"], ["'gpu'", "auto, sm90, sm80, math and cpu"]),
             (tensors, ["--device", "tpu"], ["'tpu'", "auto, cpu and cuda"]),
             (tensors, ["--scale", "abc"], ["--scale", "abc"]),
             (tensors, ["--scale", "nan"], ["scale"]),

@@ -42,7 +42,7 @@ TEST(Problem, HeadsShapeDtype) {
   EXPECT_THAT(message_of([] { parse_shape("1,2,3"); }), HasSubstr("six numbers"));
   EXPECT_EQ(parse_dtype("bf16"), ElementType::kBFloat16);
   EXPECT_THAT(message_of([] { parse_dtype("int8"); }), HasSubstr("float32, float16 and bfloat16"));
-  EXPECT_THAT(message_of([] { parse_backend("gpu"); }), HasSubstr("auto, sm80, math and cpu"));
+  EXPECT_THAT(message_of([] { parse_backend("gpu"); }), HasSubstr("auto, sm90, sm80, math and cpu"));
 }
 
 TEST(Problem, CaptureSpecs) {

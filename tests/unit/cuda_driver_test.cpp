@@ -211,6 +211,43 @@ TEST_F(CudaDriver, Launch) {
             "primary context?");
 }
 
+TEST_F(CudaDriver, TensorMaps) {
+  const auto gpu = device();
+  ASSERT_TRUE(gpu->has_tensor_maps());
+  alignas(64) unsigned char memory[128] = {};
+  TensorMapLayout layout{.data = memory, .extent = {24, 40, 4, 2}, .stride = {48, 1920, 7680}, .box = {64, 128, 1, 1}};
+  const CudaScope scope(*gpu);
+  alignas(64) unsigned char map[128] = {};
+  ASSERT_FALSE(gpu->encode_tensor_map(layout, map));
+  layout.bfloat16 = false;
+  ASSERT_FALSE(gpu->encode_tensor_map(layout, map));
+  ASSERT_EQ(fake_->maps.size(), 2u);
+  // By the driver's own numbers: bfloat16 and float16, no interleaving, 128 bytes swizzled, 256 brought to the L2
+  // cache, zeros beyond the tensor.
+  EXPECT_EQ(fake_->maps[0].type, 9);
+  EXPECT_EQ(fake_->maps[1].type, 6);
+  const FakeCuda::TensorMap& encoded = fake_->maps[0];
+  EXPECT_EQ(encoded.interleave, 0);
+  EXPECT_EQ(encoded.swizzle, 3);
+  EXPECT_EQ(encoded.promotion, 3);
+  EXPECT_EQ(encoded.fill, 0);
+  EXPECT_EQ(encoded.data, memory);
+  EXPECT_THAT(encoded.extents, testing::ElementsAre(24, 40, 4, 2));
+  EXPECT_THAT(encoded.strides, testing::ElementsAre(48, 1920, 7680));
+  EXPECT_THAT(encoded.box, testing::ElementsAre(64, 128, 1, 1));
+  EXPECT_THAT(encoded.element_strides, testing::ElementsAre(1, 1, 1, 1));
+
+  layout.stride[1] = 1928;
+  const Failure failure = gpu->encode_tensor_map(layout, map).value_or(Failure{});
+  EXPECT_EQ(failure.status, ATTNJIT_ENVIRONMENT);
+  EXPECT_EQ(failure.message, "cuTensorMapEncodeTiled failed: CUDA_ERROR_INVALID_VALUE");
+
+  // A driver that lacks the function serves all else.
+  const auto old = CudaDevice::get(0, ATTNJIT_FAKE_CUDA_11);
+  ASSERT_TRUE(old) << old.failure().message;
+  EXPECT_FALSE((*old)->has_tensor_maps());
+}
+
 TEST_F(CudaDriver, UnloadsWithTheLastOwner) {
   {
     auto loaded = kernel(device());

@@ -73,7 +73,8 @@ typedef enum attnjit_backend ATTNJIT_ENUM {
   ATTNJIT_BACKEND_AUTO = 0, /* the fastest that serves the problem where its tensors are */
   ATTNJIT_BACKEND_MATH = 1, /* eager: materialised scores; on the CPU one pass per operation of the expression */
   ATTNJIT_BACKEND_CPU = 2,  /* fused, compiled for the host's processor */
-  ATTNJIT_BACKEND_SM80 = 3  /* fused, for CUDA devices of compute capability 8.0 and later */
+  ATTNJIT_BACKEND_SM80 = 3, /* fused, for CUDA devices of compute capability 8.0 and later */
+  ATTNJIT_BACKEND_SM90 = 4  /* fused forward, for CUDA devices of compute capability 9.0: TMA and wgmma */
 } attnjit_backend;
 ATTNJIT_API const char* attnjit_backend_name(attnjit_backend backend);
 

@@ -182,6 +182,7 @@ enum class Backend {
   kMath = ATTNJIT_BACKEND_MATH,
   kCpu = ATTNJIT_BACKEND_CPU,
   kSm80 = ATTNJIT_BACKEND_SM80,
+  kSm90 = ATTNJIT_BACKEND_SM90,
 };
 
 // An expression: text, a registered name, a lambda (expr.hpp: of five values as a score_mod, of four as a mask_mod), or

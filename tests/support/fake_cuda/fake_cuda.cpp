@@ -250,6 +250,41 @@ FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsign
   state.launches.push_back(std::move(launch));
   return 0;
 }
+#ifndef ATTNJIT_FAKE_CUDA_11
+// Refuses what a driver does, as far as it is of 16-bit types.
+FAKE int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* data, const std::uint64_t* extents,
+                                const std::uint64_t* strides, const std::uint32_t* box,
+                                const std::uint32_t* element_strides, int interleave, int swizzle, int promotion,
+                                int fill) {
+  MAY_FAIL("cuTensorMapEncodeTiled");
+  if (current() == 0) return kInvalidContext;
+  if ((type != 6 && type != 9) || rank < 1 || rank > 5 || reinterpret_cast<std::uintptr_t>(map) % 64 != 0 ||
+      reinterpret_cast<std::uintptr_t>(data) % 16 != 0 || data == nullptr) {
+    return kInvalidValue;
+  }
+  for (unsigned d = 0; d < rank; ++d) {
+    if (extents[d] == 0 || extents[d] > std::uint64_t{1} << 32 || box[d] == 0 || box[d] > 256 ||
+        element_strides[d] == 0 || element_strides[d] > 8) {
+      return kInvalidValue;
+    }
+    if (d > 0 && (strides[d - 1] % 16 != 0 || strides[d - 1] >= std::uint64_t{1} << 40)) return kInvalidValue;
+  }
+  if (swizzle == 3 && box[0] * 2 > 128) return kInvalidValue;
+  if (!state.record) return 0;
+  *static_cast<std::uint64_t*>(map) = state.maps.size();
+  state.maps.push_back({.type = type,
+                        .interleave = interleave,
+                        .swizzle = swizzle,
+                        .promotion = promotion,
+                        .fill = fill,
+                        .data = data,
+                        .extents = {extents, extents + rank},
+                        .strides = {strides, strides + rank - 1},
+                        .box = {box, box + rank},
+                        .element_strides = {element_strides, element_strides + rank}});
+  return 0;
+}
+#endif
 FAKE int cuMemsetD32Async(unsigned long long address, unsigned value, std::size_t count, void*) {
   MAY_FAIL("cuMemsetD32Async");
   if (current() == 0) return kInvalidContext;

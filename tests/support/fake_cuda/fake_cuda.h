@@ -48,6 +48,14 @@ struct FakeCuda {
     bool captured = false;
   };
   std::vector<Launch> launches;
+  // A tensor map as it was encoded; where launches are written down, the map's first word is its place here.
+  struct TensorMap {
+    int type = 0, interleave = 0, swizzle = 0, promotion = 0, fill = 0;
+    const void* data = nullptr;
+    std::vector<std::uint64_t> extents, strides;
+    std::vector<std::uint32_t> box, element_strides;
+  };
+  std::vector<TensorMap> maps;
   int launched = 0;
   bool capture_broken = false;
   int events_recorded = 0;
@@ -63,7 +71,7 @@ struct FakeCuda {
     failing.clear();
     capturing = false, captured_stream = nullptr, parameter_bytes = 0, record = true;
     kernel_ms = nullptr, before_load = nullptr, events_recorded = memory_allocated = memory_freed = 0;
-    launches.clear();
+    launches.clear(), maps.clear();
     launched = 0, capture_broken = false;
     modules_loaded = modules_unloaded = contexts_retained = contexts_released = unbalanced_pops = 0;
   }

@@ -1,0 +1,181 @@
+// Builds and tunes kernels of any family.
+#include "runtime/fused.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "runtime/context.h"
+
+namespace attnjit::runtime {
+namespace {
+
+constexpr int kMaxTile = 256;  // of queries or keys
+
+constexpr std::size_t kib(std::size_t n) { return n * 1024; }
+
+// A candidate other than the usual configuration: one that spills is slower than its tile promises, and left out.
+Result<Contestant::Launch> load_candidate(const Request& request, const FusedTarget& target, const FusedKernel& kernel,
+                                          bool usual) {
+  const auto emitted = kernel.emit({});
+  if (emitted.error) return emission_failure("score_mod", emitted.error->message);
+  const compiler::CudaSource& source = emitted.value.source;
+  Result<FoundBinary> found =
+      find_cuda_binary(request.context, source, target.arch, {}, usual ? LogLevel::kWarn : LogLevel::kDebug);
+  if (!found) return found.failure();
+  const std::string& entry = source.entries.front();
+  for (const compiler::CudaResources& resources : found->binary->resources) {
+    const int spilled = resources.spill_store_bytes + resources.spill_load_bytes;
+    if (!usual && resources.entry == entry && spilled > 0) {
+      return unsupported(fmt::format("it spills {} bytes of registers", spilled));
+    }
+  }
+  return kernel.load(target.device, {found->binary->cubin, entry, source.score_factor});
+}
+
+// `usual`: the text of the usual configuration, which tells mods, element types and alignments apart.
+Tuned tune(const Request& request, const FusedTarget& target, std::string_view family,
+           std::span<const FusedKernel> kernels, const compiler::CudaSource& usual) {
+  std::vector<Contestant> contestants;
+  for (const FusedKernel& kernel : kernels) {
+    const bool first = contestants.empty();
+    contestants.push_back(
+        {kernel.name, [&request, &target, &kernel, first] { return load_candidate(request, target, kernel, first); }});
+  }
+  const Signature& s = request.call.signature;
+  std::string_view why_not;
+  if (!target.device) {
+    why_not = "it is for another machine";
+  } else if (no_keys(s)) {
+    why_not = "there are no keys";
+  } else if (s.autotune == static_cast<std::uint8_t>(AutotuneMode::kStored)) {
+    why_not = "a stream is being captured";
+  } else if (!target.may_time) {
+    why_not = "nothing is stored; attnjit_prepare times candidates";
+  }
+  return autotune(request, target.device, fmt::format("{} {}\n{}", family, shape_text(s), usual.text), contestants,
+                  why_not);
+}
+
+}  // namespace
+
+std::size_t max_shared_memory(int arch) {
+  switch (arch) {
+    case 80:
+    case 87:
+      return kib(163);
+    case 90:
+    case 100:
+    case 103:
+    case 110:
+      return kib(227);
+    default:  // 86, 89, 120, 121, and what is not known
+      return kib(99);
+  }
+}
+
+FusedTarget make_target(compiler::CudaArch arch, std::shared_ptr<CudaDevice> device, bool may_time) {
+  std::size_t shared_memory = max_shared_memory(arch.number);
+  if (device) shared_memory = std::min(shared_memory, device->max_shared_memory());
+  return {.arch = arch, .max_shared_memory = shared_memory, .device = std::move(device), .may_time = may_time};
+}
+
+Result<FusedTarget> device_target(const Request& request) {
+  Result<std::shared_ptr<CudaDevice>> device = request.context.cuda_device(request.call.signature.device);
+  if (!device) return device.failure();
+  const int arch = (*device)->arch();
+  return make_target({.number = arch, .specific = false}, std::move(*device), true);
+}
+
+Failure unsupported(std::string reason) { return {ATTNJIT_UNSUPPORTED, std::move(reason)}; }
+
+Failure no_configuration(const FusedTarget& target) {
+  return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}", target.max_shared_memory,
+                                 compiler::cuda_arch_name(target.arch)));
+}
+
+Check check_lengths(const Signature& s) {
+  constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max() - kMaxTile;
+  if (s.seqlen_q <= kLongest && s.seqlen_kv <= kLongest) return {};
+  return unsupported(fmt::format("it takes sequences up to {}", kLongest));
+}
+
+Failure emission_failure(std::string_view what, std::string_view message) {
+  return {ATTNJIT_INTERNAL, fmt::format("{} does not compile: {}", what, message)};
+}
+
+std::int64_t query_tiles(std::int64_t heads, std::int64_t seqlen_q, int tile_m) {
+  std::int64_t tiles = 0;
+  if (__builtin_mul_overflow(round_up(seqlen_q, tile_m) / tile_m, heads, &tiles)) {
+    return std::numeric_limits<std::int64_t>::max();
+  }
+  return tiles;
+}
+
+compiler::ModProblem tiled_problem(const Request& request, int tile_m, int tile_n) {
+  const Signature& s = request.call.signature;
+  return mod_problem(request.mods, request.call, round_up(s.seqlen_q, tile_m), round_up(s.seqlen_kv, tile_n));
+}
+
+Result<FusedBinary> build_fused(const Request& request, const FusedTarget& target, std::string_view family,
+                                std::vector<FusedKernel> kernels, compiler::EmittedCuda usual,
+                                const CollectText& collect) {
+  Tuned tuned;
+  if (request.call.signature.autotune != static_cast<std::uint8_t>(AutotuneMode::kOff)) {
+    tuned = tune(request, target, family, kernels, usual.source);
+  }
+  FusedBinary binary{.kernel = std::move(kernels[tuned.winner]), .autotune = std::move(tuned.description)};
+  compiler::CompileOptions options{.dump = dumps(request, collect)};
+  // What is dumped is what is compiled.
+  if (tuned.winner != 0 || options.dump) {
+    auto emitted = binary.kernel.emit(options);
+    if (emitted.error) return emission_failure("score_mod", emitted.error->message);
+    usual = std::move(emitted.value);
+  }
+  options.dump = binary_dumps(request, collect);
+  Result<FoundBinary> found = find_cuda_binary(request.context, usual.source, target.arch, options);
+  if (!found) return found.failure();
+  binary.facts = std::move(usual.facts);
+  binary.score_factor = usual.source.score_factor;
+  binary.entry = usual.source.entries.front();
+  binary.found = std::move(*found);
+  binary.phases = std::move(usual.phases);
+  if (tuned.spent_ms > 0) binary.phases.emplace_back("autotune", tuned.spent_ms);
+  binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
+  return binary;
+}
+
+Json kernel_json(const FusedBinary& binary) {
+  Json json = binary_json(binary.found, binary.entry);
+  json.update(binary.kernel.description);
+  if (!binary.autotune.is_null()) json["autotune"] = binary.autotune;
+  json["phases_ms"] = phases_json(binary.phases);
+  return json;
+}
+
+Result<ReadyBackend> prepare_fused(const Request& request,
+                                   Result<FusedBinary> (*build)(const Request&, const FusedTarget&,
+                                                                const CollectText&)) {
+  const Result<FusedTarget> target = device_target(request);
+  if (!target) return target.failure();
+  Result<FusedBinary> binary = build(request, *target, nullptr);
+  if (!binary) return binary.failure();
+  Result<Contestant::Launch> launch =
+      binary->kernel.load(target->device, {binary->found.binary->cubin, binary->entry, binary->score_factor});
+  if (!launch) return launch.failure();
+  ReadyBackend ready;
+  ready.forward.run = [launch = std::move(*launch)](const ForwardCall& call, void*, CudaStream stream) {
+    return launch(call, stream);
+  };
+  ready.description = {{"device", target->device->name()},
+                       {"hash", hash_text(binary->facts)},
+                       {"facts", facts_json(binary->facts)},
+                       {"kernels", Json::array({kernel_json(*binary)})}};
+  ready.phases = std::move(binary->phases);
+  return ready;
+}
+
+}  // namespace attnjit::runtime

@@ -1,0 +1,301 @@
+// Problem to configuration, tensor maps, kernel and launch of the sm90 family.
+#include "runtime/sm90_backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "runtime/cuda_call.h"
+
+namespace attnjit::runtime {
+namespace {
+
+constexpr int kArch = 90;
+constexpr int kFeatureStep = 8;                                        // 16 bytes of features
+constexpr std::int64_t kMaxStrideBytes = (std::int64_t{1} << 40) - 1;  // of a tensor map
+constexpr int kBoxFeatures = 64;
+constexpr int kMaxTileN = 256;
+
+// A way to cut the work, for problems whose padded head dims are at most `head_dim`.
+struct Tiling {
+  int head_dim;
+  int warpgroups, tile_n, stages;
+  bool o_buffer;
+  bool ping_pong = true, masked_ping_pong = true;  // without and with a mask
+};
+
+// By rising head_dim, and of one head_dim the best first: the first that fits is taken, or a smaller tile of queries
+// where its tiles would be fewer than the multiprocessors.
+constexpr Tiling kTilings[] = {
+    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 3, .o_buffer = true, .masked_ping_pong = false},
+    {.head_dim = 64, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
+    {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
+    {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .o_buffer = false},
+    {.head_dim = 256, .warpgroups = 2, .tile_n = 64, .stages = 2, .o_buffer = false},
+};
+
+bool fits(const sm90::ForwardConfig& config, const Sm90Problem& problem) {
+  return static_cast<std::size_t>(sm90::forward_shared_memory(config)) <= problem.max_shared_memory;
+}
+
+// Registers of a thread that hold scores, probabilities and O.
+int accumulators(const sm90::ForwardConfig& config) {
+  return config.tile_n / 2 + config.tile_n / 4 + sm90::padded(config.head_dim_v) / 2;
+}
+
+// How many they may be for all else to find room in what setmaxnreg leaves a thread: 240, 160 or 112.
+int max_accumulators(int warpgroups) { return warpgroups == 2 ? 200 : warpgroups == 3 ? 128 : 88; }
+
+std::int64_t tiles_of(const Signature& s, const sm90::ForwardConfig& config) {
+  return query_tiles(s.batch * s.num_heads, s.seqlen_q, sm90::tile_m(config));
+}
+
+// The configurations of the table that serve a problem, the best first.
+std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
+  const int head_dim = std::max(sm90::padded(problem.head_dim), sm90::padded(problem.head_dim_v));
+  std::vector<sm90::ForwardConfig> serving;
+  int bracket = 0;  // the smallest one that holds the head dim
+  for (const Tiling& row : kTilings) {
+    if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
+    const sm90::ForwardConfig config{.element = problem.element,
+                                     .head_dim = problem.head_dim,
+                                     .head_dim_v = problem.head_dim_v,
+                                     .warpgroups = row.warpgroups,
+                                     .tile_n = row.tile_n,
+                                     .stages = row.stages,
+                                     .o_buffer = row.o_buffer,
+                                     .ping_pong = problem.has_mask ? row.masked_ping_pong : row.ping_pong,
+                                     .frozen = !problem.has_row_max};
+    if (!fits(config, problem)) continue;
+    bracket = row.head_dim;
+    serving.push_back(config);
+  }
+  return serving;
+}
+
+struct NamedTensor {
+  const char* name;
+  const TensorView& tensor;
+};
+
+// Why tensor maps cannot hold a call's tensors; empty where they can.
+std::string refuse_tensors(const CheckedCall& call) {
+  const Signature& s = call.signature;
+  for (std::size_t i = 0; i < call.num_rows; ++i) {
+    const CheckedCall::Rows& rows = call.rows[i];
+    if (rows.bytes < kWidestAccess) {
+      return fmt::format("it needs rows aligned to {} bytes, and {}'s are to {}", kWidestAccess, rows.name, rows.bytes);
+    }
+  }
+  const NamedTensor tensors[] = {
+      {"q", call.forward.q}, {"k", call.forward.k}, {"v", call.forward.v}, {"o", call.forward.o}};
+  constexpr const char* kDimensions[] = {"batches", "heads", "sequence"};
+  for (const auto& [name, tensor] : tensors) {
+    for (int d = 0; d < 3; ++d) {
+      if (tensor.shape[d] <= 1) continue;
+      if (tensor.stride[d] == 0) return fmt::format("{} is broadcast over its {}", name, kDimensions[d]);
+      if (tensor.stride[d] > kMaxStrideBytes / dsl::dtype_size(tensor.dtype)) {
+        return fmt::format("the strides of {} reach 2^40 bytes", name);
+      }
+    }
+  }
+  return s.seqlen_kv == 0 ? "there are no keys" : "";
+}
+
+// Why the family does not serve a call; empty where it may.
+std::string refuse(const CheckedCall& call, const FusedTarget& target) {
+  const Signature& s = call.signature;
+  if (target.arch.number != kArch) {
+    return fmt::format("it needs compute capability 9.0, and not {}", compiler::cuda_arch_name(target.arch));
+  }
+  if (target.device && !target.device->has_tensor_maps()) return "it needs a driver of CUDA 12 or later";
+  if (const auto dtype = static_cast<dsl::DType>(s.dtype); dtype != dsl::DType::kF16 && dtype != dsl::DType::kBF16) {
+    return fmt::format("it takes float16 and bfloat16, and not {}", dsl::dtype_name(dtype));
+  }
+  if (s.head_dim % kFeatureStep != 0 || s.head_dim_v % kFeatureStep != 0) {
+    return fmt::format("it takes head dims that are multiples of {}, and not {} and {}", kFeatureStep, s.head_dim,
+                       s.head_dim_v);
+  }
+  return refuse_tensors(call);
+}
+
+compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm90::ForwardConfig& config,
+                                                    const compiler::CompileOptions& options) {
+  return compiler::emit_sm90_forward(tiled_problem(request, sm90::tile_m(config), config.tile_n), config, options);
+}
+
+// ---- The launch
+
+Check encode(const CudaDevice& device, const TensorView& tensor, int rows, sm90::TensorMap* map) {
+  const std::int64_t size = dsl::dtype_size(tensor.dtype);
+  TensorMapLayout layout{.data = tensor.data,
+                         .bfloat16 = tensor.dtype == dsl::DType::kBF16,
+                         .box = {kBoxFeatures, static_cast<std::uint32_t>(rows), 1, 1}};
+  // A tensor's dimensions go from the batch to the features, a map's the other way.
+  for (int d = 0; d < 4; ++d) layout.extent[d] = static_cast<std::uint64_t>(tensor.shape[3 - d]);
+  for (int d = 0; d < 3; ++d) {
+    // Where there is one of a dimension, nothing is a stride away; but the driver looks at the number.
+    const std::int64_t stride = tensor.shape[2 - d] == 1 ? tensor.shape[3] : tensor.stride[2 - d];
+    layout.stride[d] = static_cast<std::uint64_t>(stride * size);
+  }
+  return device.encode_tensor_map(layout, map);
+}
+
+Result<Contestant::Launch> load(const std::shared_ptr<CudaDevice>& device, const KernelCode& code,
+                                const Signature& signature, const sm90::ForwardConfig& config) {
+  Result<std::shared_ptr<const CudaKernel>> kernel =
+      CudaKernel::load(device, code.cubin, code.entry, static_cast<std::size_t>(sm90::forward_shared_memory(config)));
+  if (!kernel) return kernel.failure();
+  const int tiles = static_cast<int>(tiles_of(signature, config));
+  const int m_tiles = static_cast<int>(query_tiles(1, signature.seqlen_q, sm90::tile_m(config)));
+  const CudaKernel::Grid grid{.x = static_cast<unsigned>(std::min(tiles, device->num_sms()))};
+  return Contestant::Launch([device, kernel = std::move(*kernel), grid, tiles, m_tiles, tile_n = config.tile_n,
+                             threads = static_cast<unsigned>(sm90::threads(config)),
+                             score_factor = code.score_factor](const ForwardCall& call, CudaStream stream) -> Check {
+    const CudaScope scope(*device);
+    if (scope.failure()) return scope.failure();
+    sm90::ForwardParams params;
+    const struct {
+      const TensorView& tensor;
+      int rows;
+      sm90::TensorMap* map;
+    } maps[] = {{call.q, sm90::kRowsOfWarpgroup, &params.q},
+                {call.k, tile_n, &params.k},
+                {call.v, tile_n, &params.v},
+                {call.o, sm90::kRowsOfWarpgroup, &params.o}};
+    for (const auto& [tensor, rows, map] : maps) {
+      if (Check failure = encode(*device, tensor, rows, map)) return failure;
+    }
+    params.call = forward_params(call, score_factor);
+    params.m_tiles = m_tiles;
+    params.tiles = tiles;
+    return kernel->launch(grid, threads, &params, stream);
+  });
+}
+
+Json describe(const sm90::ForwardConfig& c) {
+  return {{"arch", compiler::cuda_arch_name({.number = kArch, .specific = true})},
+          {"shared_bytes", sm90::forward_shared_memory(c)},
+          {"tile", fmt::format("{} x {}", sm90::tile_m(c), c.tile_n)},
+          {"warpgroups", c.warpgroups},
+          {"stages", c.stages},
+          {"o_buffer", c.o_buffer},
+          {"ping_pong", c.ping_pong},
+          {"frozen", c.frozen}};
+}
+
+FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config) {
+  return {config_name(config), describe(config),
+          [&request, config](const compiler::CompileOptions& options) { return emit(request, config, options); },
+          [&request, config](const std::shared_ptr<CudaDevice>& device, const KernelCode& code) {
+            return load(device, code, request.call.signature, config);
+          }};
+}
+
+}  // namespace
+
+std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
+  std::optional<sm90::ForwardConfig> found;
+  const auto idles = [&](const sm90::ForwardConfig& config) {
+    return query_tiles(problem.heads, problem.seqlen_q, sm90::tile_m(config)) < problem.num_sms;
+  };
+  for (const sm90::ForwardConfig& config : serving_configs(problem)) {
+    if (!found || (config.warpgroups < found->warpgroups && idles(*found))) found = config;
+  }
+  return found;
+}
+
+void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) { problem->has_mask = emitted.facts.has_mask; }
+
+std::string config_name(const sm90::ForwardConfig& config) {
+  return fmt::format("{} x {}, {} warpgroups, {} stages{}{}", sm90::tile_m(config), config.tile_n, config.warpgroups,
+                     config.stages, config.o_buffer ? ", O apart" : "", config.ping_pong ? ", ping-pong" : "");
+}
+
+std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
+  constexpr std::size_t kMost = 6;
+  const std::optional<sm90::ForwardConfig> chosen = choose_config(problem);
+  if (!chosen) return {};
+  std::vector<sm90::ForwardConfig> candidates = {*chosen};
+  const auto possible = [&](const sm90::ForwardConfig& config) {
+    return fits(config, problem) && accumulators(config) <= max_accumulators(config.warpgroups);
+  };
+  const auto add = [&](const sm90::ForwardConfig& config) {
+    const auto same = [&](const sm90::ForwardConfig& other) { return config_name(other) == config_name(config); };
+    if (candidates.size() < kMost && possible(config) && std::ranges::none_of(candidates, same)) {
+      candidates.push_back(config);
+    }
+  };
+  for (const sm90::ForwardConfig& config : serving_configs(problem)) add(config);
+  sm90::ForwardConfig neighbour = *chosen;
+  neighbour.ping_pong = !chosen->ping_pong;
+  add(neighbour);
+  // Another number of warpgroups has the longest steps that they leave room for.
+  for (const int warpgroups : {chosen->warpgroups + 1, chosen->warpgroups - 1}) {
+    if (warpgroups < 2 || warpgroups > 4) continue;
+    neighbour = *chosen;
+    neighbour.warpgroups = warpgroups;
+    while (neighbour.tile_n > 32 && !possible(neighbour)) neighbour.tile_n -= 16;
+    add(neighbour);
+  }
+  for (const int step : {32, -32, 16, -16}) {
+    neighbour = *chosen;
+    neighbour.tile_n += step;
+    if (neighbour.tile_n >= 32 && neighbour.tile_n <= kMaxTileN) add(neighbour);
+  }
+  neighbour = *chosen;
+  neighbour.o_buffer = !chosen->o_buffer;
+  add(neighbour);
+  return candidates;
+}
+
+Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked, const CollectText& collect) {
+  const Signature& s = request.call.signature;
+  if (std::string reason = refuse(request.call, asked); !reason.empty()) return unsupported(std::move(reason));
+  if (Check failure = check_lengths(s)) return *failure;
+  FusedTarget target = asked;
+  target.arch.specific = true;  // wgmma and setmaxnreg are instructions of sm_90a alone
+  Sm90Problem by = {
+      .element = static_cast<dsl::DType>(s.dtype) == dsl::DType::kF16 ? sm90::Element::kF16 : sm90::Element::kBF16,
+      .head_dim = static_cast<int>(s.head_dim),
+      .head_dim_v = static_cast<int>(s.head_dim_v),
+      .heads = s.batch * s.num_heads,
+      .seqlen_q = s.seqlen_q,
+      .num_sms = target.device ? target.device->num_sms() : kUsualSms,
+      .max_shared_memory = target.max_shared_memory,
+      .has_row_max = s.has_row_max != 0,
+      .has_mask = request.mods.mask_mod.has_value()};
+  std::optional<sm90::ForwardConfig> config = choose_config(by);
+  if (!config) return no_configuration(target);
+  const auto too_many = [&](const sm90::ForwardConfig& of) { return tiles_of(s, of) > kMaxGrid; };
+  if (too_many(*config)) {
+    return unsupported(fmt::format("{} tiles of queries are beyond {}", tiles_of(s, *config), kMaxGrid));
+  }
+
+  auto emitted = emit(request, *config, {});
+  if (!emitted.error) {
+    learn(emitted.value, &by);
+    const std::optional<sm90::ForwardConfig> other = choose_config(by);
+    if (!other) return no_configuration(target);
+    if (config_name(*other) != config_name(*config)) {
+      config = other;
+      emitted = emit(request, *config, {});
+    }
+  }
+  if (emitted.error) return emission_failure("score_mod", emitted.error->message);
+  std::vector<sm90::ForwardConfig> candidates = {*config};
+  if (s.autotune != static_cast<std::uint8_t>(AutotuneMode::kOff)) candidates = candidate_configs(by);
+  candidates.erase(std::remove_if(candidates.begin() + 1, candidates.end(), too_many), candidates.end());
+  std::vector<FusedKernel> kernels;
+  kernels.reserve(candidates.size());
+  for (const sm90::ForwardConfig& candidate : candidates) kernels.push_back(kernel_of(request, candidate));
+  return build_fused(request, target, "sm90", std::move(kernels), std::move(emitted.value), collect);
+}
+
+Failure refuse_sm90_backward() { return unsupported("it computes forwards only"); }
+
+Result<ReadyBackend> prepare_sm90(const Request& request) { return prepare_fused(request, build_sm90); }
+
+}  // namespace attnjit::runtime
