@@ -87,7 +87,15 @@ struct CompileOptions {
   std::function<void(std::string_view kind, std::string_view text)> dump;
 };
 
-// What was found out about an expression; the same for every backend.
+// How the folded form of a forward's mod (kernels_templates/cuda/mod_defaults.cuh) computes the modified score.
+struct FoldedFacts {
+  bool has_shift = false;  // terms that softmax cannot see are left out of the loop
+  bool additive = false;   // what is left is the score and a term
+  bool linear = false;     // that term is a multiple of the positions' difference
+  bool drifts = false;     // it moves with the key's position otherwise
+};
+
+// What was found out about an expression; the same for every backend but for `folded`, of those that ask for that form.
 struct ModFacts {
   ScoreClass score_class = ScoreClass::kIdentity;
   bool has_mask = false;  // some element may be dropped
@@ -97,6 +105,7 @@ struct ModFacts {
   bool indices_fit_32 = true;                 // every integer was narrowed to 32 bits
   std::uint64_t hash_low = 0, hash_high = 0;  // of the canonical form: two spellings of one thing share it
   std::string canonical_mlir;
+  std::optional<FoldedFacts> folded;
   // Of a problem compiled for the backward, in the order of the code's sinks.
   GradientNeed gradient_need = GradientNeed::kNothing;
   std::vector<SinkFacts> sinks;

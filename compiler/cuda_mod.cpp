@@ -89,6 +89,20 @@ class Graph {
   int size() const { return static_cast<int>(nodes_.size()); }
   Level level(NodeId id) const { return level_of((*this)[id].depends); }
 
+  bool is_load(NodeId id) const { return (*this)[id].text.starts_with("load<"); }
+
+  // Visits what `root` is made of, each node once; where `enters` says no, not what that one is made of.
+  void walk(NodeId root, llvm::function_ref<bool(NodeId)> enters) const {
+    std::set<NodeId> seen;
+    std::vector<NodeId> open{root};
+    while (!open.empty()) {
+      const NodeId id = open.back();
+      open.pop_back();
+      if (!seen.insert(id).second || !enters(id)) continue;
+      open.insert(open.end(), (*this)[id].args.begin(), (*this)[id].args.end());
+    }
+  }
+
   // The same node for the same operation.
   NodeId add(Node node) {
     for (const NodeId arg : node.args) node.depends |= (*this)[arg].depends;
@@ -160,6 +174,12 @@ struct Sink {
 // Whether attnjit-differentiate made it.
 bool is_backward(mlir::func::FuncOp function) { return function.getNumArguments() == 2; }
 
+// As a float: every position, and so every difference, is below 2^24.
+bool difference_is_exact(const ModProblem& problem) {
+  constexpr std::int64_t kExact = 1 << 24;
+  return problem.seqlen_q <= kExact && problem.seqlen_kv <= kExact;
+}
+
 class Lowering {
  public:
   Lowering(Graph& graph, mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy)
@@ -230,7 +250,7 @@ class Lowering {
   }
   NodeId to(NodeId id, CType type) {
     if (g_[id].type == type) return id;
-    if (type == CType::kFloat && g_[id].depends == kOnDifference && difference_is_exact()) {
+    if (type == CType::kFloat && g_[id].depends == kOnDifference && difference_is_exact(problem_)) {
       const bool negated = g_[id].form == Form::kUnary && g_[id].text == "-";
       const Node& difference = negated ? g_[g_[id].args[0]] : g_[id];
       if (difference.text == "q_minus_kv") {
@@ -365,11 +385,6 @@ class Lowering {
     const llvm::StringRef text = g_[id].text;
     if (g_[id].form != Form::kLeaf || text.getAsInteger(10, value)) return -1;
     return integer(-value);
-  }
-  // As a float: every position, and so every difference, is below 2^24.
-  bool difference_is_exact() const {
-    constexpr std::int64_t kExact = 1 << 24;
-    return problem_.seqlen_q <= kExact && problem_.seqlen_kv <= kExact;
   }
   NodeId q_minus_kv() { return g_.leaf("q_minus_kv", CType::kInt, kOnDifference); }
 
@@ -813,6 +828,187 @@ class Lowering {
   std::map<NodeId, Linear> linear_;
 };
 
+// ---- The folded form
+
+// A forward's value as compiler::ModForm::kFolded has it: shift + value. -1: there is none.
+struct Folded {
+  NodeId shift = -1;  // what softmax cannot see
+  NodeId value = -1;
+  NodeId term = -1;   // the value is the score and this
+  NodeId slope = -1;  // the term is this times the difference of the positions
+  bool drifts = false;
+};
+
+// Takes apart only the chain of sums that carries the score. What is added to it stays one term, in which a row's part
+// and a key's may cancel exactly: beside the score, each was rounded as it is written.
+class Folding {
+ public:
+  // `exact_difference`: q_minus_kv_float may be used.
+  Folding(Graph& graph, bool exact_difference)
+      : g_(graph), score_(graph.leaf("s", CType::kFloat, kOnScore)), exact_difference_(exact_difference) {}
+
+  Folded run(NodeId root, bool in_log2) {
+    const Parts parts = split(root);
+    Folded folded{.shift = parts.shift, .value = parts.rest < 0 ? literal(0.0f) : parts.rest};
+    const std::optional<NodeId> term = in_log2 ? beside_score(folded.value) : std::nullopt;
+    if (term && *term >= 0) {
+      folded.term = *term;
+      if (const std::optional<Line> line = exact_difference_ ? line_of(*term) : std::nullopt) {
+        folded.shift = sum("+", folded.shift, line->shift);
+        folded.slope = line->slope;
+        folded.term = product(g_.leaf("q_minus_kv_float", CType::kFloat, kOnDifference), line->slope);
+      }
+      folded.value = g_.binary("+", score_, folded.term, CType::kFloat, kSum);
+    }
+    folded.drifts = folded.slope < 0 && drifts(folded.value);
+    return folded;
+  }
+
+ private:
+  struct Parts {
+    NodeId shift = -1, rest = -1;
+  };
+  // slope * q_minus_kv_float + shift, both floats and the same for all elements of a head.
+  struct Line {
+    NodeId slope = -1, shift = -1;
+  };
+
+  bool is_sum(NodeId id) const {
+    return g_[id].form == Form::kBinary && (g_[id].text == "+" || g_[id].text == "-") && g_[id].type != CType::kLong;
+  }
+  bool is_negation(NodeId id) const { return g_[id].form == Form::kUnary && g_[id].text == "-"; }
+  bool is_product(NodeId id) const { return g_[id].form == Form::kBinary && g_[id].text == "*"; }
+  bool reads_score(NodeId id) const { return (g_[id].depends & kOnScore) != 0; }
+  bool is_uniform(NodeId id) const { return g_.level(id) <= Level::kBlock; }
+
+  std::optional<float> value_of(NodeId id) const {
+    const std::string& text = g_[id].text;
+    double value = 0;
+    if (g_[id].form != Form::kLeaf || llvm::StringRef(text).rtrim('f').getAsDouble(value)) return std::nullopt;
+    return static_cast<float>(value);
+  }
+  // Far from float's ends, where products neither overflow nor vanish.
+  static bool is_usual(float factor) { return std::abs(factor) > 0x1p-60f && std::abs(factor) < 0x1p60f; }
+  NodeId literal(float x) {
+    return g_.add({.form = Form::kLeaf, .text = float_text(x), .precedence = std::signbit(x) ? kUnary : kPostfix});
+  }
+  NodeId as_float(NodeId id) {
+    if (g_[id].type == CType::kFloat) return id;
+    if (const std::optional<float> value = value_of(id)) return literal(*value);
+    return g_.call("static_cast<float>", {id}, CType::kFloat);
+  }
+  NodeId negated(NodeId id) {
+    if (id < 0) return -1;
+    if (is_negation(id)) return g_[id].args[0];
+    if (const std::optional<float> value = value_of(id)) return literal(-*value);
+    if (is_sum(id) && g_[id].text == "-") return sum("-", g_[id].args[1], g_[id].args[0]);
+    return g_.unary("-", id, CType::kFloat);
+  }
+  // Of what is there.
+  NodeId sum(const std::string& op, NodeId a, NodeId b) {
+    if (b < 0) return a;
+    if (a < 0) return op == "-" ? negated(b) : b;
+    if (is_negation(b)) return sum(op == "-" ? "+" : "-", a, g_[b].args[0]);
+    return g_.binary(op.c_str(), a, b, CType::kFloat, kSum);
+  }
+  NodeId product(NodeId a, NodeId b) {
+    if (a < 0 || b < 0) return -1;
+    if (value_of(a) == 1.0f) return b;
+    if (value_of(a) == -1.0f) return negated(b);
+    // `30 * tanh(s)` in log2 units is one product.
+    const NodeId first = is_product(a) ? g_[a].args[1] : a;
+    const float x = value_of(first).value_or(0.0f), y = value_of(b).value_or(0.0f);
+    if (is_usual(x) && is_usual(y)) return first == a ? literal(x * y) : product(g_[a].args[0], literal(x * y));
+    return g_.binary("*", a, b, CType::kFloat, kProduct);
+  }
+
+  Parts split(NodeId id) {
+    if (g_.level(id) <= Level::kRow) return {.shift = id};
+    const std::vector<NodeId> args = g_[id].args;
+    if (!reads_score(id)) return {.rest = id};
+    Parts parts;
+    if (is_negation(id)) {
+      const Parts of = split(args[0]);
+      parts = {negated(of.shift), negated(of.rest)};
+    } else if (is_sum(id)) {
+      const std::string op = g_[id].text;
+      const Parts a = split(args[0]), b = split(args[1]);
+      parts = {sum(op, a.shift, b.shift), sum(op, a.rest, b.rest)};
+    } else if (is_product(id) && is_usual(value_of(args[1]).value_or(0.0f))) {
+      const Parts of = split(args[0]);
+      parts = {product(of.shift, args[1]), product(of.rest, args[1])};
+    }
+    return parts.shift < 0 ? Parts{.rest = id} : parts;
+  }
+
+  // What is added to the score in `id`, -1 for nothing.
+  std::optional<NodeId> beside_score(NodeId id) {
+    if (id == score_) return NodeId{-1};
+    if (!is_sum(id)) return std::nullopt;
+    const std::string op = g_[id].text;
+    const NodeId a = g_[id].args[0], b = g_[id].args[1];
+    if (reads_score(a) == reads_score(b) || (op == "-" && reads_score(b))) return std::nullopt;
+    const std::optional<NodeId> term = beside_score(reads_score(a) ? a : b);
+    if (!term) return std::nullopt;
+    return reads_score(a) ? sum(op, *term, b) : sum(op, a, *term);
+  }
+
+  // A constant beside a difference that is exact goes to the shift only if it is small: where both cancel, they would
+  // do so behind roundings.
+  bool may_leave(NodeId constant, const Line& line) const {
+    constexpr float kSmall = 8;
+    const std::optional<float> value = value_of(constant), slope = value_of(line.slope);
+    if (value && std::abs(*value) <= kSmall) return true;
+    return g_[constant].type == CType::kFloat && !(slope && std::abs(*slope) == 1.0f);
+  }
+
+  // Of floats and, below a conversion, of integers that do not overflow.
+  std::optional<Line> line_of(NodeId id) {
+    const std::string text = g_[id].text;
+    const std::vector<NodeId> args = g_[id].args;
+    if (text == "q_minus_kv_float" || text == "q_minus_kv") return Line{.slope = literal(1.0f)};
+    if (text == "static_cast<float>" && g_[args[0]].type == CType::kInt) return line_of(args[0]);
+    if (is_negation(id)) {
+      const std::optional<Line> line = line_of(args[0]);
+      if (!line) return std::nullopt;
+      return Line{negated(line->slope), negated(line->shift)};
+    }
+    if (is_sum(id)) {
+      const bool first = is_uniform(args[0]), second = is_uniform(args[1]);
+      std::optional<Line> a = first ? Line{} : line_of(args[0]), b = second ? Line{} : line_of(args[1]);
+      if (!a || !b || (first && !may_leave(args[0], *b)) || (second && !may_leave(args[1], *a))) return std::nullopt;
+      if (first) a->shift = as_float(args[0]);
+      if (second) b->shift = as_float(args[1]);
+      return Line{sum(text, a->slope, b->slope), sum(text, a->shift, b->shift)};
+    }
+    const bool is_quotient = g_[id].form == Form::kBinary && text == "/";
+    if (!(is_product(id) || is_quotient) || g_[id].type == CType::kLong) return std::nullopt;
+    const bool first = is_product(id) && is_uniform(args[0]);
+    if (!first && !is_uniform(args[1])) return std::nullopt;
+    const std::optional<Line> line = line_of(args[first ? 1 : 0]);
+    if (!line) return std::nullopt;
+    const NodeId factor = as_float(args[first ? 0 : 1]);
+    const auto times = [&](NodeId x) {
+      return is_product(id) || x < 0 ? product(x, factor) : g_.binary("/", x, factor, CType::kFloat, kProduct);
+    };
+    return Line{times(line->slope), times(line->shift)};
+  }
+
+  // Whether the key's position is reached, and not as the place of a captured element.
+  bool drifts(NodeId root) const {
+    bool reached = false;
+    g_.walk(root, [&](NodeId id) {
+      reached |= g_[id].form == Form::kLeaf && (g_[id].depends & (kOnKey | kOnDifference)) != 0;
+      return !g_.is_load(id);
+    });
+    return reached;
+  }
+
+  Graph& g_;
+  const NodeId score_;
+  const bool exact_difference_;
+};
+
 // ---- From nodes to text
 
 // Breaks lines at spaces.
@@ -861,11 +1057,12 @@ class Printer {
   // A hook whose root is -1 is left to the defaults.
   struct Roots {
     NodeId value = -1, keep = -1, dscore = -1;
+    NodeId shift = -1, term = -1, slope = -1;  // of the folded form
     std::vector<Sink> sinks;
   };
 
   std::string run(const Roots& roots, const std::vector<std::string>& traits, const std::vector<bool>& injective) {
-    for (const NodeId root : {roots.value, roots.keep, roots.dscore})
+    for (const NodeId root : {roots.value, roots.keep, roots.dscore, roots.shift, roots.term, roots.slope})
       if (root >= 0) need(root, Level::kElement);
     for (const Sink& sink : roots.sinks) {
       need(sink.value, Level::kElement);
@@ -876,6 +1073,9 @@ class Printer {
     for (const std::string& trait : traits) text += "  static constexpr bool " + trait + ";\n";
     for (const Hook& hook : kHooks) text += maker(hook);
     if (roots.value >= 0) text += element_function("  ", "float score", kOfScore, roots.value);
+    if (roots.shift >= 0) text += element_function("  ", "float shift", kOfShift, roots.shift);
+    if (roots.term >= 0) text += element_function("  ", "float term", kOfTerm, roots.term);
+    if (roots.slope >= 0) text += element_function("  ", "float slope", kOfSlope, roots.slope);
     if (roots.keep >= 0) text += element_function("  ", "bool keep", kOfScore, roots.keep);
     if (roots.dscore >= 0) text += element_function("  ", "float dscore", kOfGradient, roots.dscore);
     std::string list;
@@ -1075,6 +1275,11 @@ class Printer {
                                              "float s, const Block& block, const Row& row,",
                                              "const Column& column, const Diagonal& diagonal"};
 
+  static constexpr const char* kOfShift[] = {"const CapturedView* captured, const Block& block, const Row& row"};
+  static constexpr const char* kOfTerm[] = {"const CapturedView* captured, const Block& block, const Row& row,",
+                                            "const Column& column, const Diagonal& diagonal"};
+  static constexpr const char* kOfSlope[] = {"const CapturedView* captured, const Block& block"};
+
   std::string element_function(const std::string& indent, const std::string& head,
                                std::span<const char* const> parameters, NodeId root) {
     const std::string start = indent + "static __device__ __forceinline__ " + head + "(";
@@ -1111,16 +1316,19 @@ class Printer {
 }  // namespace
 
 CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy,
-                      std::span<const SinkFacts> facts) {
+                      std::span<const SinkFacts> facts, ModForm form) {
   Graph graph;
   Lowering lowering(graph, function, problem, accuracy);
   if (!lowering.run()) return {.text = {}, .error = lowering.error};
   mlir::Operation* const ret = function.front().getTerminator();
-  const bool is_score = ret->getOperand(0) == function.getArgument(0);
   const bool has_mask = !mlir::matchPattern(ret->getOperand(1), mlir::m_One());
   const auto factor = function->getAttrOfType<mlir::FloatAttr>(kScoreFactorAttr);
   const bool in_log2 = factor && factor.getValueAsDouble() == std::numbers::log2e;
   const bool backward = is_backward(function);
+  const bool folds = form == ModForm::kFolded && !backward;
+  const Folded folded = folds ? Folding(graph, difference_is_exact(problem)).run(lowering.value, in_log2)
+                              : Folded{.value = lowering.value};
+  const bool is_score = graph[folded.value].text == "s";
   const bool unit_derivative = !backward || ret->getOperand(2) == function.getArgument(1);
   bool reads = false;
   function.walk([&](ReadOp) { reads = true; });
@@ -1129,14 +1337,24 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   if (!is_score || (!in_log2 && !backward)) traits.emplace_back("kIdentity = false");
   if (has_mask) traits.emplace_back("kHasMask = true");
   if (has_mask && (graph[lowering.keep].depends & kOnScore)) traits.emplace_back("kMaskReadsScore = true");
+  if (folded.shift >= 0) traits.emplace_back("kHasShift = true");
+  if (folded.term >= 0) traits.emplace_back("kAdditive = true");
+  if (folded.slope >= 0) traits.emplace_back("kLinear = true");
+  if (folded.drifts) traits.emplace_back("kDrifts = true");
   if (reads) traits.emplace_back("kReadsCaptured = true");
   if (!unit_derivative) traits.emplace_back("kUnitDerivative = false");
 
   CudaMod mod;
   mod.demand = has_mask || !unit_derivative ? ModDemand::kBusy : ModDemand::kNone;
-  for (NodeId id = 0; id < graph.size(); ++id) {
-    if (!graph[id].text.starts_with("load<")) continue;
-    mod.demand = std::max(mod.demand, graph.level(id) == Level::kElement ? ModDemand::kDense : ModDemand::kBusy);
+  std::vector<NodeId> looped{folded.value, lowering.keep};
+  if (backward) looped.push_back(lowering.dscore);
+  for (const Sink& sink : lowering.sinks) looped.insert(looped.end(), {sink.value, sink.offset});
+  for (const NodeId root : looped) {
+    graph.walk(root, [&](NodeId id) {
+      if (!graph.is_load(id)) return true;
+      mod.demand = std::max(mod.demand, graph.level(id) == Level::kElement ? ModDemand::kDense : ModDemand::kBusy);
+      return true;
+    });
   }
   std::vector<bool> injective;
   for (std::size_t i = 0; i < lowering.sinks.size(); ++i) {
@@ -1146,9 +1364,17 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
     if (sink.row_shift) continue;
     mod.demand = std::max(mod.demand, sink.level == SinkLevel::kElement ? ModDemand::kDense : ModDemand::kBusy);
   }
-  const Printer::Roots roots{.value = is_score ? -1 : lowering.value,
+  if (folds)
+    mod.folded = FoldedFacts{.has_shift = folded.shift >= 0,
+                             .additive = folded.term >= 0,
+                             .linear = folded.slope >= 0,
+                             .drifts = folded.drifts};
+  const Printer::Roots roots{.value = is_score ? -1 : folded.value,
                              .keep = has_mask ? lowering.keep : -1,
                              .dscore = unit_derivative ? -1 : lowering.dscore,
+                             .shift = folded.shift,
+                             .term = folded.term,
+                             .slope = folded.slope,
                              .sinks = std::move(lowering.sinks)};
   mod.text = Printer(graph).run(roots, traits, injective);
   return mod;

@@ -29,12 +29,13 @@ struct CudaMod {
   std::string text;  // `struct Mod : ModDefaults` of kernels_templates/cuda/mod_defaults.cuh, in its namespace
   ModDemand demand = ModDemand::kNone;
   std::vector<SinkLevel> sink_levels;  // what the text's sinks say
+  std::optional<FoldedFacts> folded;   // of ModForm::kFolded
   std::string error;                   // set where an operation has no spelling; `text` is then empty
 };
 
-// `function` as Target::kCuda's passes leave it, for the forward or the backward; `sinks` are its facts. Same text for
-// the same function and names.
+// `function` as Target::kCuda's passes leave it, for the forward or the backward; `sinks` are its facts. A backward has
+// the plain form only. Same text for the same function and names.
 CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy,
-                      std::span<const SinkFacts> sinks = {});
+                      std::span<const SinkFacts> sinks = {}, ModForm form = ModForm::kPlain);
 
 }  // namespace attnjit::compiler

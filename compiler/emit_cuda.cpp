@@ -77,6 +77,14 @@ std::string describe(std::size_t number, const SinkFacts& sink) {
          (sink.injective ? ", each of one element" : "");
 }
 
+std::string describe(const FoldedFacts& folded) {
+  std::string text = folded.has_shift ? "folded: a shift per row, and " : "folded: ";
+  text += folded.linear     ? "the score and a multiple of the positions' difference"
+          : folded.additive ? "the score and a term"
+                            : "a function of the score";
+  return text + (folded.drifts ? ", which drifts along the keys" : "");
+}
+
 std::string describe(const ModProblem& problem, const ModFacts& facts, const std::string& config) {
   std::string text = "score_mod: " + dsl::print(problem.score_mod) + "\n";
   if (problem.mask_mod) text += "mask_mod: " + dsl::print(*problem.mask_mod) + "\n";
@@ -88,6 +96,7 @@ std::string describe(const ModProblem& problem, const ModFacts& facts, const std
             std::string(dsl::dtype_name(problem.captures[i].dtype)) + ", " + extents(problem.captures[i]) + "\n";
   }
   for (std::size_t i = 0; i < facts.sinks.size(); ++i) text += describe(i, facts.sinks[i]) + "\n";
+  if (facts.folded) text += describe(*facts.folded) + "\n";
   text += "reads: " + std::to_string(facts.reads_proven) + " in bounds, " + std::to_string(facts.reads_clamped) +
           " clamped; integers " + (facts.indices_fit_32 ? "fit 32 bits" : "need 64 bits");
   if (!config.empty()) text += "\nconfig: " + config;
@@ -177,27 +186,29 @@ std::string config_text(const sm80::BackwardConfig& c) {
                       {"deterministic", bool_text(c.deterministic)}});
 }
 
-enum class Direction : std::uint8_t { kForward, kBackward };
+enum class Direction : std::uint8_t { kForward, kFoldedForward, kBackward };
 
 // Runs the passes and prints the mod; false with the result's error set.
 bool emit_mod(const ModProblem& problem, Direction direction, CudaAccuracy accuracy, const CompileOptions& options,
               const std::string& config, CompileResult<EmittedCuda>& result, std::string& mod) {
   EmittedCuda& emitted = result.value;
   Frontend frontend(emitted.phases);
-  const bool ran = direction == Direction::kForward ? frontend.run(problem, options, Target::kCuda)
-                                                    : frontend.run_backward(problem, options, Target::kCuda);
+  const bool ran = direction == Direction::kBackward ? frontend.run_backward(problem, options, Target::kCuda)
+                                                     : frontend.run(problem, options, Target::kCuda);
   if (!ran) {
     result.error = CompileError{frontend.error()};
     return false;
   }
   const PhaseTimer timer(emitted.phases, "emit");
   emitted.facts = frontend.facts();
-  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy, emitted.facts.sinks);
+  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy, emitted.facts.sinks,
+                               direction == Direction::kFoldedForward ? ModForm::kFolded : ModForm::kPlain);
   if (!made.error.empty()) {
     result.error = CompileError{std::move(made.error)};
     return false;
   }
   for (std::size_t i = 0; i < made.sink_levels.size(); ++i) emitted.facts.sinks[i].level = made.sink_levels[i];
+  emitted.facts.folded = made.folded;
   emitted.demand = made.demand;
   emitted.source.score_factor = frontend.score_factor();
   emitted.source.header = describe(problem, emitted.facts, config);

@@ -388,12 +388,19 @@ std::string hash_text(const compiler::ModFacts& facts) {
 }
 
 Json facts_json(const compiler::ModFacts& facts) {
-  return {{"score_class", score_class_name(facts.score_class)},
-          {"has_mask", facts.has_mask},
-          {"mask_reads_score", facts.mask_reads_score},
-          {"reads_proven", facts.reads_proven},
-          {"reads_clamped", facts.reads_clamped},
-          {"indices_fit_32", facts.indices_fit_32}};
+  Json json = {{"score_class", score_class_name(facts.score_class)},
+               {"has_mask", facts.has_mask},
+               {"mask_reads_score", facts.mask_reads_score},
+               {"reads_proven", facts.reads_proven},
+               {"reads_clamped", facts.reads_clamped},
+               {"indices_fit_32", facts.indices_fit_32}};
+  if (facts.folded) {
+    json["has_shift"] = facts.folded->has_shift;
+    json["additive"] = facts.folded->additive;
+    json["linear"] = facts.folded->linear;
+    json["drifts"] = facts.folded->drifts;
+  }
+  return json;
 }
 
 Json gradient_facts_json(const compiler::ModFacts& facts, const CheckedCall& call) {

@@ -81,7 +81,7 @@ bool bind_expression(const std::string& text, dsl::ModKind kind, std::map<std::s
   return true;
 }
 
-int print_cuda(const compiler::ModProblem& problem, const std::string& dtype, bool backward) {
+int print_cuda(const compiler::ModProblem& problem, const std::string& dtype, bool backward, compiler::ModForm form) {
   compiler::PhaseTimes phases;
   compiler::Frontend frontend(phases);
   if (!(backward ? frontend.run_backward(problem, {}, compiler::Target::kCuda)
@@ -92,7 +92,8 @@ int print_cuda(const compiler::ModProblem& problem, const std::string& dtype, bo
   const compiler::CudaAccuracy accuracy = dtype == "float32"   ? compiler::CudaAccuracy::kFull
                                           : dtype == "float16" ? compiler::CudaAccuracy::kFloat16
                                                                : compiler::CudaAccuracy::kBFloat16;
-  const compiler::CudaMod mod = compiler::emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks);
+  const compiler::CudaMod mod =
+      compiler::emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks, form);
   llvm::outs() << mod.text;
   llvm::errs() << mod.error;
   return mod.error.empty() ? 0 : 1;
@@ -115,7 +116,7 @@ int print_expression(int argc, char** argv) {
   std::string text, mask, cuda;
   std::vector<std::int64_t> shape{1, 8, 1024, 1024};
   std::vector<std::string> captures, gradients;
-  bool backward = false;
+  bool backward = false, folded = false;
   CLI::App app("Prints the MLIR that the compiler builds from an expression");
   app.add_option("--expr", text, "score_mod")->required();
   app.add_option("--mask", mask, "mask_mod");
@@ -123,6 +124,7 @@ int print_expression(int argc, char** argv) {
   app.add_option("--capture", captures, "name=dtype,extent,...");
   app.add_option("--cuda", cuda, "print the CUDA instead, for inputs of this type")
       ->check(CLI::IsMember({"float32", "float16", "bfloat16"}));
+  app.add_flag("--folded", folded, "print the folded form, with --cuda");
   app.add_flag("--backward", backward, "print the function with the gradients in it, after the passes");
   app.add_option("--gradients", gradients, "captured tensors whose gradient is wanted: name,...")->delimiter(',');
   CLI11_PARSE(app, argc, argv);
@@ -162,7 +164,8 @@ int print_expression(int argc, char** argv) {
     }
     problem.gradients |= 1u << std::distance(infos.begin(), found);
   }
-  if (!cuda.empty()) return print_cuda(problem, cuda, backward);
+  if (!cuda.empty())
+    return print_cuda(problem, cuda, backward, folded ? compiler::ModForm::kFolded : compiler::ModForm::kPlain);
   if (backward) return print_backward(problem);
   compiler::MlirSession session;
   compiler::build_module(session.context(), problem)->print(llvm::outs());
