@@ -245,8 +245,8 @@ CompileResult<EmittedCuda> emit_sm90_forward(const ModProblem& problem, const sm
   CompileResult<EmittedCuda> result;
   std::string mod;
   const std::string values = config_text(config);
-  if (!emit_mod(problem, Direction::kForward, accuracy_for(as_sm80(config.element)), options, "sm90 " + values, result,
-                mod))
+  if (!emit_mod(problem, Direction::kFoldedForward, accuracy_for(as_sm80(config.element)), options, "sm90 " + values,
+                result, mod))
     return result;
   finish(result.value,
          prelude() + template_file("sm90/config.h") + "\n" + in_namespace("cuda", mod) +
