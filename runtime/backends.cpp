@@ -362,6 +362,7 @@ compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std
   problem.seqlen_q = std::max<std::int64_t>(seqlen_q, 1);
   problem.seqlen_kv = std::max<std::int64_t>(seqlen_kv, 1);
   problem.gradients = s.capture_gradients;
+  problem.partial_keys = s.partial_keys != 0;
   return problem;
 }
 
@@ -411,7 +412,8 @@ Json gradients_json(const CheckedCall& call) {
   return {{"wanted", std::move(wanted)},
           {"captures", std::move(captures)},
           {"grad_lse", s.has_grad_lse != 0},
-          {"deterministic", s.deterministic != 0}};
+          {"deterministic", s.deterministic != 0},
+          {"partial_keys", s.partial_keys != 0}};
 }
 
 Json phases_json(const compiler::PhaseTimes& phases) {

@@ -78,7 +78,11 @@ inline bool no_keys(const Signature& s) { return s.seqlen_kv == 0; }
 
 // Of a backward.
 inline WantedGradients wanted_gradients(const Signature& s) {
-  return {.dq = s.wants_dq != 0, .dk = s.wants_dk != 0, .dv = s.wants_dv != 0, .captures = s.capture_gradients};
+  return {.dq = s.wants_dq != 0,
+          .dk = s.wants_dk != 0,
+          .dv = s.wants_dv != 0,
+          .captures = s.capture_gradients,
+          .partial_keys = s.partial_keys != 0};
 }
 
 // ---- How things are spelled in descriptions and messages.

@@ -197,7 +197,8 @@ TEST(CppApi, Backward) {
   Gradients gradients = {.grad_out = {buffers.q.data(), {1, 2, 33, 16}, {0, 0, 0, 1}},
                          .dq = {dq.data(), {1, 2, 33, 16}},
                          .captures = {{"slope", {of_slope.data(), {}}}},
-                         .deterministic = true};
+                         .deterministic = true,
+                         .partial_keys = true};
   Result<TrainingPlans> plans = context->prepare_training(attention, gradients);
   ASSERT_TRUE(plans) << plans.status().message();
   ASSERT_TRUE(plans->forward.run(attention));
@@ -207,6 +208,7 @@ TEST(CppApi, Backward) {
   EXPECT_THAT(dq, testing::Each(0.0f));
   EXPECT_EQ(of_slope[0], 0.0f);
   EXPECT_THAT(plans->backward.description(), HasSubstr("\"deterministic\": true"));
+  EXPECT_THAT(plans->backward.description(), HasSubstr("\"partial_keys\": true"));
   EXPECT_FALSE(plans->backward.run(attention));
 
   // In one call, and with what the caller has.

@@ -241,6 +241,7 @@ struct Gradients {
   TensorRef dv = {};
   std::vector<CaptureGradient> captures = {};
   bool deterministic = false;  // two runs on one machine give the same bits
+  bool partial_keys = false;   // k and v are a part of the keys that o and lse are of
 };
 
 namespace detail {
@@ -312,6 +313,7 @@ class CGradients {
     gradients_.captures = captures_.data();
     gradients_.num_captures = g.captures.size();
     gradients_.deterministic = g.deterministic ? 1 : 0;
+    gradients_.partial_keys = g.partial_keys ? 1 : 0;
   }
   CGradients(const CGradients&) = delete;
   CGradients& operator=(const CGradients&) = delete;
