@@ -143,7 +143,7 @@ struct Grids {
 Grids grids_of(const Signature& s, const sm80::BackwardConfig& config, int splits) {
   const std::int64_t padded = round_up(s.seqlen_q, config.tile_m);
   const std::int64_t key_tiles = round_up(s.seqlen_kv, config.tile_n) / config.tile_n;
-  const std::int64_t blocks = config.deterministic ? std::min<std::int64_t>(splits, key_tiles) : key_tiles;
+  const std::int64_t blocks = sm80::splits_dq(config) ? std::min<std::int64_t>(splits, key_tiles) : key_tiles;
   return {.rows = product({s.batch, s.num_heads,
                            round_up(padded, std::int64_t{sm80::kRowsOfBlock}) / std::int64_t{sm80::kRowsOfBlock}}),
           .main = product({s.batch, s.num_heads_kv, config.slices, blocks}),
@@ -275,7 +275,7 @@ Sm80BackwardWorkspace backward_workspace(const Signature& s, const sm80::Backwar
                                          std::size_t sums) {
   Sm80BackwardWorkspace workspace;
   const auto rows = static_cast<std::size_t>(s.batch * s.num_heads * round_up(s.seqlen_q, config.tile_m));
-  if (config.deterministic) {
+  if (sm80::splits_dq(config)) {
     // Enough blocks for two rounds over the device.
     const std::int64_t heads = std::max<std::int64_t>(s.batch * s.num_heads_kv * config.slices, 1);
     const std::int64_t key_tiles = std::max<std::int64_t>(round_up(s.seqlen_kv, config.tile_n) / config.tile_n, 1);

@@ -85,6 +85,9 @@ constexpr int slice_width(const BackwardConfig& c, int head_dim) {
 }
 constexpr int sliced(const BackwardConfig& c, int head_dim) { return c.slices * slice_width(c, head_dim); }
 
+// Whether a block walks over every n-th tile of keys, for dQ to be summed in as many parts, in order.
+constexpr bool splits_dq(const BackwardConfig& c) { return c.deterministic && c.wants_dq; }
+
 // dS^T, a row for each key; of f32, P^T passes through it, too.
 constexpr int ds_row_bytes(const BackwardConfig& c) { return c.tile_m * bytes_of(c.element) + 16; }
 constexpr int ds_bytes(const BackwardConfig& c) {
