@@ -151,7 +151,6 @@ std::string config_text(const sm80::BackwardConfig& c) {
                       {"step_m", std::to_string(c.step_m)},
                       {"stages", std::to_string(c.stages)},
                       {"slices", std::to_string(c.slices)},
-                      {"min_blocks", std::to_string(c.min_blocks)},
                       {"load_bytes", std::to_string(c.load_bytes)},
                       {"store_bytes", std::to_string(c.store_bytes)},
                       {"wants_dq", bool_text(c.wants_dq)},

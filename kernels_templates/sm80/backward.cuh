@@ -937,7 +937,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kRowsThreads)
 }
 
 // A block for each tile of keys of each key/value head and slice; where sums are split, one for each split.
-extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::sm80::kConfig.min_blocks)
+extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, 1)
     attnjit_backward(const __grid_constant__ attnjit::cuda::BackwardParams params) {
   using namespace attnjit::sm80;
   const Memory memory = layout();

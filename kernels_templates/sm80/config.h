@@ -34,7 +34,6 @@ struct BackwardConfig {
   int step_m = 64;  // queries whose scores a warp has in registers at once; a multiple of 16
   int stages = 2;   // buffers for Q and for grad_out each: 1, or 2 for a step's load to have a whole step's time
   int slices = 1;
-  int min_blocks = 1;
   int load_bytes = 16;   // as ForwardConfig's, of q, k, v, o and grad_out
   int store_bytes = 16;  // of dq, dk and dv
   bool wants_dq = true, wants_dk = true, wants_dv = true;
