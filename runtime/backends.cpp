@@ -253,19 +253,13 @@ template <typename Tile>
 Result<Tile> compile_for_cpu(const Request& request, const CollectText& collect,
                              compiler::CompileResult<Tile> (*compile)(const compiler::ModProblem&,
                                                                       const compiler::CompileOptions&)) {
-  compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = nullptr};
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
+  const compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = request.files.collector(collect)};
   // A panel always has all its lanes; those of a shorter problem reach beyond it.
   auto tile = compile(
       mod_problem(request.mods, request.call, std::max<std::int64_t>(request.call.signature.seqlen_q, cpu::kPanelLanes),
                   request.call.signature.seqlen_kv),
       options);
-  if (tile.error) return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", tile.error->message)};
+  if (tile.error) return compile_failure(request.call.signature, tile.error->message);
   return std::move(tile.value);
 }
 
@@ -364,6 +358,11 @@ compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std
   problem.gradients = s.capture_gradients;
   problem.partial_keys = s.partial_keys != 0;
   return problem;
+}
+
+Failure compile_failure(const Signature& s, std::string_view message) {
+  return {ATTNJIT_INTERNAL,
+          fmt::format("{}score_mod does not compile: {}", s.backward ? "the gradient of " : "", message)};
 }
 
 std::string shape_text(const Signature& s) {

@@ -63,7 +63,6 @@ Result<ReadyBackend> prepare_backend(const Request& request);
 Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, const Signature& signature);
 
 // Runs the compiler's CPU end for `request`. `collect` receives every text in between, beside the files.
-using CollectText = std::function<void(std::string_view kind, std::string_view text)>;
 Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect);
 Result<std::shared_ptr<const compiler::CpuGradientTile>> compile_gradient_tile(const Request& request,
                                                                                const CollectText& collect);
@@ -86,6 +85,8 @@ inline WantedGradients wanted_gradients(const Signature& s) {
 }
 
 // ---- How things are spelled in descriptions and messages.
+// Of the compiler's own refusal, a fault of ours.
+Failure compile_failure(const Signature& s, std::string_view message);
 std::string shape_text(const Signature& s);
 std::string hash_text(const compiler::ModFacts& facts);
 Json facts_json(const compiler::ModFacts& facts);

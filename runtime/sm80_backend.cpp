@@ -124,10 +124,6 @@ compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, cons
                                      config, options);
 }
 
-Failure emission_failure(std::string_view message) {
-  return {ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", message)};
-}
-
 // Loads the kernel `entry` of a configuration, ready to launch for calls of a signature.
 Result<Contestant::Launch> load_kernel(const std::shared_ptr<CudaDevice>& device, const std::string& cubin,
                                        const std::string& entry, const Signature& signature,
@@ -147,7 +143,7 @@ Result<Contestant::Launch> load_kernel(const std::shared_ptr<CudaDevice>& device
 Result<Contestant::Launch> load_candidate(const Request& request, const Sm80Target& target,
                                           const sm80::ForwardConfig& config, bool usual) {
   const auto emitted = emit(request, config, {});
-  if (emitted.error) return emission_failure(emitted.error->message);
+  if (emitted.error) return compile_failure(request.call.signature, emitted.error->message);
   Result<FoundBinary> found = find_cuda_binary(request.context, emitted.value.source, target.arch, {},
                                                usual ? LogLevel::kWarn : LogLevel::kDebug);
   if (!found) return found.failure();
@@ -282,13 +278,7 @@ Result<Sm80Binary> build_sm80(const Request& request, const Sm80Target& target, 
     return unsupported(fmt::format("a launch of {} blocks is beyond the {} of a grid", blocks, kMaxGrid));
   }
 
-  compiler::CompileOptions options;
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
+  compiler::CompileOptions options{.dump = request.files.collector(collect)};
   const bool tunes = s.autotune != static_cast<std::uint8_t>(AutotuneMode::kOff);
   auto emitted = emit(request, *config, tunes ? compiler::CompileOptions() : options);
   if (!emitted.error && emitted.value.demand > by.demand) {
@@ -300,7 +290,7 @@ Result<Sm80Binary> build_sm80(const Request& request, const Sm80Target& target, 
       emitted = emit(request, *config, tunes ? compiler::CompileOptions() : options);
     }
   }
-  if (emitted.error) return emission_failure(emitted.error->message);
+  if (emitted.error) return compile_failure(s, emitted.error->message);
   std::optional<Tuned> tuned;
   if (tunes) {
     std::vector<sm80::ForwardConfig> candidates = candidate_configs(by);
@@ -309,7 +299,7 @@ Result<Sm80Binary> build_sm80(const Request& request, const Sm80Target& target, 
     tuned = tune(request, target, candidates, emitted.value.source);
     config = candidates[tuned->winner];
     emitted = emit(request, *config, options);
-    if (emitted.error) return emission_failure(emitted.error->message);
+    if (emitted.error) return compile_failure(s, emitted.error->message);
   }
   // Texts of the emission do not need a compile.
   if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) options.dump = nullptr;

@@ -169,10 +169,6 @@ compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, cons
   return compiler::emit_sm80_backward(problem, config, options);
 }
 
-Failure emission_failure(std::string_view message) {
-  return {ATTNJIT_INTERNAL, fmt::format("the gradient of score_mod does not compile: {}", message)};
-}
-
 // The whole call, but for what lies in the workspace.
 cuda::BackwardParams backward_params(const ForwardCall& call, const Gradients& gradients) {
   cuda::BackwardParams params = {};
@@ -321,13 +317,7 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm8
                             .deterministic = s.deterministic != 0,
                             .demand = request.mods.mask_mod ? ModDemand::kBusy : ModDemand::kNone,
                             .sinks = {}};
-  compiler::CompileOptions options;
-  if (request.files.any() || collect) {
-    options.dump = [&](std::string_view kind, std::string_view text) {
-      if (request.files.wants(kind)) request.files.write(kind, "", text);
-      if (collect) collect(kind, text);
-    };
-  }
+  compiler::CompileOptions options{.dump = request.files.collector(collect)};
   const auto no_configuration = [&] {
     return unsupported(fmt::format("no configuration fits the {} bytes of shared memory of {}",
                                    target.max_shared_memory, compiler::cuda_arch_name(target.arch)));
@@ -344,7 +334,7 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm8
     config = other;
     if (changes || options.dump) emitted = emit(request, *config, options);
   }
-  if (emitted.error) return emission_failure(emitted.error->message);
+  if (emitted.error) return compile_failure(s, emitted.error->message);
   const Grids grids = grids_of(s, *config, emitted.value.facts.sinks, kMaxSplits);
   if (const std::int64_t blocks = std::max({grids.rows, grids.main, grids.dq}); blocks > kMaxGrid) {
     return unsupported(fmt::format("a launch of {} blocks is beyond the {} of a grid", blocks, kMaxGrid));
