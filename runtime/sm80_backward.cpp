@@ -346,8 +346,12 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Sm8
   Sm80BackwardBinary binary{.config = *config,
                             .facts = std::move(emitted.value.facts),
                             .found = std::move(*found),
+                            .finish = {},
                             .phases = std::move(emitted.value.phases)};
   binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
+  auto finish = find_finish_kernel(request, target.arch, &binary.phases);
+  if (!finish) return finish.failure();
+  binary.finish = std::move(*finish);
   return binary;
 }
 
@@ -371,6 +375,7 @@ Json kernels_json(const Sm80BackwardBinary& binary) {
     json.push_back(std::move(main));
   }
   if (c.wants_dq) json.push_back(binary_json(binary.found, kDqEntry));
+  add_finish_kernel(binary.finish, &json);
   return json;
 }
 
@@ -389,7 +394,7 @@ Result<ReadyBackend> prepare_sm80_backward(const Request& request) {
   const sm80::BackwardConfig& config = binary->config;
   auto launches = std::make_shared<Launches>(Launches{
       .sums = CudaGradientSums(request.call.forward, s.capture_gradients, binary->facts.sinks, config.deterministic)});
-  if (Check failure = launches->sums.load(request.context, device, &binary->phases)) return *failure;
+  if (Check failure = launches->sums.load(device, binary->finish)) return *failure;
   launches->workspace = backward_workspace(s, config, device->num_sms(), launches->sums.size());
   launches->grids = grids_of(s, config, binary->facts.sinks, launches->workspace.splits);
   launches->threads = 32u * static_cast<unsigned>(config.warps);

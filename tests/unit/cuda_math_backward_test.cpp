@@ -401,6 +401,10 @@ class CudaMathBackward : public testing::Test {
                  backward_bf16::attnjit_math_copy_backward_bf16);
     WantedGradients wanted = p.wanted;
     wanted.captures = call.captures_wanted();
+    // Of these only what decides where sums are exact.
+    const std::vector<compiler::SinkFacts> sinks = {{.capture = Levels::kBias, .injective = true}};
+    CudaGradientSums sums(call.forward(), wanted.captures, sinks, p.deterministic);
+    sums.use(device_, host_kernel(finish_gradient));
     return CudaMathBackwardPlan(
         call.forward(), wanted,
         {.device = device_,
@@ -410,10 +414,9 @@ class CudaMathBackward : public testing::Test {
          .delta = pick(backward_f32::attnjit_math_delta_backward_f32, backward_f16::attnjit_math_delta_backward_f16,
                        backward_bf16::attnjit_math_delta_backward_bf16),
          .copy = copy_,
-         .finish = host_kernel(finish_gradient),
          .cublas = cublas_,
          .arch = 80,
-         .accumulators = p.deterministic ? 0xffu & ~(1u << Levels::kBias) : 0u});
+         .sums = std::move(sums)});
   }
 
   // Runs on a workspace of NaN.
