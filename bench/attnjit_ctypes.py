@@ -57,7 +57,7 @@ class _Gradients(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t),
                 *[(name, ctypes.POINTER(_DLTensor)) for name in ("grad_out", "grad_lse", "dq", "dk", "dv")],
                 ("captures", ctypes.POINTER(_Capture)), ("num_captures", ctypes.c_size_t),
-                ("deterministic", ctypes.c_int)]
+                ("deterministic", ctypes.c_int), ("partial_keys", ctypes.c_int)]
 
 
 class _ContextOptions(ctypes.Structure):
@@ -252,16 +252,18 @@ class Call:
 
 class Backward:
     """The gradients of a Call that has an lse, with a plan of its own. Outputs are those that are given: dq, dk and dv as
-    q, k and v, and `captures` as the captured tensors of those names; grad_lse (B, H, S) is optional."""
+    q, k and v, and `captures` as the captured tensors of those names; grad_lse (B, H, S) is optional. partial_keys: k and v
+    are a part of the keys that the call's o and lse are of."""
 
-    def __init__(self, call, grad_out, grad_lse=None, dq=None, dk=None, dv=None, captures=None, deterministic=False):
+    def __init__(self, call, grad_out, grad_lse=None, dq=None, dk=None, dv=None, captures=None, deterministic=False,
+                 partial_keys=False):
         self.call, self.library, self.plan = call, call.library, None
         lent = {name: lend(tensor)
                 for name, tensor in dict(grad_out=grad_out, grad_lse=grad_lse, dq=dq, dk=dk, dv=dv).items()
                 if tensor is not None}
         captured, records = _captures(captures)
         gradients = _Gradients(struct_size=ctypes.sizeof(_Gradients), captures=records, num_captures=len(captured),
-                               deterministic=int(deterministic))
+                               deterministic=int(deterministic), partial_keys=int(partial_keys))
         for name, tensor in lent.items():
             setattr(gradients, name, ctypes.pointer(tensor))
         self._lent, self._gradients = (lent, captured, records), gradients

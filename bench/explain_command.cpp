@@ -25,7 +25,7 @@ struct ExplainOptions {
   std::string score_mod, mask_mod, shape = "1,16,1024,16,1024,64", dtype = "float32", backend = "auto", arch,
                                    format = "text";
   std::vector<std::string> captures, dumps, gradients;
-  bool backward = false, deterministic = false;
+  bool backward = false, deterministic = false, partial_keys = false;
 };
 
 std::string label(std::string key) {
@@ -127,14 +127,15 @@ struct Wanted {
     gradients.captures = captures.data();
     gradients.num_captures = captures.size();
     gradients.deterministic = options.deterministic ? 1 : 0;
+    gradients.partial_keys = options.partial_keys ? 1 : 0;
   }
   Wanted(const Wanted&) = delete;
   Wanted& operator=(const Wanted&) = delete;
 };
 
 int explain_expression(const ExplainOptions& options) {
-  if (!options.backward && (!options.gradients.empty() || options.deterministic)) {
-    throw user_error("--grad and --deterministic are the backward's: give --backward");
+  if (!options.backward && (!options.gradients.empty() || options.deterministic || options.partial_keys)) {
+    throw user_error("--grad, --deterministic and --partial-keys are the backward's: give --backward");
   }
   const Shape shape = parse_shape(options.shape);
   const ElementType type = parse_dtype(options.dtype);
@@ -194,6 +195,8 @@ void add_explain_command(CLI::App& app, Action& action) {
       ->delimiter(',')
       ->allow_extra_args(false);
   command->add_flag("--deterministic", options->deterministic, "with --backward: the same bits in every run");
+  command->add_flag("--partial-keys", options->partial_keys,
+                    "with --backward: the keys are a part of those that o and lse are of");
   command->add_option("--dump", options->dumps, "mlir, llvm, asm, cuda or ptx, separated by commas; repeatable")
       ->delimiter(',')
       ->allow_extra_args(false)

@@ -42,6 +42,7 @@ struct ModProblem {
   std::int64_t stored_seqlen_kv = 0;
   // For the backward: captures whose gradient is wanted, a bit by number. Floating types only.
   std::uint32_t gradients = 0;
+  bool partial_keys = false;  // likewise: the LSE is of more keys than these
 };
 
 // How the modified score depends on `score`.
@@ -72,7 +73,7 @@ struct SinkFacts {
   int capture = 0;
   SinkLevel level = SinkLevel::kElement;
   // The read is a term that softmax cannot see, the same along the row: its gradient is the reduction of dLSE over the
-  // rows, exactly zero where nothing flows into LSE. Level is kBlock or kRow.
+  // rows, exactly zero where nothing flows into LSE. Level is kBlock or kRow. Never where keys are partial.
   bool row_shift = false;
   bool data_dependent = false;  // the place depends on captured values
   // No two elements (b, h, q_idx, kv_idx) of the problem share a place, and no other sink writes to the tensor: a store

@@ -23,6 +23,9 @@ std::string prelude() {
          template_file("cuda/functions.cuh") + "\n" + template_file("cuda/mod_defaults.cuh") + "\n";
 }
 
+// Of the eager path, behind what its kernels share.
+std::string math_template(const char* path) { return template_file("math/common.cuh") + "\n" + template_file(path); }
+
 std::string in_namespace(const char* name, const std::string& text) {
   return std::string("namespace attnjit::") + name + " {\n\n" + text + "\n}  // namespace attnjit::" + name + "\n\n";
 }
@@ -177,7 +180,6 @@ std::string config_text(const sm80::BackwardConfig& c) {
                       {"step_m", std::to_string(c.step_m)},
                       {"stages", std::to_string(c.stages)},
                       {"slices", std::to_string(c.slices)},
-                      {"min_blocks", std::to_string(c.min_blocks)},
                       {"load_bytes", std::to_string(c.load_bytes)},
                       {"store_bytes", std::to_string(c.store_bytes)},
                       {"wants_dq", bool_text(c.wants_dq)},
@@ -285,7 +287,7 @@ CompileResult<EmittedCuda> emit_cuda_math_backward(const ModProblem& problem, bo
     return result;
   finish(result.value,
          prelude() + template_file("cuda/gradients.cuh") + "\n" + template_file("math/config.h") + "\n" +
-             in_namespace("cuda", mod) + in_namespace("math", constant) + template_file("math/mod_backward.cuh"),
+             in_namespace("cuda", mod) + in_namespace("math", constant) + math_template("math/mod_backward.cuh"),
          options);
   return result;
 }
@@ -296,7 +298,7 @@ CompileResult<EmittedCuda> emit_cuda_math(const ModProblem& problem, const Compi
   // Its scores are float32 whatever the inputs are, and it is what others are measured by.
   if (!emit_mod(problem, Direction::kForward, CudaAccuracy::kFull, options, "math", result, mod)) return result;
   finish(result.value,
-         prelude() + template_file("math/config.h") + "\n" + in_namespace("cuda", mod) + template_file("math/mod.cuh"),
+         prelude() + template_file("math/config.h") + "\n" + in_namespace("cuda", mod) + math_template("math/mod.cuh"),
          options);
   return result;
 }
@@ -309,7 +311,7 @@ CudaSource cuda_math_kernels(dsl::DType dtype) {
   source.header = comment("math: softmax and what the products need, " + std::string(dsl::dtype_name(dtype)));
   source.text = template_file("cuda/params.h") + "\n" + template_file("math/config.h") + "\n" +
                 in_namespace("math", std::string("constexpr Config kConfig = {.element = ") + element + "};\n") +
-                template_file("math/kernels.cuh");
+                math_template("math/kernels.cuh");
   source.entries = entries(source.text);
   return source;
 }

@@ -86,8 +86,8 @@ bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Tar
   }
   {
     const PhaseTimer timer(phases_, backward ? "differentiate" : "canonicalize");
-    const bool done =
-        backward ? session_->differentiate(*module_, problem.gradients) : session_->canonicalize(*module_);
+    const bool done = backward ? session_->differentiate(*module_, problem.gradients, problem.partial_keys)
+                               : session_->canonicalize(*module_);
     if (!done) return failed(backward ? "differentiation" : "canonical form");
     facts_.canonical_mlir = printed(*module_);
     const std::string text = shapeless(*module_);

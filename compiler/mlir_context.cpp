@@ -56,9 +56,9 @@ bool MlirSession::find_facts(mlir::ModuleOp module, Target target) {
   return mlir::succeeded(passes.run(module));
 }
 
-bool MlirSession::differentiate(mlir::ModuleOp module, std::uint32_t gradients) {
+bool MlirSession::differentiate(mlir::ModuleOp module, std::uint32_t gradients, bool partial_keys) {
   mlir::PassManager passes(&context_);
-  build_gradient_pipeline(passes, gradients);
+  build_gradient_pipeline(passes, gradients, partial_keys);
   return mlir::succeeded(passes.run(module));
 }
 

@@ -26,8 +26,8 @@ class MlirSession {
   // The pipelines and passes of passes/passes.h; false with errors() set where a pass failed.
   bool canonicalize(mlir::ModuleOp module);
   bool find_facts(mlir::ModuleOp module, Target target);
-  // The same two for the backward; `gradients` as in ModProblem.
-  bool differentiate(mlir::ModuleOp module, std::uint32_t gradients);
+  // The same two for the backward; `gradients` and `partial_keys` as in ModProblem.
+  bool differentiate(mlir::ModuleOp module, std::uint32_t gradients, bool partial_keys);
   bool find_gradient_facts(mlir::ModuleOp module, Target target);
   bool stage_reads(mlir::ModuleOp module);
   // Lowers to the LLVM dialect and translates. Null with errors() set on failure.

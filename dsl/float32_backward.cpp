@@ -341,22 +341,26 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   const bool infinite = !decision.poisoned && std::any_of(reach.begin(), reach.end(), [](const ModifiedScore& score) {
     return score.keep && (std::isnan(score.value) || score.value == kInfinity);
   });
-  const bool poisoned = decision.poisoned || infinite;
-  const bool empty = !poisoned && decision.maximum == -kInfinity;
+  const bool is_given = !head.lse.empty();
+  const double given_lse = is_given ? head.lse[index_of(row)] : 0.0;
+  const bool poisoned = decision.poisoned || infinite || std::isnan(given_lse) || given_lse == kInfinity;
+  const bool empty = !poisoned && (is_given ? given_lse : decision.maximum) == -kInfinity;
 
   // ---- What the forward gives, and what of it the kernel is given.
   double* const o = &result->o[index_of(row) * features];
   double sum = 0.0;
   std::fill_n(o, features, 0.0);
-  for (std::size_t j = 0; j < keys && !empty; ++j) {
+  for (std::size_t j = 0; j < keys && !empty && !is_given; ++j) {
     if (!reach[j].keep) continue;
     const double p = poisoned ? kNan : std::exp(reach[j].value - decision.maximum);
     sum += p;
     const auto v = slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v);
     for (std::size_t d = 0; d < features; ++d) o[d] += p * v[d];
   }
-  for (std::size_t d = 0; d < features && !empty; ++d) o[d] /= sum;
-  const double lse = poisoned ? kNan : empty ? -kInfinity : decision.maximum + std::log(sum);
+  for (std::size_t d = 0; d < features && !empty; ++d) {
+    o[d] = is_given ? head.o[index_of(row) * features + d] : o[d] / sum;
+  }
+  const double lse = poisoned ? kNan : empty ? -kInfinity : is_given ? given_lse : decision.maximum + std::log(sum);
   result->lse[index_of(row)] = lse;
   // Given an lse of -inf a kernel does nothing.
   const bool nothing = empty && (!options.own_forward || !decision.undecided);
@@ -383,7 +387,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     if (options.own_forward && !poisoned) {
       const double bound = decision.undecided ? kInfinity : decision.o_bound(options.dtype, worker->features[d]);
       delta_given += product(std::fabs(grad_out[d]), bound);
-    } else {
+    } else if (!is_given) {
       delta_given += unit_roundoff(options.dtype) * std::fabs(term) + underflow(options.dtype) * std::fabs(grad_out[d]);
     }
   }
@@ -401,7 +405,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
       // NaN, whatever is computed from it.
       if (score.keep) cell.p.value = cell.p.ideal = dm.value = dm.ideal = kNan;
       // An element of -infinity counts as a dropped one to some; a forward's own lse may be +infinity here.
-      if (infinite || !score.keep || score.value == -kInfinity || options.own_forward) {
+      if (infinite || !score.keep || score.value == -kInfinity || options.own_forward || is_given) {
         unspecified(&cell.p);
         unspecified(&dm);
       }

@@ -26,6 +26,9 @@ struct BackwardHead {
   std::span<const double> v;         // (seqlen_kv, head_dim_v)
   std::span<const double> grad_out;  // (num_heads, seqlen_q, head_dim_v)
   std::span<const double> grad_lse;  // (num_heads, seqlen_q), or empty: zero
+  // What a kernel is given where the keys are a part of the rows', as it is: (num_heads, seqlen_q, head_dim_v) and
+  // (num_heads, seqlen_q). Both empty: those of these keys.
+  std::span<const double> o, lse;
 };
 
 // One gradient tensor, packed.
@@ -57,7 +60,7 @@ struct BackwardOptions {
   // Of the kernel's functions: see function_approximation.
   double approximation = 0.0;
   // What the kernel is given: o and lse of a forward that was right by rules 2 and 4. Else gold, rounded to their
-  // types.
+  // types, or what the head says.
   bool own_forward = false;
   // Of score_mod's captures, a bit by number: those whose gradients are computed. Floating types only.
   std::uint32_t captures = 0;

@@ -257,13 +257,13 @@ template <typename Tile>
 Result<Tile> compile_for_cpu(const Request& request, const CollectText& collect,
                              compiler::CompileResult<Tile> (*compile)(const compiler::ModProblem&,
                                                                       const compiler::CompileOptions&)) {
-  const compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = dumps(request, collect)};
+  const compiler::CompileOptions options{.isa = request.context.cpu_isa(), .dump = request.files.collector(collect)};
   // A panel always has all its lanes; those of a shorter problem reach beyond it.
   auto tile = compile(
       mod_problem(request.mods, request.call, std::max<std::int64_t>(request.call.signature.seqlen_q, cpu::kPanelLanes),
                   request.call.signature.seqlen_kv),
       options);
-  if (tile.error) return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", tile.error->message)};
+  if (tile.error) return compile_failure(request.call.signature, tile.error->message);
   return std::move(tile.value);
 }
 
@@ -329,18 +329,10 @@ Result<ReadyBackend> prepare_backend(const Request& request) {
   return reasons.failure(s);
 }
 
-CollectText dumps(const Request& request, const CollectText& collect) {
-  if (!request.files.any() && !collect) return nullptr;
-  return [&](std::string_view kind, std::string_view text) {
-    if (request.files.wants(kind)) request.files.write(kind, "", text);
-    if (collect) collect(kind, text);
-  };
-}
-
 CollectText binary_dumps(const Request& request, const CollectText& collect) {
   // Texts of the emission do not need a compile.
   if (!collect && !request.files.wants("ptx") && !request.files.wants("cubin")) return nullptr;
-  return dumps(request, collect);
+  return request.files.collector(collect);
 }
 
 Result<std::shared_ptr<const compiler::CpuTile>> compile_tile(const Request& request, const CollectText& collect) {
@@ -374,7 +366,13 @@ compiler::ModProblem mod_problem(const Mods& bound, const CheckedCall& call, std
   problem.seqlen_q = std::max<std::int64_t>(seqlen_q, 1);
   problem.seqlen_kv = std::max<std::int64_t>(seqlen_kv, 1);
   problem.gradients = s.capture_gradients;
+  problem.partial_keys = s.partial_keys != 0;
   return problem;
+}
+
+Failure compile_failure(const Signature& s, std::string_view message) {
+  return {ATTNJIT_INTERNAL,
+          fmt::format("{}score_mod does not compile: {}", s.backward ? "the gradient of " : "", message)};
 }
 
 std::string shape_text(const Signature& s) {
@@ -430,7 +428,8 @@ Json gradients_json(const CheckedCall& call) {
   return {{"wanted", std::move(wanted)},
           {"captures", std::move(captures)},
           {"grad_lse", s.has_grad_lse != 0},
-          {"deterministic", s.deterministic != 0}};
+          {"deterministic", s.deterministic != 0},
+          {"partial_keys", s.partial_keys != 0}};
 }
 
 Json phases_json(const compiler::PhaseTimes& phases) {

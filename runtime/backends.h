@@ -62,12 +62,8 @@ Result<ReadyBackend> prepare_backend(const Request& request);
 // Those that prepare_backend would try, best first; ATTNJIT_UNSUPPORTED where there are none.
 Result<std::vector<attnjit_backend>> permitted_backends(const Context& context, const Signature& signature);
 
-// Receives the texts of a compile. Where it is set, everything is compiled that it could ask for.
-using CollectText = std::function<void(std::string_view kind, std::string_view text)>;
-// Hands texts to the files that want them and to `collect`, which may be null; null where nobody wants any. Keeps
-// references to both.
-CollectText dumps(const Request& request, const CollectText& collect);
-// Likewise for what is made of an emitted text: null where nobody wants "ptx" or "cubin".
+// What is made of an emitted text, handed to the files that want it and to `collect`, which may be null; null where
+// nobody wants "ptx" or "cubin". Keeps references to both.
 CollectText binary_dumps(const Request& request, const CollectText& collect);
 
 // Runs the compiler's CPU end for `request`. `collect` receives every text in between, beside the files.
@@ -85,10 +81,16 @@ inline bool no_keys(const Signature& s) { return s.seqlen_kv == 0; }
 
 // Of a backward.
 inline WantedGradients wanted_gradients(const Signature& s) {
-  return {.dq = s.wants_dq != 0, .dk = s.wants_dk != 0, .dv = s.wants_dv != 0, .captures = s.capture_gradients};
+  return {.dq = s.wants_dq != 0,
+          .dk = s.wants_dk != 0,
+          .dv = s.wants_dv != 0,
+          .captures = s.capture_gradients,
+          .partial_keys = s.partial_keys != 0};
 }
 
 // ---- How things are spelled in descriptions and messages.
+// Of the compiler's own refusal, a fault of ours.
+Failure compile_failure(const Signature& s, std::string_view message);
 std::string shape_text(const Signature& s);
 std::string hash_text(const compiler::ModFacts& facts);
 Json facts_json(const compiler::ModFacts& facts);

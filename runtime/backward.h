@@ -12,6 +12,7 @@ namespace attnjit::runtime {
 struct WantedGradients {
   bool dq = false, dk = false, dv = false;
   std::uint32_t captures = 0;  // a bit by number
+  bool partial_keys = false;   // o and lse are of more keys than these
 };
 
 // Of a captured tensor whose gradient is wanted. Type, rank and extents are the captured tensor's.

@@ -1,6 +1,8 @@
 // Sums of captured gradients: their memory, and the kernel that finishes them.
 #include "runtime/cuda_gradients.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <iterator>
 #include <limits>
@@ -12,6 +14,7 @@ namespace attnjit::runtime {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
+constexpr const char* kFinishEntry = "attnjit_finish_gradient";
 constexpr std::int64_t kThreads = 256;
 constexpr std::int64_t kMaxBlocks = 8192;  // of a launch that walks over more elements than it has threads
 
@@ -27,6 +30,19 @@ cuda::GradientType type_of(dsl::DType dtype) {
 }
 
 }  // namespace
+
+Result<std::optional<FoundBinary>> find_finish_kernel(const Request& request, compiler::CudaArch arch,
+                                                      compiler::PhaseTimes* phases) {
+  if (request.call.signature.capture_gradients == 0) return std::optional<FoundBinary>();
+  Result<FoundBinary> found = find_cuda_binary(request.context, compiler::cuda_finish_gradients(), arch, {});
+  if (!found) return found.failure();
+  add_phases(found->phases, phases);
+  return std::optional(std::move(*found));
+}
+
+void add_finish_kernel(const std::optional<FoundBinary>& finish, Json* kernels) {
+  if (finish) kernels->push_back(binary_json(*finish, kFinishEntry));
+}
 
 CudaGradientSums::CudaGradientSums(const ForwardCall& problem, std::uint32_t wanted,
                                    const std::vector<compiler::SinkFacts>& sinks, bool deterministic) {
@@ -46,18 +62,29 @@ CudaGradientSums::CudaGradientSums(const ForwardCall& problem, std::uint32_t wan
   }
 }
 
-Check CudaGradientSums::load(Context& context, const std::shared_ptr<CudaDevice>& device,
-                             compiler::PhaseTimes* phases) {
-  device_ = device;
-  if (sums_.empty()) return {};
-  const compiler::CudaSource source = compiler::cuda_finish_gradients();
-  Result<FoundBinary> found = find_cuda_binary(context, source, {.number = device->arch(), .specific = false}, {});
-  if (!found) return found.failure();
-  add_phases(found->phases, phases);
-  auto kernel = CudaKernel::load(device, found->binary->cubin, source.entries.front(), 0);
-  if (!kernel) return kernel.failure();
-  kernel_ = std::move(*kernel);
+std::string CudaGradientSums::describe() const {
+  std::string text;
+  for (const Sum& sum : sums_) {
+    text += fmt::format("gradient of capture {} from {}\n", sum.capture,
+                        sum.accumulators ? "exact accumulators" : "float32 sums");
+  }
+  return text;
+}
+
+Check CudaGradientSums::load(std::shared_ptr<CudaDevice> device, const std::optional<FoundBinary>& finish) {
+  std::shared_ptr<const CudaKernel> kernel;
+  if (finish) {
+    auto loaded = CudaKernel::load(device, finish->binary->cubin, kFinishEntry, 0);
+    if (!loaded) return loaded.failure();
+    kernel = std::move(*loaded);
+  }
+  use(std::move(device), std::move(kernel));
   return {};
+}
+
+void CudaGradientSums::use(std::shared_ptr<CudaDevice> device, std::shared_ptr<const CudaKernel> finish) {
+  device_ = std::move(device);
+  kernel_ = std::move(finish);
 }
 
 Check CudaGradientSums::clear(void* memory, CudaStream stream) const { return device_->fill(memory, 0, size_, stream); }

@@ -4,17 +4,27 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "compiler/compiler.h"
 #include "kernels_templates/cuda/params.h"
 #include "runtime/backends.h"
 #include "runtime/backward.h"
+#include "runtime/binary_cache.h"
 #include "runtime/cuda_driver.h"
 #include "runtime/forward.h"
 #include "runtime/status.h"
 
 namespace attnjit::runtime {
+
+// The kernel that brings sums to their tensors, where captured gradients are wanted: compiles or finds it, and adds
+// what that took to `phases`.
+Result<std::optional<FoundBinary>> find_finish_kernel(const Request& request, compiler::CudaArch arch,
+                                                      compiler::PhaseTimes* phases);
+// Its row of a description, added to `kernels`.
+void add_finish_kernel(const std::optional<FoundBinary>& finish, Json* kernels);
 
 // The sums of one problem: in floats, or in a deterministic run in exact accumulators, which take 80 bytes for an
 // element, but for tensors that are only stored to.
@@ -25,8 +35,11 @@ class CudaGradientSums {
                    bool deterministic);
 
   std::size_t size() const { return size_; }  // of the memory they need, in bytes, aligned to 256
-  // Compiles, or finds, and loads the kernel of finish() where there is something to finish.
-  Check load(Context& context, const std::shared_ptr<CudaDevice>& device, compiler::PhaseTimes* phases);
+  // A line for each.
+  std::string describe() const;
+  // Before the rest. `finish`: of find_finish_kernel, for this problem.
+  Check load(std::shared_ptr<CudaDevice> device, const std::optional<FoundBinary>& finish);
+  void use(std::shared_ptr<CudaDevice> device, std::shared_ptr<const CudaKernel> finish);
 
   // Stream-ordered, in this order around the kernels that add. `memory` is aligned to 256 bytes.
   Check clear(void* memory, CudaStream stream) const;

@@ -181,11 +181,9 @@ Result<CudaMathBinaries> build_cuda_math(const Request& request, compiler::CudaA
     return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
   }
   const Signature& s = request.call.signature;
-  compiler::CompileOptions options{.dump = dumps(request, collect)};
+  compiler::CompileOptions options{.dump = request.files.collector(collect)};
   auto emitted = compiler::emit_cuda_math(mod_problem(request.mods, request.call, s.seqlen_q, s.seqlen_kv), options);
-  if (emitted.error) {
-    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
-  }
+  if (emitted.error) return compile_failure(s, emitted.error->message);
   CudaMathBinaries binaries{.facts = std::move(emitted.value.facts),
                             .score_factor = emitted.value.source.score_factor,
                             .mod = {},

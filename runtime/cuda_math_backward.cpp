@@ -19,7 +19,6 @@ namespace {
 constexpr const char* kModEntry = "attnjit_math_mod_backward";
 constexpr const char* kDeltaEntry = "attnjit_math_delta";
 constexpr const char* kCopyEntry = "attnjit_math_copy";
-constexpr const char* kFinishEntry = "attnjit_finish_gradient";
 
 math::Element element_of(dsl::DType dtype) {
   return dtype == dsl::DType::kF16    ? math::Element::kF16
@@ -78,15 +77,7 @@ CudaMathBackwardPlan::CudaMathBackwardPlan(const ForwardCall& problem, const Wan
   dq_ = reserve(wanted.dq ? p.packed_size(p.heads, p.seqlen_q, p.head_dim) : 0);
   dk_ = reserve(wanted.dk ? p.packed_size(p.heads_kv, p.seqlen_kv, p.head_dim) : 0);
   dv_ = reserve(wanted.dv ? p.packed_size(p.heads_kv, p.seqlen_kv, p.head_dim_v) : 0);
-  for (int i = 0; i < dsl::kMaxCaptures; ++i) {
-    if ((wanted.captures >> i & 1) == 0) continue;
-    Sums sums{.capture = i, .elements = 1, .accumulators = (parts_.accumulators >> i & 1) != 0};
-    for (int d = 0; d < problem.captures[i].rank; ++d) sums.elements *= problem.captures[i].extent[d];
-    const std::int64_t words = sums.accumulators ? 2 * cuda::kAccumulatorWords : 1;
-    sums.size = CudaProducts::size_of(sums.elements, words, sizeof(float));
-    sums.offset = reserve(sums.size);
-    sums_.push_back(sums);
-  }
+  sums_ = reserve(parts_.sums.size());
   cublas_ = reserve(p.cublas_size());
 }
 
@@ -101,19 +92,13 @@ std::string CudaMathBackwardPlan::describe() const {
   if (wanted_.dq) text += "ds k" + by + "\n";
   if (wanted_.dk) text += "ds^T q" + by + "\n";
   if (wanted_.dv) text += "p^T grad_out" + by + "\n";
-  for (const Sums& sums : sums_) {
-    text += fmt::format("gradient of capture {} from {}\n", sums.capture,
-                        sums.accumulators ? "exact accumulators" : "float32 sums");
-  }
-  return text;
+  return text + parts_.sums.describe();
 }
 
 Check CudaMathBackwardPlan::run(const ForwardCall& call, const Gradients& gradients, void* workspace,
                                 CudaStream stream) const {
   char* const bytes = static_cast<char*>(workspace);
-  for (const Sums& sums : sums_) {
-    if (Check failure = parts_.device->fill(bytes + sums.offset, 0, sums.size, stream)) return failure;
-  }
+  if (Check failure = parts_.sums.clear(bytes + sums_, stream)) return failure;
   if (is_empty_) {
     const struct {
       bool wanted;
@@ -127,10 +112,7 @@ Check CudaMathBackwardPlan::run(const ForwardCall& call, const Gradients& gradie
   } else if (Check failure = run_scores(call, gradients, bytes, stream)) {
     return failure;
   }
-  for (const Sums& sums : sums_) {
-    if (Check failure = run_finish(sums, call, gradients, bytes, stream)) return failure;
-  }
-  return {};
+  return parts_.sums.finish(call, gradients, bytes + sums_, stream);
 }
 
 Check CudaMathBackwardPlan::run_scores(const ForwardCall& call, const Gradients& gradients, char* workspace,
@@ -212,41 +194,10 @@ Check CudaMathBackwardPlan::run_mod(const ForwardCall& call, const Gradients& gr
       .sums = {}};
   std::copy_n(gradients.grad_lse.stride, 3, params.grad_lse_stride);
   fill_captured(call, params.captured);
-  for (const Sums& sums : sums_) {
-    cuda::GradientView& view = params.sums[sums.capture];
-    view.data = workspace + sums.offset;
-    const dsl::CaptureView& capture = call.captures[sums.capture];
-    std::int64_t stride = 1;
-    for (int d = capture.rank - 1; d >= 0; --d) {
-      view.stride[d] = stride;
-      stride *= capture.extent[d];
-    }
-  }
+  parts_.sums.fill_views(workspace + sums_, params.sums);
   return parts_.mod->launch(
       {.x = static_cast<unsigned>(grid.tiles), .y = static_cast<unsigned>(std::min(p.batch * p.heads, kMaxGridY))},
       grid.threads, &params, stream);
-}
-
-Check CudaMathBackwardPlan::run_finish(const Sums& sums, const ForwardCall& call, const Gradients& gradients,
-                                       char* workspace, CudaStream stream) const {
-  const dsl::CaptureView& capture = call.captures[sums.capture];
-  const CaptureGradient& gradient = gradients.captures[sums.capture];
-  cuda::FinishParams params{.sums = workspace + sums.offset,
-                            .to = gradient.data,
-                            .elements = sums.elements,
-                            .stride = {},
-                            .extent = {},
-                            .type = capture.dtype == dsl::DType::kF16    ? cuda::GradientType::kF16
-                                    : capture.dtype == dsl::DType::kBF16 ? cuda::GradientType::kBF16
-                                                                         : cuda::GradientType::kF32,
-                            .accumulators = sums.accumulators};
-  for (int d = 0; d < cuda::kMaxCaptureRank; ++d) {
-    params.stride[d] = d < capture.rank ? gradient.stride[d] : 0;
-    params.extent[d] = d < capture.rank ? static_cast<int>(capture.extent[d]) : 1;
-  }
-  constexpr std::int64_t kThreads = 256, kMaxBlocks = 4096;
-  return parts_.finish->launch({.x = static_cast<unsigned>(std::min(ceil_div(sums.elements, kThreads), kMaxBlocks))},
-                               kThreads, &params, stream);
 }
 
 Check CudaMathBackwardPlan::run_zeros(const TensorView& tensor, char* room, CudaStream stream) const {
@@ -265,12 +216,10 @@ Result<CudaMathBackwardBinaries> build_cuda_math_backward(const Request& request
     return Failure{ATTNJIT_UNSUPPORTED, std::move(reason)};
   }
   const Signature& s = request.call.signature;
-  compiler::CompileOptions options{.dump = dumps(request, collect)};
+  compiler::CompileOptions options{.dump = request.files.collector(collect)};
   auto emitted = compiler::emit_cuda_math_backward(mod_problem(request.mods, request.call, s.seqlen_q, s.seqlen_kv),
                                                    s.deterministic != 0, options);
-  if (emitted.error) {
-    return Failure{ATTNJIT_INTERNAL, fmt::format("score_mod does not compile: {}", emitted.error->message)};
-  }
+  if (emitted.error) return compile_failure(s, emitted.error->message);
   CudaMathBackwardBinaries binaries{.facts = std::move(emitted.value.facts),
                                     .mod = {},
                                     .kernels = {},
@@ -290,13 +239,17 @@ Result<CudaMathBackwardBinaries> build_cuda_math_backward(const Request& request
   if (Check failure = find(compiler::cuda_math_kernels(request.call.forward.q.dtype), &binaries.kernels)) {
     return *failure;
   }
-  if (Check failure = find(compiler::cuda_finish_gradients(), &binaries.finish)) return *failure;
+  auto finish = find_finish_kernel(request, arch, &binaries.phases);
+  if (!finish) return finish.failure();
+  binaries.finish = std::move(*finish);
   return binaries;
 }
 
 Json kernels_json(const CudaMathBackwardBinaries& binaries) {
-  return Json::array({binary_json(binaries.mod, kModEntry), binary_json(binaries.kernels, kDeltaEntry),
-                      binary_json(binaries.kernels, kCopyEntry), binary_json(binaries.finish, kFinishEntry)});
+  Json json = Json::array({binary_json(binaries.mod, kModEntry), binary_json(binaries.kernels, kDeltaEntry),
+                           binary_json(binaries.kernels, kCopyEntry)});
+  add_finish_kernel(binaries.finish, &json);
+  return json;
 }
 
 Result<ReadyBackend> prepare_cuda_math_backward(const Request& request) {
@@ -309,20 +262,22 @@ Result<ReadyBackend> prepare_cuda_math_backward(const Request& request) {
   if (!binaries) return binaries.failure();
 
   const auto start = std::chrono::steady_clock::now();
-  CudaMathBackwardPlan::Parts parts;
-  parts.device = device;
-  parts.arch = device->arch();
-  for (const compiler::SinkFacts& sink : binaries->facts.sinks) {
-    if (s.deterministic != 0 && !sink.injective) parts.accumulators |= 1u << sink.capture;
-  }
+  CudaMathBackwardPlan::Parts parts{
+      .device = device,
+      .mod = {},
+      .delta = {},
+      .copy = {},
+      .cublas = {},
+      .arch = device->arch(),
+      .sums = CudaGradientSums(request.call.forward, s.capture_gradients, binaries->facts.sinks, s.deterministic != 0)};
+  if (Check failure = parts.sums.load(device, binaries->finish)) return *failure;
   const struct {
     std::shared_ptr<const CudaKernel>* kernel;
     const FoundBinary& binary;
     const char* entry;
   } wanted[] = {{&parts.mod, binaries->mod, kModEntry},
                 {&parts.delta, binaries->kernels, kDeltaEntry},
-                {&parts.copy, binaries->kernels, kCopyEntry},
-                {&parts.finish, binaries->finish, kFinishEntry}};
+                {&parts.copy, binaries->kernels, kCopyEntry}};
   for (const auto& [kernel, binary, entry] : wanted) {
     auto loaded = CudaKernel::load(device, binary.binary->cubin, entry, 0);
     if (!loaded) return loaded.failure();

@@ -5,13 +5,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "runtime/backends.h"
 #include "runtime/backward.h"
 #include "runtime/cuda_binaries.h"
 #include "runtime/cuda_driver.h"
+#include "runtime/cuda_gradients.h"
 #include "runtime/cuda_products.h"
 #include "runtime/forward.h"
 #include "runtime/status.h"
@@ -24,14 +25,13 @@ class CudaMathBackwardPlan {
   // What a plan computes with.
   struct Parts {
     std::shared_ptr<CudaDevice> device;
-    std::shared_ptr<const CudaKernel> mod, delta, copy, finish;  // `finish`: null where no captured gradient is wanted
+    std::shared_ptr<const CudaKernel> mod, delta, copy;
     std::shared_ptr<const Cublas> cublas;
-    int arch = 0;  // of the device
-    // Captures whose gradient is added up in accumulators, a bit by number.
-    std::uint32_t accumulators = 0;
+    int arch = 0;           // of the device
+    CudaGradientSums sums;  // loaded
   };
 
-  // For a problem that CudaProducts::refuse() has nothing against: its shapes, dtypes and captures are used.
+  // For a problem that CudaProducts::refuse() has nothing against: its shapes and dtypes are used.
   CudaMathBackwardPlan(const ForwardCall& problem, const WantedGradients& wanted, Parts parts);
 
   // Bytes, aligned to Cublas::kWorkspaceAlignment.
@@ -43,38 +43,28 @@ class CudaMathBackwardPlan {
   Check run(const ForwardCall& call, const Gradients& gradients, void* workspace, CudaStream stream) const;
 
  private:
-  // Where the gradient of a captured tensor is added up.
-  struct Sums {
-    int capture = 0;
-    std::int64_t elements = 0;
-    std::size_t offset = 0, size = 0;  // in the workspace, bytes
-    bool accumulators = false;
-  };
-
   Check run_scores(const ForwardCall& call, const Gradients& gradients, char* workspace, CudaStream stream) const;
   Check run_delta(const ForwardCall& call, const Gradients& gradients, char* workspace, CudaStream stream) const;
   Check run_mod(const ForwardCall& call, const Gradients& gradients, float factor, char* workspace,
                 CudaStream stream) const;
-  Check run_finish(const Sums& sums, const ForwardCall& call, const Gradients& gradients, char* workspace,
-                   CudaStream stream) const;
   Check run_zeros(const TensorView& tensor, char* room, CudaStream stream) const;
 
   Parts parts_;
   CudaProducts products_;
   WantedGradients wanted_;
   bool is_empty_, needs_gradients_;
-  std::vector<Sums> sums_;
   // Offsets in the workspace, which starts with the scores.
   std::size_t gradients_ = 0, row_lse_ = 0, row_delta_ = 0, q_ = 0, k_ = 0, v_ = 0, grad_out_ = 0, dq_ = 0, dk_ = 0,
-              dv_ = 0, cublas_ = 0;
+              dv_ = 0, sums_ = 0, cublas_ = 0;
   std::size_t workspace_size_ = 0;
 };
 
 // The kernels of a call as compiled for an architecture.
 struct CudaMathBackwardBinaries {
   compiler::ModFacts facts;
-  FoundBinary mod, kernels, finish;
-  compiler::PhaseTimes phases;  // of all it took
+  FoundBinary mod, kernels;
+  std::optional<FoundBinary> finish;  // of captured gradients
+  compiler::PhaseTimes phases;        // of all it took
 };
 // As build_cuda_math, for a request of a backward.
 Result<CudaMathBackwardBinaries> build_cuda_math_backward(const Request& request, compiler::CudaArch arch,

@@ -64,4 +64,12 @@ void DumpFiles::write(std::string_view kind, std::string_view part, std::string_
   }
 }
 
+CollectText DumpFiles::collector(const CollectText& collect) const {
+  if (!any() && !collect) return nullptr;
+  return [this, &collect](std::string_view kind, std::string_view text) {
+    if (wants(kind)) write(kind, "", text);
+    if (collect) collect(kind, text);
+  };
+}
+
 }  // namespace attnjit::runtime

@@ -21,7 +21,7 @@ constexpr std::size_t kib(std::size_t n) { return n * 1024; }
 Result<Contestant::Launch> load_candidate(const Request& request, const FusedTarget& target, const FusedKernel& kernel,
                                           bool usual) {
   const auto emitted = kernel.emit({});
-  if (emitted.error) return emission_failure("score_mod", emitted.error->message);
+  if (emitted.error) return compile_failure(request.call.signature, emitted.error->message);
   const compiler::CudaSource& source = emitted.value.source;
   Result<FoundBinary> found =
       find_cuda_binary(request.context, source, target.arch, {}, usual ? LogLevel::kWarn : LogLevel::kDebug);
@@ -103,10 +103,6 @@ Check check_lengths(const Signature& s) {
   return unsupported(fmt::format("it takes sequences up to {}", kLongest));
 }
 
-Failure emission_failure(std::string_view what, std::string_view message) {
-  return {ATTNJIT_INTERNAL, fmt::format("{} does not compile: {}", what, message)};
-}
-
 std::int64_t query_tiles(std::int64_t heads, std::int64_t seqlen_q, int tile_m) {
   std::int64_t tiles = 0;
   if (__builtin_mul_overflow(round_up(seqlen_q, tile_m) / tile_m, heads, &tiles)) {
@@ -128,11 +124,11 @@ Result<FusedBinary> build_fused(const Request& request, const FusedTarget& targe
     tuned = tune(request, target, family, kernels, usual.source);
   }
   FusedBinary binary{.kernel = std::move(kernels[tuned.winner]), .autotune = std::move(tuned.description)};
-  compiler::CompileOptions options{.dump = dumps(request, collect)};
+  compiler::CompileOptions options{.dump = request.files.collector(collect)};
   // What is dumped is what is compiled.
   if (tuned.winner != 0 || options.dump) {
     auto emitted = binary.kernel.emit(options);
-    if (emitted.error) return emission_failure("score_mod", emitted.error->message);
+    if (emitted.error) return compile_failure(request.call.signature, emitted.error->message);
     usual = std::move(emitted.value);
   }
   options.dump = binary_dumps(request, collect);

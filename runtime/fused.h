@@ -42,7 +42,6 @@ Failure unsupported(std::string reason);
 Failure no_configuration(const FusedTarget& target);
 // Positions are 32-bit in the kernels, those behind the end of the last tile included.
 Check check_lengths(const Signature& signature);
-Failure emission_failure(std::string_view what, std::string_view message);
 
 // Tiles of `tile_m` queries in `heads` heads of all batches; the largest number where there are more.
 std::int64_t query_tiles(std::int64_t heads, std::int64_t seqlen_q, int tile_m);

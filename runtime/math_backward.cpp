@@ -111,8 +111,8 @@ Link link_of(const dsl::Node& node, std::size_t a, const std::vector<int>& x, in
 //
 // An adjoint has two parts. `row` is a factor f that is the same along a row: it stands for dm * f, element by element,
 // and nothing has been computed yet. `element` is what was computed, summed to the shape of its node. So what reaches a
-// captured read by row factors alone is known to be the row's sum of dm times f, and that sum is the gradient of the
-// row's LSE, exactly 0 where there is none.
+// captured read by row factors alone is known to be the row's sum of dm times f, and that sum over all keys is the
+// gradient of the row's LSE, exactly 0 where there is none.
 class Differentiation {
  public:
   Differentiation(MathBuilder* builder, const MathBackwardPlan* plan, const dsl::Expr& expr, const LoweredExpr& lowered,
@@ -275,7 +275,7 @@ class Differentiation {
     };
     if (adjoint.element != kNone) scatter(adjoint.element);
     if (adjoint.row == kNone) return;
-    if ((dims & kDimKv) != 0) {
+    if ((dims & kDimKv) != 0 || plan_.wanted_.partial_keys) {
       scatter(builder_.sum(times(dm_, adjoint.row), dims));
     } else {
       if (grad_lse_ < 0) grad_lse_ = builder_.produce(MathProgram::Kind::kGradLse, kRowDims, {}, "gradient of lse");

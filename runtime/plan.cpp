@@ -147,6 +147,9 @@ Failure difference(const Plan& plan, const CheckedCall& call, const attnjit_atte
   if (was.deterministic != is.deterministic) {
     return changed("gradients.deterministic", int{was.deterministic}, int{is.deterministic});
   }
+  if (was.partial_keys != is.partial_keys) {
+    return changed("gradients.partial_keys", int{was.partial_keys}, int{is.partial_keys});
+  }
   static constexpr std::string_view kStrideClasses[] = {"0", "1", "another"};
   const struct {
     std::string_view name;

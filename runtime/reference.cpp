@@ -38,6 +38,19 @@ std::vector<double> widened(const TensorView& tensor, std::int64_t b, std::int64
   return result;
 }
 
+// Likewise a number per row; empty where there is none.
+std::vector<double> widened(const RowView& rows, std::int64_t b, std::int64_t h, std::int64_t count,
+                            std::int64_t seqlen_q) {
+  std::vector<double> result;
+  if (!rows.data) return result;
+  for (std::int64_t head = h; head < h + count; ++head) {
+    for (std::int64_t i = 0; i < seqlen_q; ++i) {
+      result.push_back(static_cast<double>(rows.data[b * rows.stride[0] + head * rows.stride[1] + i * rows.stride[2]]));
+    }
+  }
+  return result;
+}
+
 // +inf wins over NaN, and NaN over every other number; either way the row is NaN.
 double larger(double a, double b) {
   if (a == kInfinity || b == kInfinity) return kInfinity;
@@ -254,26 +267,22 @@ void reference_backward(const ForwardCall& call, const Gradients& gradients, con
   const std::vector<double> k = widened(call.k, b, h_kv, 1);
   const std::vector<double> v = widened(call.v, b, h_kv, 1);
   const std::vector<double> grad_out = widened(gradients.grad_out, b, head.h, num_heads);
-  std::vector<double> grad_lse;
-  if (const RowView& rows = gradients.grad_lse; rows.data) {
-    for (std::int64_t h = head.h; h < head.h + num_heads; ++h) {
-      for (std::int64_t i = 0; i < head.seqlen_q; ++i) {
-        grad_lse.push_back(
-            static_cast<double>(rows.data[b * rows.stride[0] + h * rows.stride[1] + i * rows.stride[2]]));
-      }
-    }
-  }
+  const std::vector<double> grad_lse = widened(gradients.grad_lse, b, head.h, num_heads, head.seqlen_q);
+  const std::vector<double> lse = widened(call.lse, b, head.h, num_heads, head.seqlen_q);
+  const std::vector<double> o = lse.empty() ? std::vector<double>() : widened(call.o, b, head.h, num_heads);
   head.q = q;
   head.k = k;
   head.v = v;
   head.grad_out = grad_out;
   head.grad_lse = grad_lse;
+  head.lse = lse;
+  head.o = o;
 
   dsl::BackwardOptions options{
       .dtype = call.q.dtype,
       .scale = static_cast<double>(call.scale),
       .approximation = dsl::function_approximation(mods.score_mod, call.q.dtype),
-      .own_forward = true,
+      .own_forward = lse.empty(),
       .threads = pool.size(),
       .parallel_for = [&pool](std::int64_t tasks, const auto& function) { pool.parallel_for(tasks, function); }};
   for (std::size_t number = 0; number < call.num_captures; ++number) {

@@ -35,7 +35,7 @@ struct ReferenceGradients {
 };
 
 // Likewise attnjit_reference_backward, for a batch and a key/value head inside the problem. Of `gradients` only what
-// flows in is looked at.
+// flows in is looked at. Where the call has an lse, it and o are of more keys.
 void reference_backward(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
                         std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out);
 

@@ -116,10 +116,12 @@ constexpr Tiling kF32[] = {
 
 std::size_t aligned(std::size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
 
+bool is_summed(const compiler::SinkFacts& sink) { return !sink.row_shift; }
+
 // Sinks of a level that the main kernel sums.
 int count(const std::vector<compiler::SinkFacts>& sinks, SinkLevel level) {
   return static_cast<int>(std::ranges::count_if(
-      sinks, [&](const compiler::SinkFacts& sink) { return sink.level == level && !sink.row_shift; }));
+      sinks, [&](const compiler::SinkFacts& sink) { return sink.level == level && is_summed(sink); }));
 }
 
 // The largest number where it would be larger.
@@ -131,17 +133,23 @@ std::int64_t product(std::initializer_list<std::int64_t> factors) {
   return result;
 }
 
-// Blocks of each launch.
+// Whether the main kernel has something to compute. Row shifts are the kernel's before it.
+bool runs_main(const sm80::BackwardConfig& config, const std::vector<compiler::SinkFacts>& sinks) {
+  return config.wants_dq || config.wants_dk || config.wants_dv || std::ranges::any_of(sinks, is_summed);
+}
+
+// Blocks of each launch; 0: there is none.
 struct Grids {
   std::int64_t rows = 0, main = 0, dq = 0;
 };
-Grids grids_of(const Signature& s, const sm80::BackwardConfig& config, int splits) {
+Grids grids_of(const Signature& s, const sm80::BackwardConfig& config, const std::vector<compiler::SinkFacts>& sinks,
+               int splits) {
   const std::int64_t padded = round_up(s.seqlen_q, config.tile_m);
   const std::int64_t key_tiles = round_up(s.seqlen_kv, config.tile_n) / config.tile_n;
-  const std::int64_t blocks = config.deterministic ? std::min<std::int64_t>(splits, key_tiles) : key_tiles;
+  const std::int64_t blocks = sm80::splits_dq(config) ? std::min<std::int64_t>(splits, key_tiles) : key_tiles;
   return {.rows = product({s.batch, s.num_heads,
                            round_up(padded, std::int64_t{sm80::kRowsOfBlock}) / std::int64_t{sm80::kRowsOfBlock}}),
-          .main = product({s.batch, s.num_heads_kv, config.slices, blocks}),
+          .main = runs_main(config, sinks) ? product({s.batch, s.num_heads_kv, config.slices, blocks}) : 0,
           .dq = config.wants_dq ? product({s.batch, s.num_heads, config.slices, padded / config.tile_m}) : 0};
 }
 
@@ -187,7 +195,7 @@ cuda::BackwardParams backward_params(const ForwardCall& call, const Gradients& g
   return params;
 }
 
-// What a plan runs.
+// What a plan runs. Of kernels those that are launched.
 struct Launches {
   std::shared_ptr<const CudaKernel> rows, main, dq;
   Grids grids;
@@ -205,15 +213,16 @@ struct Launches {
     if (Check failure = sums.clear(captured, stream)) return failure;
     sums.fill_views(captured, params.gradients);
     const struct {
-      const CudaKernel& kernel;
+      const CudaKernel* kernel;
       std::int64_t blocks;
       unsigned threads;
-    } launches[] = {
-        {*rows, grids.rows, unsigned{sm80::kRowsThreads}}, {*main, grids.main, threads}, {*dq, grids.dq, threads}};
+    } launches[] = {{rows.get(), grids.rows, unsigned{sm80::kRowsThreads}},
+                    {main.get(), grids.main, threads},
+                    {dq.get(), grids.dq, threads}};
     for (const auto& launch : launches) {
-      if (launch.blocks == 0) continue;
+      if (!launch.kernel) continue;
       if (Check failure =
-              launch.kernel.launch({.x = static_cast<unsigned>(launch.blocks)}, launch.threads, &params, stream)) {
+              launch.kernel->launch({.x = static_cast<unsigned>(launch.blocks)}, launch.threads, &params, stream)) {
         return failure;
       }
     }
@@ -257,7 +266,6 @@ void learn(const compiler::EmittedCuda& emitted, Sm80BackwardProblem* problem) {
   problem->demand = std::max(problem->demand, emitted.demand);
   problem->sinks = emitted.facts.sinks;
   // Sums are registers, too.
-  const auto is_summed = [](const compiler::SinkFacts& sink) { return !sink.row_shift; };
   if (std::ranges::any_of(problem->sinks, is_summed)) problem->demand = ModDemand::kDense;
 }
 
@@ -265,7 +273,7 @@ Sm80BackwardWorkspace backward_workspace(const Signature& s, const sm80::Backwar
                                          std::size_t sums) {
   Sm80BackwardWorkspace workspace;
   const auto rows = static_cast<std::size_t>(s.batch * s.num_heads * round_up(s.seqlen_q, config.tile_m));
-  if (config.deterministic) {
+  if (sm80::splits_dq(config)) {
     // Enough blocks for two rounds over the device.
     const std::int64_t heads = std::max<std::int64_t>(s.batch * s.num_heads_kv * config.slices, 1);
     const std::int64_t key_tiles = std::max<std::int64_t>(round_up(s.seqlen_kv, config.tile_n) / config.tile_n, 1);
@@ -299,7 +307,7 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Fus
                             .deterministic = s.deterministic != 0,
                             .demand = request.mods.mask_mod ? ModDemand::kBusy : ModDemand::kNone,
                             .sinks = {}};
-  compiler::CompileOptions options{.dump = dumps(request, collect)};
+  compiler::CompileOptions options{.dump = request.files.collector(collect)};
   std::optional<sm80::BackwardConfig> config = choose_backward_config(by);
   if (!config) return no_configuration(target);
   // Only the compiler sees what the mod demands; what is dumped is what is compiled.
@@ -312,8 +320,8 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Fus
     config = other;
     if (changes || options.dump) emitted = emit(request, *config, options);
   }
-  if (emitted.error) return emission_failure("the gradient of score_mod", emitted.error->message);
-  const Grids grids = grids_of(s, *config, kMaxSplits);
+  if (emitted.error) return compile_failure(s, emitted.error->message);
+  const Grids grids = grids_of(s, *config, emitted.value.facts.sinks, kMaxSplits);
   if (const std::int64_t blocks = std::max({grids.rows, grids.main, grids.dq}); blocks > kMaxGrid) {
     return unsupported(fmt::format("a launch of {} blocks is beyond the {} of a grid", blocks, kMaxGrid));
   }
@@ -323,8 +331,12 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Fus
   Sm80BackwardBinary binary{.config = *config,
                             .facts = std::move(emitted.value.facts),
                             .found = std::move(*found),
+                            .finish = {},
                             .phases = std::move(emitted.value.phases)};
   binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
+  auto finish = find_finish_kernel(request, target.arch, &binary.phases);
+  if (!finish) return finish.failure();
+  binary.finish = std::move(*finish);
   return binary;
 }
 
@@ -336,15 +348,19 @@ std::string config_name(const sm80::BackwardConfig& config) {
 
 Json kernels_json(const Sm80BackwardBinary& binary) {
   const sm80::BackwardConfig& c = binary.config;
-  Json main = binary_json(binary.found, kMainEntry);
-  main["shared_bytes"] = backward_shared_memory(c, binary.facts.sinks);
-  main["tile"] = config_name(c);
-  main["load_bytes"] = c.load_bytes;
-  main["store_bytes"] = c.store_bytes;
-  main["deterministic"] = c.deterministic;
-  main["phases_ms"] = phases_json(binary.phases);
-  Json json = Json::array({binary_json(binary.found, kRowsEntry), std::move(main)});
+  Json json = Json::array({binary_json(binary.found, kRowsEntry)});
+  if (runs_main(c, binary.facts.sinks)) {
+    Json main = binary_json(binary.found, kMainEntry);
+    main["shared_bytes"] = backward_shared_memory(c, binary.facts.sinks);
+    main["tile"] = config_name(c);
+    main["load_bytes"] = c.load_bytes;
+    main["store_bytes"] = c.store_bytes;
+    main["deterministic"] = c.deterministic;
+    main["phases_ms"] = phases_json(binary.phases);
+    json.push_back(std::move(main));
+  }
   if (c.wants_dq) json.push_back(binary_json(binary.found, kDqEntry));
+  add_finish_kernel(binary.finish, &json);
   return json;
 }
 
@@ -359,18 +375,21 @@ Result<ReadyBackend> prepare_sm80_backward(const Request& request) {
   const sm80::BackwardConfig& config = binary->config;
   auto launches = std::make_shared<Launches>(Launches{
       .sums = CudaGradientSums(request.call.forward, s.capture_gradients, binary->facts.sinks, config.deterministic)});
-  if (Check failure = launches->sums.load(request.context, device, &binary->phases)) return *failure;
+  if (Check failure = launches->sums.load(device, binary->finish)) return *failure;
   launches->workspace = backward_workspace(s, config, device->num_sms(), launches->sums.size());
-  launches->grids = grids_of(s, config, launches->workspace.splits);
+  launches->grids = grids_of(s, config, binary->facts.sinks, launches->workspace.splits);
   launches->threads = 32u * static_cast<unsigned>(config.warps);
   const struct {
     std::shared_ptr<const CudaKernel>* kernel;
+    std::int64_t blocks;
     const char* entry;
     std::size_t shared_memory;
-  } wanted[] = {{&launches->rows, kRowsEntry, 0},
-                {&launches->main, kMainEntry, backward_shared_memory(config, binary->facts.sinks)},
-                {&launches->dq, kDqEntry, static_cast<std::size_t>(sm80::backward_dq_shared_memory(config))}};
-  for (const auto& [kernel, entry, shared_memory] : wanted) {
+  } wanted[] = {
+      {&launches->rows, launches->grids.rows, kRowsEntry, 0},
+      {&launches->main, launches->grids.main, kMainEntry, backward_shared_memory(config, binary->facts.sinks)},
+      {&launches->dq, launches->grids.dq, kDqEntry, static_cast<std::size_t>(sm80::backward_dq_shared_memory(config))}};
+  for (const auto& [kernel, blocks, entry, shared_memory] : wanted) {
+    if (blocks == 0) continue;
     auto loaded = CudaKernel::load(device, binary->found.binary->cubin, entry, shared_memory);
     if (!loaded) return loaded.failure();
     *kernel = std::move(*loaded);

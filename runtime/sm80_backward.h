@@ -49,7 +49,8 @@ struct Sm80BackwardBinary {
   sm80::BackwardConfig config;
   compiler::ModFacts facts;
   FoundBinary found;
-  compiler::PhaseTimes phases;  // of all it took
+  std::optional<FoundBinary> finish;  // of captured gradients
+  compiler::PhaseTimes phases;        // of all it took
 };
 // As build_sm80.
 Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const FusedTarget& target,

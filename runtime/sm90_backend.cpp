@@ -284,7 +284,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
       emitted = emit(request, *config, {});
     }
   }
-  if (emitted.error) return emission_failure("score_mod", emitted.error->message);
+  if (emitted.error) return compile_failure(s, emitted.error->message);
   std::vector<sm90::ForwardConfig> candidates = {*config};
   if (s.autotune != static_cast<std::uint8_t>(AutotuneMode::kOff)) candidates = candidate_configs(by);
   candidates.erase(std::remove_if(candidates.begin() + 1, candidates.end(), too_many), candidates.end());

@@ -576,10 +576,18 @@ Check check_gradients(const attnjit_gradients& gradients, const Common& common, 
   if (outputs.count == 0 && (common.purpose == Purpose::kPrepare || common.purpose == Purpose::kRun)) {
     return invalid("gradients asks for none; at least one of dq, dk, dv and captures is needed");
   }
-  if (gradients.deterministic != 0 && gradients.deterministic != 1) {
-    return invalid(fmt::format("gradients.deterministic is {}; allowed: 0 and 1", gradients.deterministic));
+  const struct {
+    std::string_view name;
+    int given;
+    std::uint8_t& flag;
+  } flags[] = {{"deterministic", gradients.deterministic, s.deterministic},
+               {"partial_keys", gradients.partial_keys, s.partial_keys}};
+  for (const auto& f : flags) {
+    if (f.given != 0 && f.given != 1) {
+      return invalid(fmt::format("gradients.{} is {}; allowed: 0 and 1", f.name, f.given));
+    }
+    f.flag = static_cast<std::uint8_t>(f.given);
   }
-  s.deterministic = static_cast<std::uint8_t>(gradients.deterministic);
   if (common.purpose != Purpose::kRun) return {};
   note_memory(*inputs, call);
   note_memory(outputs, call);
@@ -596,8 +604,9 @@ Check check_tensors(const attnjit_attention* attention, const attnjit_gradients*
   }
   const bool needs_data = purpose == Purpose::kReference || purpose == Purpose::kRun;
   const bool explains = purpose == Purpose::kExplain || purpose == Purpose::kExplainCuda;
-  const bool needs_results =
-      purpose == Purpose::kPrepare || purpose == Purpose::kRun || (explains && attention->o != nullptr);
+  const bool needs_results = purpose == Purpose::kPrepare || purpose == Purpose::kRun ||
+                             (explains && attention->o != nullptr) ||
+                             (purpose == Purpose::kReference && gradients && gradients->partial_keys == 1);
 
   // q, k, v.
   constexpr std::string_view kDimensions = "(batch, heads, sequence, head_dim)";

@@ -57,7 +57,7 @@ struct Signature {
   std::uint8_t wants_dq = 0, wants_dk = 0, wants_dv = 0;
   std::uint8_t has_grad_lse = 0;
   std::uint8_t deterministic = 0;
-  std::uint8_t unused = 0;
+  std::uint8_t partial_keys = 0;
   Capture captures[dsl::kMaxCaptures] = {};  // sorted by name
 };
 static_assert(std::has_unique_object_representations_v<Signature>);
@@ -70,7 +70,8 @@ enum class Purpose : std::uint8_t {
   kPrepare,      // inputs and outputs; data is not looked at
   kExplain,      // q, k, v and captures; o, and what belongs to a backward, where they are given; data is not looked at
   kExplainCuda,  // likewise, as if the tensors were on CUDA device 0, wherever they are said to be
-  kReference,    // inputs with data, on the CPU; o and lse are not looked at, nor is the data of a backward's outputs
+  kReference,    // inputs with data, on the CPU; o and lse are not looked at, nor is the data of a backward's outputs;
+                 // a backward of a part of the keys needs o and lse, too
   kRun,          // inputs and outputs with data, which may not overlap
 };
 

@@ -116,7 +116,7 @@ int print_expression(int argc, char** argv) {
   std::string text, mask, cuda;
   std::vector<std::int64_t> shape{1, 8, 1024, 1024};
   std::vector<std::string> captures, gradients;
-  bool backward = false, folded = false;
+  bool backward = false, folded = false, partial_keys = false;
   CLI::App app("Prints the MLIR that the compiler builds from an expression");
   app.add_option("--expr", text, "score_mod")->required();
   app.add_option("--mask", mask, "mask_mod");
@@ -127,6 +127,7 @@ int print_expression(int argc, char** argv) {
   app.add_flag("--folded", folded, "print the folded form, with --cuda");
   app.add_flag("--backward", backward, "print the function with the gradients in it, after the passes");
   app.add_option("--gradients", gradients, "captured tensors whose gradient is wanted: name,...")->delimiter(',');
+  app.add_flag("--partial-keys", partial_keys, "with --backward: the LSE is of more keys than these");
   CLI11_PARSE(app, argc, argv);
 
   std::map<std::string, compiler::CaptureInfo> infos;
@@ -140,6 +141,7 @@ int print_expression(int argc, char** argv) {
   problem.num_heads = shape[1];
   problem.seqlen_q = shape[2];
   problem.seqlen_kv = shape[3];
+  problem.partial_keys = partial_keys;
   if (!bind_expression(text, dsl::ModKind::kScoreMod, infos, problem.score_mod)) return 1;
   if (!mask.empty() && !bind_expression(mask, dsl::ModKind::kMaskMod, infos, problem.mask_mod.emplace())) return 1;
   // One table for both expressions, by name.

@@ -22,10 +22,13 @@ def Differentiate : Pass<"attnjit-differentiate", "::mlir::func::FuncOp"> {
     `(f32 score, f32 grad) -> (f32 value, i1 keep, f32 dscore, f32 sinks...)` as docs/backward.md says, in reverse mode.
     What a choice did not choose and what has a `grad` of 0 adds exactly 0: a gradient is followed as a chain of products
     beside the choices that lead to it, and one select at its end keeps out the rest. Gradients that are the same along
-    a row are kept apart from others and end in sinks of their own, marked `row_shift`.
+    a row are kept apart from others and end in sinks of their own, marked `row_shift`: over all keys of the row they
+    sum to the gradient of its LSE. Over a part of the keys they do not, and are summed as any other.
   }];
   let options = [Option<"gradients", "gradients", "uint32_t", /*default=*/"0",
-                        "The captured tensors whose gradient is wanted, a bit by number">];
+                        "The captured tensors whose gradient is wanted, a bit by number">,
+                 Option<"partialKeys", "partial-keys", "bool", /*default=*/"false",
+                        "The LSE is of more keys than these: no sink is a row shift">];
   let dependentDialects = ["::mlir::arith::ArithDialect", "::mlir::math::MathDialect"];
 }
 

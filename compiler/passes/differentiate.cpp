@@ -47,8 +47,12 @@ struct Flow {
 
 class Differentiator {
  public:
-  Differentiator(mlir::func::FuncOp function, std::uint32_t gradients)
-      : function_(function), gradients_(gradients), b_(function), loc_(function.getLoc()) {}
+  Differentiator(mlir::func::FuncOp function, std::uint32_t gradients, bool partial_keys)
+      : function_(function),
+        gradients_(gradients),
+        partial_keys_(partial_keys),
+        b_(function),
+        loc_(function.getLoc()) {}
 
   mlir::LogicalResult run() {
     mlir::Block& block = function_.front();
@@ -145,7 +149,7 @@ class Differentiator {
     if (auto read = llvm::dyn_cast<ReadOp>(op)) {
       if (((gradients_ >> read.getCapture()) & 1) == 0) return;
       active_.insert(result);
-      if (!varies_.contains(result)) feeds_row_shift_.insert(result);
+      if (!varies_.contains(result) && !partial_keys_) feeds_row_shift_.insert(result);
       return;
     }
     if (llvm::isa<math::FloorOp, math::CeilOp, math::RoundEvenOp>(op)) return;
@@ -512,6 +516,7 @@ class Differentiator {
 
   mlir::func::FuncOp function_;
   std::uint32_t gradients_;
+  bool partial_keys_;
   mlir::OpBuilder b_;
   mlir::Location loc_;
   Value grad_;
@@ -539,7 +544,7 @@ class Differentiate : public impl::DifferentiateBase<Differentiate> {
       function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), got ") << type;
       return signalPassFailure();
     }
-    if (mlir::failed(Differentiator(function, gradients).run())) signalPassFailure();
+    if (mlir::failed(Differentiator(function, gradients, partialKeys).run())) signalPassFailure();
   }
 };
 

@@ -21,8 +21,8 @@ void build_canonical_pipeline(mlir::OpPassManager& passes);
 void build_fact_pipeline(mlir::OpPassManager& passes);
 // The same for CUDA, whose addresses are sums of 32-bit offsets and whose conversions are dear.
 void build_cuda_fact_pipeline(mlir::OpPassManager& passes);
-// The same three for the backward; `gradients` is attnjit-differentiate's option.
-void build_gradient_pipeline(mlir::OpPassManager& passes, std::uint32_t gradients);
+// The same three for the backward; `gradients` and `partial_keys` are attnjit-differentiate's options.
+void build_gradient_pipeline(mlir::OpPassManager& passes, std::uint32_t gradients, bool partial_keys);
 void build_gradient_fact_pipeline(mlir::OpPassManager& passes);
 void build_cuda_gradient_fact_pipeline(mlir::OpPassManager& passes);
 

@@ -52,12 +52,12 @@ void build_canonical_pipeline(mlir::OpPassManager& passes) {
   add_canonical_form(function);
 }
 
-void build_gradient_pipeline(mlir::OpPassManager& passes, std::uint32_t gradients) {
+void build_gradient_pipeline(mlir::OpPassManager& passes, std::uint32_t gradients, bool partial_keys) {
   mlir::OpPassManager& function = passes.nest<mlir::func::FuncOp>();
   function.addPass(createDroppedElements({.kinks = true}));
   // What is read twice has one gradient.
   function.addPass(mlir::createCSEPass());
-  function.addPass(createDifferentiate({.gradients = gradients}));
+  function.addPass(createDifferentiate({.gradients = gradients, .partialKeys = partial_keys}));
   add_canonical_form(function);
 }
 

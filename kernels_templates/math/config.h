@@ -1,7 +1,7 @@
 // What the eager path's kernels are compiled and launched with; shared by host and device. It includes nothing:
 // cuda/params.h comes before it.
 //
-// Translation units, behind cuda/params.h and this file:
+// Translation units, behind cuda/params.h, this file and math/common.cuh:
 //   math/mod.cuh      behind the emitted attnjit::cuda::Mod; one per expression, the same for every element type
 //   math/kernels.cuh  behind a definition of attnjit::math::kConfig; one per element type
 // and, in the place of the first, math/mod_backward.cuh behind cuda/gradients.cuh, a Mod of the backward and a

@@ -8,25 +8,9 @@ namespace attnjit::math {
 // ---- Instructions. A build that runs these kernels on the host brings its own.
 
 #ifndef ATTNJIT_EMULATED
-// Relative error below 2^-22; subnormal results are 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// Two elements of the inputs' 16-bit type, the first one in the lower half.
-__device__ __forceinline__ unsigned pack(float first, float second) {
-  unsigned y;
-  if constexpr (kConfig.element == Element::kF16) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
-  }
   return y;
 }
 // The greater one; the number where the other is NaN.
@@ -44,18 +28,10 @@ __device__ __forceinline__ float widen(unsigned short bits) {
   }
   return y;
 }
-__device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ unsigned vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 #endif
 
 constexpr float kLn2 = 0.693147180559945309417f;
-
-struct alignas(16) Vector {
-  float x[kVector];
-};
-struct alignas(8) Packed {
-  unsigned x[2];
-};
 
 // Offset of a row (b, h, q), counted through, of a tensor with these strides.
 __device__ __forceinline__ long long offset_of(unsigned row, unsigned num_heads, unsigned seqlen,
@@ -137,19 +113,12 @@ __device__ __forceinline__ Vector load_scores(const float* scores, int index, in
   return s;
 }
 
-// As vector `index` of the row that starts at `row`, in the inputs' type.
+// As store_vector, times `factor`.
 __device__ __forceinline__ void store_probabilities(float* row, int index, const Vector& e, float factor) {
-  if constexpr (kConfig.element == Element::kF32) {
-    Vector out;
+  Vector out;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) out.x[i] = e.x[i] * factor;
-    reinterpret_cast<Vector*>(row)[index] = out;
-  } else {
-    Packed out;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) out.x[i] = pack(e.x[2 * i] * factor, e.x[2 * i + 1] * factor);
-    reinterpret_cast<Packed*>(row)[index] = out;
-  }
+  for (int i = 0; i < kVector; ++i) out.x[i] = e.x[i] * factor;
+  store_vector(kConfig.element, row, index, out);
 }
 
 __device__ __forceinline__ int vectors_of(int seqlen_kv) { return (seqlen_kv + kVector - 1) / kVector; }

@@ -4,10 +4,6 @@
 // them, and as many loads are under way. The pass moves 8 bytes per score; the arithmetic of a plain mod hides behind.
 namespace attnjit::math {
 
-struct alignas(16) Vector {
-  float x[kVector];
-};
-
 extern "C" __global__ void __launch_bounds__(kModThreads) attnjit_math_mod(const __grid_constant__ ModParams p) {
   using cuda::Mod;
   const int width = 1 << p.log2_vectors;

@@ -516,7 +516,7 @@ __device__ __forceinline__ Place place_of_block(const BackwardParams& params) {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   Place place;
-  place.n_blocks = kConfig.deterministic ? params.splits : tiles_of(params.seqlen_kv, kTileN);
+  place.n_blocks = splits_dq(kConfig) ? params.splits : tiles_of(params.seqlen_kv, kTileN);
   const int head = index / place.n_blocks;
   place.n_block = index - head * place.n_blocks;
   place.slice = head % kSlices;
@@ -542,7 +542,7 @@ __device__ __forceinline__ void store_gradients(const BackwardParams& params,
   const int first_of_warp = thread / 32 * kWarpKeys;
   const Memory memory = layout();
   const auto [b, h_kv, slice, n_block, n_blocks] = place_of_block(params);
-  const int key = (kConfig.deterministic ? n_tile : n_block) * kTileN + first_of_warp;
+  const int key = (splits_dq(kConfig) ? n_tile : n_block) * kTileN + first_of_warp;
   const int rows = min(params.seqlen_kv - key, kWarpKeys);
   if constexpr (kConfig.wants_dk) {
     constexpr int kRowBytes = row_bytes(kElement, kSliceD);
@@ -937,7 +937,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kRowsThreads)
 }
 
 // A block for each tile of keys of each key/value head and slice; where sums are split, one for each split.
-extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::sm80::kConfig.min_blocks)
+extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, 1)
     attnjit_backward(const __grid_constant__ attnjit::cuda::BackwardParams params) {
   using namespace attnjit::sm80;
   const Memory memory = layout();
@@ -953,7 +953,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
     __syncwarp();
   }
   const Place place = place_of_block(params);
-  if constexpr (kConfig.deterministic) {
+  if constexpr (splits_dq(kConfig)) {
 #pragma unroll 1
     for (int tile = place.n_block; tile < tiles_of(params.seqlen_kv, kTileN); tile += place.n_blocks) {
       // Everybody is done with the last tile's memory.

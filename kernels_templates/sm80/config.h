@@ -34,7 +34,6 @@ struct BackwardConfig {
   int step_m = 64;  // queries whose scores a warp has in registers at once; a multiple of 16
   int stages = 2;   // buffers for Q and for grad_out each: 1, or 2 for a step's load to have a whole step's time
   int slices = 1;
-  int min_blocks = 1;
   int load_bytes = 16;   // as ForwardConfig's, of q, k, v, o and grad_out
   int store_bytes = 16;  // of dq, dk and dv
   bool wants_dq = true, wants_dk = true, wants_dv = true;
@@ -84,6 +83,9 @@ constexpr int slice_width(const BackwardConfig& c, int head_dim) {
   return padded((head_dim + c.slices - 1) / c.slices);
 }
 constexpr int sliced(const BackwardConfig& c, int head_dim) { return c.slices * slice_width(c, head_dim); }
+
+// Whether a block walks over every n-th tile of keys, for dQ to be summed in as many parts, in order.
+constexpr bool splits_dq(const BackwardConfig& c) { return c.deterministic && c.wants_dq; }
 
 // dS^T, a row for each key; of f32, P^T passes through it, too.
 constexpr int ds_row_bytes(const BackwardConfig& c) { return c.tile_m * bytes_of(c.element) + 16; }

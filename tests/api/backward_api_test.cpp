@@ -136,6 +136,95 @@ TEST(BackwardApi, AgreesWithTheOracle) {
   }
 }
 
+// Keys in two parts, each with the o and lse of both: what the parts and the parts' oracles give sums to the whole.
+TEST(BackwardApi, PartialKeys) {
+  const ContextPtr context = make_context();
+  for (const attnjit_backend backend : kBackends) {
+    SCOPED_TRACE(attnjit_backend_name(backend));
+    std::vector<float> shift = Problem::pattern(40, 10), of_shift(40, NAN), slope = {0.5f, 0.75f, 1.0f, 1.25f},
+                       of_slope(4);
+    const auto prepare = [&](GradientProblem* p) {
+      p->attention.backend = backend;
+      p->attention.score_mod = "score * slope[h] + shift[q_idx] + 2 * slope[h]";
+      p->capture("shift", shift.data(), {40});
+      p->capture("slope", slope.data(), {4});
+      p->gradient("shift", of_shift.data(), {40});
+      p->gradient("slope", of_slope.data(), {4});
+    };
+    GradientProblem whole;
+    prepare(&whole);
+    ASSERT_TRUE(train(context, whole));
+    const Gold gold(context, whole);
+    expect_close(of_shift, gold.captures[0], 1e-4, "the gradient of shift");
+
+    std::vector<double> dq(gold.dq.size()), d_shift(40), d_slope(4), reference_dq(dq), reference_shift(40),
+        reference_slope(4);
+    const auto add = [](const auto& from, std::vector<double>* to) {
+      for (std::size_t i = 0; i < to->size(); ++i) (*to)[i] += static_cast<double>(from[i]);
+    };
+    for (const std::int64_t first : {0, 30}) {
+      const std::int64_t count = first == 0 ? 30 : 20;
+      GradientProblem part;
+      prepare(&part);
+      part.o_data = whole.o_data;
+      part.lse_data = whole.lse_data;
+      part.gradients.partial_keys = 1;
+      // The part's rows of k, v, dk and dv stay where they are.
+      for (Tensor* const tensor : {&part.k, &part.v, &part.dk, &part.dv}) {
+        tensor->strides = {tensor->dl.shape[1] * 50 * tensor->dl.shape[3], 50 * tensor->dl.shape[3],
+                           tensor->dl.shape[3], 1};
+        tensor->dl.data = static_cast<float*>(tensor->dl.data) + first * tensor->dl.shape[3];
+        tensor->shape[2] = count;
+        tensor->sync();
+      }
+      const PlanPtr plan = prepare_backward(context, part);
+      ASSERT_TRUE(plan);
+      const Scratch scratch(plan.get());
+      ASSERT_EQ(attnjit_run_backward(plan.get(), &part.attention, &part.gradients, scratch.data, scratch.size, nullptr),
+                ATTNJIT_OK)
+          << attnjit_last_error();
+      add(part.dq_data, &dq);
+      add(of_shift, &d_shift);
+      add(of_slope, &d_slope);
+      const Gold reference(context, part);
+      add(reference.dq, &reference_dq);
+      add(reference.captures[0], &reference_shift);
+      add(reference.captures[1], &reference_slope);
+      for (std::size_t head = 0; head < 4; ++head) {
+        for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+          const std::size_t of_whole = head * 50 + static_cast<std::size_t>(first) + i;
+          const std::size_t of_part = head * static_cast<std::size_t>(count) + i;
+          for (std::size_t d = 0; d < 16; ++d) {
+            ASSERT_NEAR(part.dk_data[of_whole * 16 + d], gold.dk[of_whole * 16 + d], 5e-5);
+            ASSERT_NEAR(reference.dk[of_part * 16 + d], gold.dk[of_whole * 16 + d], 1e-6);
+          }
+          for (std::size_t d = 0; d < 24; ++d) {
+            ASSERT_NEAR(part.dv_data[of_whole * 24 + d], gold.dv[of_whole * 24 + d], 5e-5);
+            ASSERT_NEAR(reference.dv[of_part * 24 + d], gold.dv[of_whole * 24 + d], 1e-6);
+          }
+        }
+      }
+    }
+    const auto expect_sum = [](const std::vector<double>& parts, const std::vector<double>& all, double tolerance) {
+      for (std::size_t i = 0; i < all.size(); ++i) ASSERT_NEAR(parts[i], all[i], tolerance * (1 + std::abs(all[i])));
+    };
+    expect_sum(dq, gold.dq, 2e-5);
+    expect_sum(d_shift, gold.captures[0], 1e-4);
+    expect_sum(d_slope, gold.captures[1], 1e-4);
+    // The oracle takes o and lse as they are, rounded to float32.
+    expect_sum(reference_dq, gold.dq, 1e-6);
+    expect_sum(reference_shift, gold.captures[0], 1e-5);
+    expect_sum(reference_slope, gold.captures[1], 1e-5);
+  }
+  GradientProblem p;
+  p.gradients.partial_keys = 1;
+  p.attention.lse = nullptr;
+  attnjit_reference_gradients out = ATTNJIT_REFERENCE_GRADIENTS_INIT;
+  EXPECT_EQ(attnjit_reference_backward(context.get(), &p.attention, &p.gradients, 0, 0, &out),
+            ATTNJIT_INVALID_ARGUMENT);
+  EXPECT_STREQ(attnjit_last_error(), "lse is NULL; a tensor is needed");
+}
+
 // Inputs and outputs in (B, S, H, D) order, a broadcast grad_out, a captured tensor's gradient with strides of its own.
 TEST(BackwardApi, Layouts) {
   const ContextPtr context = make_context();
@@ -408,7 +497,7 @@ TEST(BackwardApi, Description) {
   p.gradients.deterministic = 1;
   const Json json = description(prepare_backward(context, p));
   EXPECT_EQ(json["gradients"], Json::parse(R"({"wanted": ["dq", "dv"], "captures": ["slope"], "grad_lse": true,
-                                               "deterministic": true})"))
+                                               "deterministic": true, "partial_keys": false})"))
       << json;
   EXPECT_EQ(json["problem"], "B=2 Hq=4 Hkv=2 Sq=40 Skv=0 D=16 Dv=24 float32 backward");
   EXPECT_FALSE(description(prepare(context, p.attention)).contains("gradients"));

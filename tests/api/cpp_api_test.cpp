@@ -197,7 +197,8 @@ TEST(CppApi, Backward) {
   Gradients gradients = {.grad_out = {buffers.q.data(), {1, 2, 33, 16}, {0, 0, 0, 1}},
                          .dq = {dq.data(), {1, 2, 33, 16}},
                          .captures = {{"slope", {of_slope.data(), {}}}},
-                         .deterministic = true};
+                         .deterministic = true,
+                         .partial_keys = true};
   Result<TrainingPlans> plans = context->prepare_training(attention, gradients);
   ASSERT_TRUE(plans) << plans.status().message();
   ASSERT_TRUE(plans->forward.run(attention));
@@ -207,6 +208,7 @@ TEST(CppApi, Backward) {
   EXPECT_THAT(dq, testing::Each(0.0f));
   EXPECT_EQ(of_slope[0], 0.0f);
   EXPECT_THAT(plans->backward.description(), HasSubstr("\"deterministic\": true"));
+  EXPECT_THAT(plans->backward.description(), HasSubstr("\"partial_keys\": true"));
   EXPECT_FALSE(plans->backward.run(attention));
 
   // In one call, and with what the caller has.
@@ -246,6 +248,49 @@ TEST(CppApi, ReferenceBounds) {
     EXPECT_EQ(std::isfinite(lse_bound[0]), expected == 1) << mod;
     for (const double bound : o_bound) EXPECT_EQ(bound > 0.0 && bound < 1e-3, expected == 1) << mod << " " << bound;
   }
+}
+
+TEST(CppApi, ReferenceBackward) {
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  std::vector<float> lse(2 * 33), slope = {1.5f, 0.5f}, of_slope(2), dq(2 * 33 * 16), dk(buffers.k.size());
+  Attention attention = buffers.attention();
+  attention.lse = {lse.data(), {1, 2, 33}};
+  attention.score_mod = "score * slope[h]";
+  attention.captures = {{"slope", {slope.data(), {2}}}};
+  Gradients gradients = {.grad_out = {buffers.q.data(), {1, 2, 33, 16}},
+                         .dq = {dq.data(), {1, 2, 33, 16}},
+                         .dk = {dk.data(), attention.k.dtype(), attention.k.shape()},
+                         .captures = {{"slope", {of_slope.data(), {2}}}}};
+  ASSERT_TRUE(context->forward(attention));
+  ASSERT_TRUE(context->backward(attention, gradients));
+  const auto heads_kv = static_cast<std::size_t>(attention.k.shape()[1]);
+  double sum[2] = {};
+  for (std::size_t h = 0; h < heads_kv; ++h) {
+    const Result<ReferenceGradients> gold =
+        context->reference_backward(attention, gradients, 0, static_cast<std::int64_t>(h));
+    ASSERT_TRUE(gold) << gold.status().message();
+    const auto expect_within = [](const float* ours, const std::vector<double>& right,
+                                  const std::vector<double>& bound) {
+      ASSERT_EQ(right.size(), bound.size());
+      for (std::size_t i = 0; i < right.size(); ++i) {
+        ASSERT_NEAR(static_cast<double>(ours[i]), right[i], bound[i] + 1e-30) << i;
+      }
+    };
+    ASSERT_EQ(gold->dq.size(), dq.size() / heads_kv);
+    ASSERT_EQ(gold->dk.size(), dk.size() / heads_kv);
+    ASSERT_EQ(gold->dv.size(), gold->dk.size());
+    expect_within(&dq[h * gold->dq.size()], gold->dq, gold->dq_bound);
+    expect_within(&dk[h * gold->dk.size()], gold->dk, gold->dk_bound);
+    ASSERT_EQ(gold->captures.size(), 1u);
+    ASSERT_EQ(gold->capture_bounds[0].size(), 2u);
+    for (std::size_t i = 0; i < 2; ++i) sum[i] += gold->captures[0][i];
+  }
+  for (std::size_t i = 0; i < 2; ++i) EXPECT_NEAR(static_cast<double>(of_slope[i]), sum[i], 1e-4 * std::abs(sum[i]));
+  EXPECT_THAT(context->reference_backward(attention, gradients, 1, 0).status().message(), HasSubstr("(b, h_kv)"));
+  gradients.captures.push_back({"nobody", {}});
+  EXPECT_THAT(context->reference_backward(attention, gradients, 0, 0).status().message(), HasSubstr("'nobody'"));
 }
 
 TEST(CppApi, Json) {

@@ -900,7 +900,7 @@ class CudaBackwardOf : public CudaBackward, public testing::WithParamInterface<a
     g_.attention.backend = GetParam();
   }
 };
-INSTANTIATE_TEST_SUITE_P(Backends, CudaBackwardOf, testing::Values(ATTNJIT_BACKEND_MATH),
+INSTANTIATE_TEST_SUITE_P(Backends, CudaBackwardOf, testing::Values(ATTNJIT_BACKEND_MATH, ATTNJIT_BACKEND_SM80),
                          [](const auto& backend) { return attnjit_backend_name(backend.param); });
 
 // Everything is queued on the stream, becomes part of its capture, and costs no allocation.
@@ -922,7 +922,8 @@ TEST_P(CudaBackwardOf, RunsAndIsCaptured) {
     EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
     const Json json = Json::parse(attnjit_plan_description(plan.get()));
     EXPECT_EQ(json["gradients"]["captures"], Json({"table"}));
-    EXPECT_GE(json["kernels"].size(), 2u) << json;
+    EXPECT_GE(json["kernels"].size(), 4u) << json;
+    EXPECT_EQ(json["kernels"].back()["entry"], "attnjit_finish_gradient");
 
     fake_->record = false;
     ASSERT_EQ(run_backward(plan, &stream), ATTNJIT_OK);
@@ -981,6 +982,31 @@ TEST_P(CudaBackwardOf, EmptyProblems) {
   }
 }
 
+// The gradient of what shifts whole rows is summed by the kernel before the main one.
+TEST_F(CudaBackward, RowShiftsAloneNeedNoTiles) {
+  g_.attention.backend = ATTNJIT_BACKEND_SM80;
+  g_.gradients.dq = g_.gradients.dk = g_.gradients.dv = nullptr;
+  const auto launched = [&](const PlanPtr& plan) {
+    fake_->launches.clear();
+    EXPECT_EQ(run_backward(plan), ATTNJIT_OK) << attnjit_last_error();
+    std::vector<std::string> entries;
+    for (const FakeCuda::Launch& launch : fake_->launches) entries.push_back(launch.entry);
+    std::vector<std::string> described;
+    const Json json = Json::parse(attnjit_plan_description(plan.get()));
+    for (const Json& kernel : json["kernels"]) described.push_back(kernel["entry"]);
+    EXPECT_EQ(described, entries);
+    return entries;
+  };
+  PREPARE_BACKWARD_OR_SKIP(plan);
+  EXPECT_EQ(launched(plan), (std::vector<std::string>{"attnjit_backward_rows", "attnjit_finish_gradient"}));
+  // Of a part of the keys it is a sum as any other.
+  g_.gradients.partial_keys = 1;
+  const PlanPtr partial = prepared_backward();
+  ASSERT_TRUE(partial);
+  EXPECT_EQ(launched(partial),
+            (std::vector<std::string>{"attnjit_backward_rows", "attnjit_backward", "attnjit_finish_gradient"}));
+}
+
 TEST_F(CudaBackward, RefusesToCompileDuringACapture) {
   int stream = 0;
   fake_->capturing = true;
@@ -1027,6 +1053,31 @@ TEST_F(CudaBackward, Alignment) {
   ASSERT_TRUE(without);
   g_.grad_lse.dl.byte_offset = 4;
   EXPECT_EQ(run_backward(without), ATTNJIT_OK) << attnjit_last_error();
+}
+
+// Every kernel of a backward, so that all are on disk before a process with the GPU comes.
+TEST_F(CudaApi, ExplainListsABackwardsKernels) {
+  context_ = create("libno_such_driver.so.1");
+  GradientProblem g;  // on the CPU
+  float table[4] = {}, of_table[4] = {};
+  g.attention.score_mod = "score + table[h]";
+  g.capture("table", table, {4});
+  g.gradient("table", of_table, {4});
+  g.attention.backend = ATTNJIT_BACKEND_SM80;
+  attnjit_explain_options options = ATTNJIT_EXPLAIN_OPTIONS_INIT;
+  options.arch = "sm_86";
+  options.gradients = &g.gradients;
+  char* text = nullptr;
+  if (attnjit_explain(context_.get(), &g.attention, &options, &text) != ATTNJIT_OK) {
+    ASSERT_THAT(attnjit_last_error(), HasSubstr("NVRTC"));
+    GTEST_SKIP() << attnjit_last_error();
+  }
+  const Json json = Json::parse(text);
+  attnjit_free(text);
+  std::vector<std::string> entries;
+  for (const Json& kernel : json["kernels"]) entries.push_back(kernel["entry"]);
+  EXPECT_EQ(entries, (std::vector<std::string>{"attnjit_backward_rows", "attnjit_backward", "attnjit_backward_dq",
+                                               "attnjit_finish_gradient"}));
 }
 
 TEST_F(CudaApi, ExplainNeedsNoDevice) {

@@ -676,10 +676,14 @@ TEST_F(BackwardErrors, RankDtypeShapeAndStrides) {
   expect_prepare({"dk has shape (2, 2, 50, 16) and strides (0, 800, 16, 1): its elements overlap"});
 }
 
-TEST_F(BackwardErrors, Deterministic) {
-  for (const int bad : {-1, 2}) {
-    p_.gradients.deterministic = bad;
-    expect_prepare({"gradients.deterministic is ", "; allowed: 0 and 1"});
+TEST_F(BackwardErrors, Flags) {
+  for (const auto& [flag, name] : {std::pair(&p_.gradients.deterministic, "deterministic"),
+                                   std::pair(&p_.gradients.partial_keys, "partial_keys")}) {
+    for (const int bad : {-1, 2}) {
+      *flag = bad;
+      expect_prepare({"gradients.", name, " is ", "; allowed: 0 and 1"});
+    }
+    *flag = 0;
   }
 }
 
@@ -844,6 +848,8 @@ TEST_F(BackwardErrors, RunOfAnotherProblem) {
              {"grad_lse was given when the plan was prepared and is NULL now"});
   expect_run([&] { p_.gradients.deterministic = 1; },
              {"gradients.deterministic was 0 when the plan was prepared and is 1 now; prepare again"});
+  expect_run([&] { p_.gradients.partial_keys = 1; },
+             {"gradients.partial_keys was 0 when the plan was prepared and is 1 now; prepare again"});
   expect_run([&] { p_.gradients.num_captures = 0; },
              {"the gradient of table was wanted when the plan was prepared and is not wanted now; prepare again"});
   float of_slope = 0;

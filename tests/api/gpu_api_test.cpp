@@ -4,13 +4,16 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <filesystem>
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,20 +29,32 @@ using tool::GpuBuffer;
 using tool::GpuGraph;
 using tool::GpuStream;
 
-// The tensors of a Problem, copied to the GPU; outputs come back by download().
-class GpuProblem {
+// The tensors of a Problem or GradientProblem, copied to the GPU; outputs come back by download().
+template <typename P>
+class OnGpu {
  public:
-  explicit GpuProblem(int shift_bytes = 0) : shift_(static_cast<std::size_t>(shift_bytes)) {
+  explicit OnGpu(int shift_bytes = 0) : shift_(static_cast<std::size_t>(shift_bytes)) {
     place(p.q, p.q_data);
     place(p.k, p.k_data);
     place(p.v, p.v_data);
-    place(p.o, p.o_data);
-    place(p.lse, p.lse_data);
-    place(p.row_max, p.row_max_data);
+    place(p.o, p.o_data, true);
+    place(p.lse, p.lse_data, true);
+    place(p.row_max, p.row_max_data, true);
+    if constexpr (std::is_same_v<P, GradientProblem>) {
+      place(p.grad_out, p.grad_out_data);
+      place(p.grad_lse, p.grad_lse_data);
+      place(p.dq, p.dq_data, true);
+      place(p.dk, p.dk_data, true);
+      place(p.dv, p.dv_data, true);
+    }
   }
   // A captured tensor from the host's memory.
   void capture(const char* name, std::vector<float>& values, std::vector<std::int64_t> shape) {
     place(p.capture(name, nullptr, std::move(shape)), values);
+  }
+  // Its gradient, which comes back to `values`.
+  void gradient(const char* name, std::vector<float>& values, std::vector<std::int64_t> shape) {
+    place(p.gradient(name, nullptr, std::move(shape)), values, true);
   }
   // Again what the host has.
   void upload() const {
@@ -47,22 +62,21 @@ class GpuProblem {
   }
   void download() const {
     for (const Copy& copy : copies_) {
-      if (copy.host == &p.o_data || copy.host == &p.lse_data || copy.host == &p.row_max_data) {
-        copy.buffer.download(shift_, copy.host->data(), bytes(copy));
-      }
+      if (copy.is_output) copy.buffer.download(shift_, copy.host->data(), bytes(copy));
     }
   }
 
-  Problem p;
+  P p;
 
  private:
   struct Copy {
     std::vector<float>* host;
     GpuBuffer buffer;
+    bool is_output;
   };
   static std::size_t bytes(const Copy& copy) { return copy.host->size() * sizeof(float); }
-  void place(Tensor& tensor, std::vector<float>& host) {
-    copies_.push_back({&host, GpuBuffer(host.size() * sizeof(float) + shift_)});
+  void place(Tensor& tensor, std::vector<float>& host, bool is_output = false) {
+    copies_.push_back({&host, GpuBuffer(host.size() * sizeof(float) + shift_), is_output});
     copies_.back().buffer.upload(shift_, host.data(), bytes(copies_.back()));
     tensor.dl.data = copies_.back().buffer.data();
     tensor.dl.byte_offset = shift_;
@@ -72,6 +86,7 @@ class GpuProblem {
   std::size_t shift_;
   std::vector<Copy> copies_;
 };
+using GpuProblem = OnGpu<Problem>;
 
 class GpuApi : public testing::Test {
  protected:
@@ -387,6 +402,133 @@ TEST_F(GpuApi, ManyHeads) {
   std::vector<float> result(values.size());
   out.download(0, result.data(), bytes);
   EXPECT_EQ(result, values);
+}
+
+// A problem with gradients of captured tensors of three levels, one of which shifts whole rows.
+struct Captured {
+  static constexpr const char* kScoreMod = "score * slope[h] + table[q_idx - kv_idx + 49] + shift[q_idx]";
+  static constexpr const char* kMaskMod = "q_idx + 5 >= kv_idx";
+  std::vector<float> slope = Problem::pattern(4, 8), table = Problem::pattern(89, 9), shift = Problem::pattern(40, 10);
+  std::vector<float> of_slope = std::vector<float>(4, NAN), of_table = std::vector<float>(89, NAN),
+                     of_shift = std::vector<float>(40, NAN);
+
+  template <typename Add>
+  void each(Add&& add) {
+    add("slope", slope, of_slope, 4);
+    add("table", table, of_table, 89);
+    add("shift", shift, of_shift, 40);
+  }
+};
+
+void expect_close(const std::vector<float>& gpu, const std::vector<float>& cpu, const char* what) {
+  ASSERT_EQ(gpu.size(), cpu.size()) << what;
+  for (std::size_t i = 0; i < gpu.size(); ++i) {
+    ASSERT_TRUE(std::abs(gpu[i] - cpu[i]) <= 2e-4f * (1.0f + std::abs(cpu[i])))
+        << what << "[" << i << "] is " << gpu[i] << " on the GPU and " << cpu[i] << " on the CPU";
+  }
+}
+
+// Of both plans that are made at once, on a stream, and again from a graph with another grad_out.
+TEST_F(GpuApi, GradientsAgreeWithTheCpu) {
+  workspace_ = GpuBuffer(std::size_t{64} << 20);
+  for (const attnjit_backend backend : {ATTNJIT_BACKEND_SM80, ATTNJIT_BACKEND_MATH}) {
+    for (const int flags : {0, 1, 2}) {
+      SCOPED_TRACE(std::string(attnjit_backend_name(backend)) + (flags == 1   ? " deterministic"
+                                                                 : flags == 2 ? " partial_keys"
+                                                                              : ""));
+      Captured on_gpu, on_cpu;
+      OnGpu<GradientProblem> gpu;
+      GradientProblem cpu;
+      on_gpu.each([&](const char* name, auto& values, auto& gradient, std::int64_t size) {
+        gpu.capture(name, values, {size});
+        gpu.gradient(name, gradient, {size});
+      });
+      on_cpu.each([&](const char* name, auto& values, auto& gradient, std::int64_t size) {
+        cpu.capture(name, values.data(), {size});
+        cpu.gradient(name, gradient.data(), {size});
+      });
+      for (GradientProblem* const p : {&gpu.p, &cpu}) {
+        p->attention.score_mod = Captured::kScoreMod;
+        p->attention.mask_mod = Captured::kMaskMod;
+        p->gradients.deterministic = flags == 1 ? 1 : 0;
+        p->gradients.partial_keys = flags == 2 ? 1 : 0;
+      }
+      gpu.p.attention.backend = backend;
+      attnjit_plan *forward_plan = nullptr, *backward_plan = nullptr;
+      ASSERT_EQ(
+          attnjit_prepare_backward(context_.get(), &gpu.p.attention, &gpu.p.gradients, &forward_plan, &backward_plan),
+          ATTNJIT_OK)
+          << attnjit_last_error();
+      const PlanPtr first(forward_plan), second(backward_plan);
+      ASSERT_LE(attnjit_plan_workspace_size(forward_plan), std::size_t{64} << 20);
+      ASSERT_LE(attnjit_plan_workspace_size(backward_plan), std::size_t{64} << 20);
+      const GpuStream stream;
+      const auto run_both = [&] {
+        const attnjit_status status = attnjit_run(forward_plan, &gpu.p.attention, workspace_.data(),
+                                                  attnjit_plan_workspace_size(forward_plan), stream.handle());
+        if (status != ATTNJIT_OK) return status;
+        return attnjit_run_backward(backward_plan, &gpu.p.attention, &gpu.p.gradients, workspace_.data(),
+                                    attnjit_plan_workspace_size(backward_plan), stream.handle());
+      };
+      const auto compare = [&] {
+        ASSERT_TRUE(forward(context_, cpu.attention));
+        const PlanPtr plan = prepare_backward(context_, cpu);
+        ASSERT_TRUE(plan);
+        const Scratch scratch(plan.get());
+        ASSERT_EQ(attnjit_run_backward(plan.get(), &cpu.attention, &cpu.gradients, scratch.data, scratch.size, nullptr),
+                  ATTNJIT_OK)
+            << attnjit_last_error();
+        stream.synchronize();
+        gpu.download();
+        expect_close(gpu.p.dq_data, cpu.dq_data, "dq");
+        expect_close(gpu.p.dk_data, cpu.dk_data, "dk");
+        expect_close(gpu.p.dv_data, cpu.dv_data, "dv");
+        expect_close(on_gpu.of_slope, on_cpu.of_slope, "the gradient of slope");
+        expect_close(on_gpu.of_table, on_cpu.of_table, "the gradient of table");
+        expect_close(on_gpu.of_shift, on_cpu.of_shift, "the gradient of shift");
+      };
+      ASSERT_EQ(run_both(), ATTNJIT_OK) << attnjit_last_error();
+      compare();
+      attnjit_status status = ATTNJIT_INTERNAL;
+      const GpuGraph graph(stream, [&] { status = run_both(); });
+      ASSERT_EQ(status, ATTNJIT_OK) << attnjit_last_error();
+      for (GradientProblem* const p : {&gpu.p, &cpu}) {
+        std::ranges::copy(Problem::pattern(static_cast<std::int64_t>(p->grad_out_data.size()), 11),
+                          p->grad_out_data.begin());
+        std::fill(p->dq_data.begin(), p->dq_data.end(), NAN);
+      }
+      gpu.upload();
+      graph.launch(stream);
+      compare();
+    }
+  }
+}
+
+// What shifts whole rows has the gradient of lse alone, and nothing else is computed.
+TEST_F(GpuApi, RowShiftsAlone) {
+  OnGpu<GradientProblem> gpu;
+  std::vector<float> shift = Problem::pattern(40, 10), of_shift(40, NAN);
+  gpu.p.attention.backend = ATTNJIT_BACKEND_SM80;
+  gpu.p.attention.score_mod = "score + shift[q_idx]";
+  gpu.capture("shift", shift, {40});
+  gpu.gradient("shift", of_shift, {40});
+  gpu.p.gradients.dq = gpu.p.gradients.dk = gpu.p.gradients.dv = nullptr;
+  const GpuStream stream;
+  const PlanPtr plan = prepare(context_, gpu.p.attention);
+  ASSERT_TRUE(plan);
+  ASSERT_EQ(attnjit_run(plan.get(), &gpu.p.attention, nullptr, 0, stream.handle()), ATTNJIT_OK) << attnjit_last_error();
+  const PlanPtr backward = prepare_backward(context_, gpu.p);
+  ASSERT_TRUE(backward);
+  workspace_ = GpuBuffer(attnjit_plan_workspace_size(backward.get()));
+  ASSERT_EQ(attnjit_run_backward(backward.get(), &gpu.p.attention, &gpu.p.gradients, workspace_.data(),
+                                 attnjit_plan_workspace_size(backward.get()), stream.handle()),
+            ATTNJIT_OK)
+      << attnjit_last_error();
+  stream.synchronize();
+  gpu.download();
+  std::vector<float> expected(40);
+  for (std::size_t i = 0; i < gpu.p.grad_lse_data.size(); ++i) expected[i % 40] += gpu.p.grad_lse_data[i];
+  expect_close(of_shift, expected, "the gradient of shift");
 }
 
 TEST_F(GpuApi, TheLegacyDefaultStream) {

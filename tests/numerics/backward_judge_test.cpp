@@ -222,9 +222,8 @@ TEST(NumericsBackwardJudgeCase, LineReadsBack) {
   const char* const line =
       "b=2 hq=4 hkv=2 sq=33 skv=129 d=64 dv=40 dtype=bfloat16 q=bshd k=padded v=broadcast_h o=packed inputs=large "
       "score_mod=\"score + t[h] * s\" capture=t:float32:4:padded:normal capture=s:float32::packed:normal "
-      "backward=dq,dv grads=t:padded,s:packed row_shifts=t,s grad_lse=1 deterministic=1 forward=own "
-      "grad_out=broadcast_s "
-      "grad_q=bshd grad_k=padded grad_v=padded device=cuda backend=math threads=1 rows=7 seed=99";
+      "backward=dq,dv grads=t:padded,s:packed row_shifts=t,s grad_lse=1 deterministic=1 partial_keys=1 forward=own "
+      "grad_out=broadcast_s grad_q=bshd grad_k=padded grad_v=padded device=cuda backend=math threads=1 rows=7 seed=99";
   Case spec;
   std::string error;
   ASSERT_TRUE(parse_case(line, &spec, &error)) << error;

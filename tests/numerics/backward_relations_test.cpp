@@ -241,25 +241,29 @@ TEST(NumericsBackwardRelation, StridedIsPacked) {
   }
 }
 
-// Halves of K and V, each with the o and lse that a merge over both gives: dq and the captured gradients sum to the
-// whole's, dk and dv are its halves. So a ring of devices computes its gradients.
+// Halves of K and V, each with the o and lse that a merge over both gives: dq and the captured gradients, row shifts
+// (u) and what is that in part (w) among them, sum to the whole's, dk and dv are its halves. So a ring of devices
+// computes its gradients.
 TEST(NumericsBackwardRelation, MergedHalvesAreTheWhole) {
   for (const std::string& backend : target().backends) {
     const std::string line =
         with_backend(backend,
-                     "b=1 hq=2 hkv=2 sq=50 d=32 score_mod=\"where(q_idx >= kv_idx + first, score * t[h, kv_idx + "
-                     "first], -inf)\" capture=first:int32::packed:normal capture=t:float32:2x48:packed:normal "
-                     "backward=dq,dk,dv grads=t grad_lse=1");
-    Problem whole = make(line + " skv=48");
+                     "b=1 hq=2 hkv=2 sq=50 d=32 score_mod=\"where(q_idx >= kv_idx + first, score * (t[h, kv_idx + "
+                     "first] + w[h]) + u[q_idx] - 2 * w[h], -inf)\" capture=first:int32::packed:normal "
+                     "capture=t:float32:2x48:packed:normal capture=u:float32:50:packed:normal "
+                     "capture=w:float32:2:packed:normal backward=dq,dk,dv grads=t,u,w grad_lse=1");
+    Problem whole = make(line + " skv=48 row_shifts=u");
     whole.captures[0].tensor.set_int({}, 0);
     const Given given = given_of(whole);
     const Gradients all = run_or_fail(whole, given);
     Gradients sum;
     for (std::int64_t half = 0; half < 2; ++half) {
-      Problem part = make(line + " skv=24");
+      Problem part = make(line + " skv=24 partial_keys=1");
       part.captures[0].tensor.set_int({}, 24 * half);
-      for_each_index(whole.captures[1].tensor.shape(),
-                     [&](auto index) { part.captures[1].tensor.set(index, whole.captures[1].tensor.at(index)); });
+      for (std::size_t i = 1; i < part.captures.size(); ++i) {
+        for_each_index(whole.captures[i].tensor.shape(),
+                       [&](auto index) { part.captures[i].tensor.set(index, whole.captures[i].tensor.at(index)); });
+      }
       part.q = whole.q;
       part.grad_out = whole.grad_out;
       part.grad_lse = whole.grad_lse;
@@ -274,8 +278,8 @@ TEST(NumericsBackwardRelation, MergedHalvesAreTheWhole) {
         for (std::size_t i = 0; i < from.size(); ++i) (*to)[i] += from[i];
       };
       add(gradients.dq, &sum.dq);
-      sum.captures.resize(1);
-      add(gradients.captures[0], &sum.captures[0]);
+      sum.captures.resize(gradients.captures.size());
+      for (std::size_t i = 0; i < sum.captures.size(); ++i) add(gradients.captures[i], &sum.captures[i]);
       // Keys of one head lie side by side.
       for (const auto& [from, to] : {std::pair(&gradients.dk, &sum.dk), std::pair(&gradients.dv, &sum.dv)}) {
         to->resize(2 * from->size());

@@ -345,6 +345,23 @@ TEST(NumericsBackwardEdge, RowShiftsAreExact) {
   }
 }
 
+// Where keys may be a part of the row's, a row shift is summed over them as anything else is.
+TEST(NumericsBackwardEdge, ShiftsOfPartialKeys) {
+  std::size_t number = 0;
+  for (const std::string& backend : target().backends) {
+    for (const Expression& expression : learnable_expressions()) {
+      Case spec = with_all_gradients(with_expression(shape_of(number), expression.fields));
+      if (spec.backward.row_shifts.empty()) continue;
+      spec.backward.grad_lse = ++number % 2 == 0;
+      spec.backward.partial_keys = true;
+      spec.backend = backend;
+      const Check check = check_case(spec);
+      EXPECT_TRUE(check.accepted) << check.message;
+    }
+  }
+  EXPECT_GE(number, 10u);
+}
+
 // What lies behind a mask, or in a branch that is not taken, never reaches a gradient.
 TEST(NumericsBackwardEdge, PoisonBehindMasks) {
   for (const std::string& backend : target().backends) {

@@ -127,6 +127,7 @@ void write_backward(const BackwardSpec& backward, Field&& field) {
   if (!backward.row_shifts.empty()) field("row_shifts", joined(backward.row_shifts));
   if (backward.grad_lse) field("grad_lse", "1");
   if (backward.deterministic) field("deterministic", "1");
+  if (backward.partial_keys) field("partial_keys", "1");
   if (backward.own_forward) field("forward", "own");
   const std::array<std::pair<std::string_view, Layout>, 4> placed = {{{"grad_out", backward.layout_grad_out},
                                                                       {"grad_q", backward.layout_dq},
@@ -168,6 +169,7 @@ bool parse_backward(std::string_view name, std::string_view value, BackwardSpec*
   }
   if (name == "grad_lse") return flag(&backward->grad_lse);
   if (name == "deterministic") return flag(&backward->deterministic);
+  if (name == "partial_keys") return flag(&backward->partial_keys);
   if (name == "forward") return backward->own_forward = value == "own", value == "own" || value == "gold";
   if (name == "grad_out") return find(layouts(), value, &backward->layout_grad_out);
   if (name == "grad_q") return find(layouts(), value, &backward->layout_dq);
@@ -179,7 +181,7 @@ bool parse_backward(std::string_view name, std::string_view value, BackwardSpec*
 }  // namespace
 
 bool BackwardSpec::shifts_rows(std::string_view name) const {
-  return std::find(row_shifts.begin(), row_shifts.end(), name) != row_shifts.end();
+  return !partial_keys && std::find(row_shifts.begin(), row_shifts.end(), name) != row_shifts.end();
 }
 
 double Case::effective_scale() const {

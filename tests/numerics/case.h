@@ -64,7 +64,8 @@ struct BackwardSpec {
   std::vector<std::string> row_shifts = {};
   bool grad_lse = false;
   bool deterministic = false;
-  bool own_forward = false;  // o and lse are the library's own, not gold ones rounded to their types
+  bool partial_keys = false;  // o and lse may be of more keys: row shifts are summed as any other
+  bool own_forward = false;   // o and lse are the library's own, not gold ones rounded to their types
   Layout layout_grad_out = Layout::kPacked;
   Layout layout_dq = Layout::kPacked, layout_dk = Layout::kPacked, layout_dv = Layout::kPacked;
 

@@ -253,6 +253,7 @@ class GradientCall {
     call_.captures = c_captures_.data();
     call_.num_captures = c_captures_.size();
     call_.deterministic = wanted.deterministic ? 1 : 0;
+    call_.partial_keys = wanted.partial_keys ? 1 : 0;
     return &call_;
   }
 

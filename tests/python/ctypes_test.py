@@ -109,8 +109,9 @@ class CtypesTest(unittest.TestCase):
             dq, dk, dv = (Strided(t.shape) for t in (self.q, self.k, self.v))
             slopes = attnjit.HostTensor((4,))
             backward = attnjit.Backward(call, grad_out, grad_lse, dq, dk, dv, captures={"slopes": slopes},
-                                        deterministic=True)
+                                        deterministic=True, partial_keys=backend == "math")
             self.run_call(backward)
+            self.assertEqual(backward.description()["gradients"]["partial_keys"], backend == "math")
             self.assertEqual(backward.description()["gradients"]["captures"], ["slopes"])
             for tensor, gradient in ((self.q, dq), (self.k, dk), (self.v, dv), (self.slopes, slopes)):
                 for at in random.sample(range(len(tensor.values)), 3):

@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "support/float16.h"
+
 // CUDA's own names.
 // NOLINTBEGIN(readability-identifier-naming,bugprone-reserved-identifier)
 namespace attnjit::emulation {
@@ -165,6 +167,12 @@ inline float exp2_fast(float x) {
 }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float max_number(float a, float b) { return std::fmax(a, b); }
+inline unsigned pack_f16(float first, float second) {
+  return test::to_f16(first) | static_cast<unsigned>(test::to_f16(second)) << 16;
+}
+inline unsigned pack_bf16(float first, float second) {
+  return test::to_bf16(first) | static_cast<unsigned>(test::to_bf16(second)) << 16;
+}
 
 }  // namespace attnjit::emulation
 

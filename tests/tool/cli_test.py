@@ -369,17 +369,21 @@ class Explain(Tool):
         both = explain("score * a[h] + tanh(score) * c", "--captures", "a:float32:Hq", "--captures", "c:float32:",
                        "--backward", "--grad", "c,a", "--deterministic")
         self.assertEqual(both["gradients"], {"wanted": ["dq", "dk", "dv"], "captures": ["a", "c"], "grad_lse": False,
-                                             "deterministic": True})
+                                             "deterministic": True, "partial_keys": False})
         self.assertEqual(both["facts"]["gradient_need"], "score")
         self.assertEqual({s["capture"] for s in both["facts"]["sinks"]}, {"a", "c"})
         self.assertNotIn("gradient_need", explain("score * 2")["facts"])
         text = self.tool("explain", "score + t[kv_idx] + u[q_idx]", "--backward", "--grad", "t,u")
         for part in ("gradient need", "capture t, level column, row shift no", "capture u, level row, row shift yes"):
             self.assertIn(part, text)
+        partial = explain("score + u[q_idx]", "--backward", "--grad", "u", "--partial-keys")
+        self.assertTrue(partial["gradients"]["partial_keys"])
+        self.assertEqual([s["row_shift"] for s in partial["facts"]["sinks"]], [False])
 
     def test_errors(self):
         for arguments, expected in [
                 (["score + x[h]", "--grad", "x"], "--backward"),
+                (["score + x[h]", "--partial-keys"], "--backward"),
                 (["score + x[h]", "--backward", "--grad", "y"], "gradients.captures has 'y', which captures lacks"),
                 (["score +"], "^"),
                 (["score + scor"], "did you mean 'score'"),

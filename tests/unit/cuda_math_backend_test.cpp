@@ -121,31 +121,25 @@ namespace attnjit::kernels_f32 {
 using namespace math;
 using namespace emulation;
 constexpr Config kConfig{.element = Element::kF32};
-[[maybe_unused]] unsigned pack(float, float) { return 0; }
 [[maybe_unused]] float widen(unsigned short) { return 0; }
 }  // namespace attnjit::kernels_f32
 namespace attnjit::kernels_f16 {
 using namespace math;
 using namespace emulation;
 constexpr Config kConfig{.element = Element::kF16};
-unsigned pack(float first, float second) {
-  return test::to_f16(first) | static_cast<unsigned>(test::to_f16(second)) << 16;
-}
 float widen(unsigned short bits) { return test::from_f16(bits); }
 }  // namespace attnjit::kernels_f16
 namespace attnjit::kernels_bf16 {
 using namespace math;
 using namespace emulation;
 constexpr Config kConfig{.element = Element::kBF16};
-unsigned pack(float first, float second) {
-  return test::to_bf16(first) | static_cast<unsigned>(test::to_bf16(second)) << 16;
-}
 float widen(unsigned short bits) { return test::from_bf16(bits); }
 }  // namespace attnjit::kernels_bf16
 
 #define math mod_noop
 #define Mod Noop
 #define attnjit_math_mod attnjit_math_mod_noop
+#include "kernels_templates/math/common.cuh"
 #include "kernels_templates/math/mod.cuh"
 #undef math
 #undef Mod
@@ -154,6 +148,7 @@ float widen(unsigned short bits) { return test::from_bf16(bits); }
 #define math mod_causal
 #define Mod Causal
 #define attnjit_math_mod attnjit_math_mod_causal
+#include "kernels_templates/math/common.cuh"
 #include "kernels_templates/math/mod.cuh"
 #undef math
 #undef Mod
@@ -162,6 +157,7 @@ float widen(unsigned short bits) { return test::from_bf16(bits); }
 #define math mod_rel
 #define Mod Rel
 #define attnjit_math_mod attnjit_math_mod_rel
+#include "kernels_templates/math/common.cuh"
 #include "kernels_templates/math/mod.cuh"
 #undef math
 #undef Mod
@@ -170,6 +166,7 @@ float widen(unsigned short bits) { return test::from_bf16(bits); }
 #define math mod_bias
 #define Mod Bias
 #define attnjit_math_mod attnjit_math_mod_bias
+#include "kernels_templates/math/common.cuh"
 #include "kernels_templates/math/mod.cuh"
 #undef math
 #undef Mod

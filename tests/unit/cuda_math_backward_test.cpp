@@ -123,56 +123,44 @@ struct Levels : ModDefaults {
 
 }  // namespace attnjit::cuda
 
-#define ATTNJIT_PACKING                                                               \
-  inline unsigned pack_f16(float first, float second) {                               \
-    return test::to_f16(first) | static_cast<unsigned>(test::to_f16(second)) << 16;   \
-  }                                                                                   \
-  inline unsigned pack_bf16(float first, float second) {                              \
-    return test::to_bf16(first) | static_cast<unsigned>(test::to_bf16(second)) << 16; \
-  }
 namespace attnjit::backward_noop {
 using namespace math;
 using namespace emulation;
-ATTNJIT_PACKING
 constexpr bool kDeterministic = false;
 }  // namespace attnjit::backward_noop
 namespace attnjit::backward_levels {
 using namespace math;
 using namespace emulation;
-ATTNJIT_PACKING
 constexpr bool kDeterministic = false;
 }  // namespace attnjit::backward_levels
 namespace attnjit::backward_deterministic {
 using namespace math;
 using namespace emulation;
-ATTNJIT_PACKING
 constexpr bool kDeterministic = true;
 }  // namespace attnjit::backward_deterministic
 namespace attnjit::backward_f32 {
 using namespace math;
 using namespace emulation;
 constexpr Config kConfig{.element = Element::kF32};
-[[maybe_unused]] unsigned pack(float, float) { return 0; }
 [[maybe_unused]] float widen(unsigned short) { return 0; }
 }  // namespace attnjit::backward_f32
 namespace attnjit::backward_f16 {
 using namespace math;
 using namespace emulation;
 constexpr Config kConfig{.element = Element::kF16};
-[[maybe_unused]] unsigned pack(float, float) { return 0; }
 float widen(unsigned short bits) { return test::from_f16(bits); }
 }  // namespace attnjit::backward_f16
 namespace attnjit::backward_bf16 {
 using namespace math;
 using namespace emulation;
 constexpr Config kConfig{.element = Element::kBF16};
-[[maybe_unused]] unsigned pack(float, float) { return 0; }
 float widen(unsigned short bits) { return test::from_bf16(bits); }
 }  // namespace attnjit::backward_bf16
 
 #define math backward_noop
 #define Mod Noop
 #define attnjit_math_mod_backward attnjit_math_mod_backward_noop
+#include "kernels_templates/math/common.cuh"
 #include "kernels_templates/math/mod_backward.cuh"
 #undef math
 #undef Mod
@@ -181,6 +169,7 @@ float widen(unsigned short bits) { return test::from_bf16(bits); }
 #define math backward_levels
 #define Mod Levels
 #define attnjit_math_mod_backward attnjit_math_mod_backward_levels
+#include "kernels_templates/math/common.cuh"
 #include "kernels_templates/math/mod_backward.cuh"
 #undef math
 #undef Mod
@@ -189,6 +178,7 @@ float widen(unsigned short bits) { return test::from_bf16(bits); }
 #define math backward_deterministic
 #define Mod Levels
 #define attnjit_math_mod_backward attnjit_math_mod_backward_deterministic
+#include "kernels_templates/math/common.cuh"
 #include "kernels_templates/math/mod_backward.cuh"
 #undef math
 #undef Mod
@@ -401,6 +391,10 @@ class CudaMathBackward : public testing::Test {
                  backward_bf16::attnjit_math_copy_backward_bf16);
     WantedGradients wanted = p.wanted;
     wanted.captures = call.captures_wanted();
+    // Of these only what decides where sums are exact.
+    const std::vector<compiler::SinkFacts> sinks = {{.capture = Levels::kBias, .injective = true}};
+    CudaGradientSums sums(call.forward(), wanted.captures, sinks, p.deterministic);
+    sums.use(device_, host_kernel(finish_gradient));
     return CudaMathBackwardPlan(
         call.forward(), wanted,
         {.device = device_,
@@ -410,10 +404,9 @@ class CudaMathBackward : public testing::Test {
          .delta = pick(backward_f32::attnjit_math_delta_backward_f32, backward_f16::attnjit_math_delta_backward_f16,
                        backward_bf16::attnjit_math_delta_backward_bf16),
          .copy = copy_,
-         .finish = host_kernel(finish_gradient),
          .cublas = cublas_,
          .arch = 80,
-         .accumulators = p.deterministic ? 0xffu & ~(1u << Levels::kBias) : 0u});
+         .sums = std::move(sums)});
   }
 
   // Runs on a workspace of NaN.

@@ -119,8 +119,10 @@ TEST(Sm80Backward, Workspace) {
   EXPECT_EQ(backward_workspace(s, config, 100, 0).splits, 1);
 
   config.wants_dq = false;
+  s.seqlen_kv = 1000;
   const Sm80BackwardWorkspace none = backward_workspace(s, config, 100, 0);
   EXPECT_EQ(none.sums, none.dq_sum);
+  EXPECT_EQ(none.splits, 1);  // nothing to split
 }
 
 }  // namespace

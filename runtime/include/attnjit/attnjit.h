@@ -163,10 +163,11 @@ typedef struct attnjit_capture_gradient {
 
 /* What the backward of a call is given beside its attnjit_attention, and what it computes.
  *
- * attention->o and attention->lse are then what the forward computed: inputs. lse is needed; one that was merged over
- * several devices serves (row shifts: docs/backward.md). attention->row_max is ignored. All are on the call's device.
- * Gradients are of sum(grad_out * o) + sum(grad_lse * lse). Where the expression has a kink they are PyTorch's. An
- * element that is dropped, a branch that is not taken and a row without a kept element contribute exactly zero. */
+ * attention->o and attention->lse are then what the forward computed: inputs. lse is needed. Merged over several calls
+ * (devices), each with some of the keys, they serve too, see partial_keys. attention->row_max is ignored. All are on
+ * the call's device. Gradients are of sum(grad_out * o) + sum(grad_lse * lse). Where the expression has a kink they are
+ * PyTorch's. An element that is dropped, a branch that is not taken and a row without a kept element contribute exactly
+ * zero. */
 typedef struct attnjit_gradients {
   size_t struct_size;
   const DLTensor* grad_out; /* (B, Hq, Sq, Dv), q's type; the innermost stride 1, any others (0 broadcasts) */
@@ -179,8 +180,12 @@ typedef struct attnjit_gradients {
   /* 1: two runs on one machine give the same bits. What it costs is in docs/backward.md. 0: sums may be added in any
    * order. */
   int deterministic;
+  /* 1: k and v are a part of the keys that o and lse are of. Gradients are what this part contributes: dk and dv of its
+   * keys, and of the rest a sum over the parts gives the whole. 0: o and lse are of these keys; what a captured term
+   * that shifts a whole row (`score + u[q_idx]`) gets is then taken from grad_lse alone (docs/backward.md). */
+  int partial_keys;
 } attnjit_gradients;
-#define ATTNJIT_GRADIENTS_INIT {sizeof(attnjit_gradients), NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
+#define ATTNJIT_GRADIENTS_INIT {sizeof(attnjit_gradients), NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0}
 
 /* As attnjit_prepare, for the backward, which does not look at max_autotune. Where `forward` is not NULL, it receives
  * the plan of attnjit_prepare for `attention` with its lse: both are compiled at the same time. */
@@ -225,9 +230,10 @@ ATTNJIT_API attnjit_status attnjit_reference_bounds(attnjit_context* context, co
 /* The double-precision oracle of the backward, for all of batch `b` and key/value head `h_kv`, that is the query heads
  * h_kv * Hq / Hkv and on: dq (Hq / Hkv, Sq, D), dk (Skv, D), dv (Skv, Dv), and of each of gradients->captures, in that
  * order and packed, the part that these heads contribute. Everything is computed anew from q, k, v and grad_out:
- * attention->o and lse are ignored, as are outputs' data. Each output has a bound beside it: what a fused kernel that
- * computes in float32 and is given a right o and lse may be off by (docs/numerics.md), infinite where nothing can be
- * said. Any pointer may be NULL, and `captures` and `capture_bounds` may be NULL where there are none. */
+ * attention->o and lse are ignored, as are outputs' data; with gradients->partial_keys they are read and taken as they
+ * are. Each output has a bound beside it: what a fused kernel that computes in float32 and is given a right o and lse
+ * (the same ones) may be off by (docs/numerics.md), infinite where nothing can be said. Any pointer may be NULL, and
+ * `captures` and `capture_bounds` may be NULL where there are none. */
 typedef struct attnjit_reference_gradients {
   size_t struct_size;
   double *dq, *dk, *dv;

@@ -242,6 +242,16 @@ struct Gradients {
   TensorRef dv = {};
   std::vector<CaptureGradient> captures = {};
   bool deterministic = false;  // two runs on one machine give the same bits
+  bool partial_keys = false;   // k and v are a part of the keys that o and lse are of
+};
+
+// What Context::reference_backward gives, packed: of one batch and key/value head. Beside each gradient stands what a
+// float32 kernel may be off by.
+struct ReferenceGradients {
+  std::vector<double> dq, dq_bound;                           // (Hq / Hkv, Sq, D)
+  std::vector<double> dk, dk_bound;                           // (Skv, D)
+  std::vector<double> dv, dv_bound;                           // (Skv, Dv)
+  std::vector<std::vector<double>> captures, capture_bounds;  // in the order of Gradients::captures
 };
 
 namespace detail {
@@ -313,6 +323,7 @@ class CGradients {
     gradients_.captures = captures_.data();
     gradients_.num_captures = g.captures.size();
     gradients_.deterministic = g.deterministic ? 1 : 0;
+    gradients_.partial_keys = g.partial_keys ? 1 : 0;
   }
   CGradients(const CGradients&) = delete;
   CGradients& operator=(const CGradients&) = delete;
@@ -513,6 +524,53 @@ class Context {
     const detail::CAttention c(attention);
     return Status::of(attnjit_reference_bounds(context_.get(), c.get(), rows.data(), rows.size(), data_or_null(o_bound),
                                                data_or_null(lse_bound), data_or_null(decided)));
+  }
+
+  // The oracle of gradients. Outputs of `gradients` need no data, and those of captures no tensor.
+  Result<ReferenceGradients> reference_backward(const Attention& attention, const Gradients& gradients, std::int64_t b,
+                                                std::int64_t h_kv) const {
+    // Where a shape is not what it has to be, nothing is written.
+    const auto extent = [](const TensorRef& tensor, std::size_t dimension) {
+      const std::span<const std::int64_t> shape = tensor.shape();
+      return shape.size() == 4 ? static_cast<std::size_t>(std::max<std::int64_t>(shape[dimension], 0)) : 0;
+    };
+    const std::size_t heads_kv = extent(attention.k, 1), seqlen_kv = extent(attention.k, 2);
+    const std::size_t heads = heads_kv > 0 ? extent(attention.q, 1) / heads_kv : 0;
+    ReferenceGradients result;
+    result.dq.resize(heads * extent(attention.q, 2) * extent(attention.q, 3));
+    result.dk.resize(seqlen_kv * extent(attention.q, 3));
+    result.dv.resize(seqlen_kv * extent(attention.v, 3));
+    for (const CaptureGradient& wanted : gradients.captures) {
+      std::size_t size = 0;
+      for (const Capture& capture : attention.captures) {
+        if (capture.name != wanted.name) continue;
+        size = 1;
+        for (const std::int64_t e : capture.tensor.shape())
+          size *= static_cast<std::size_t>(std::max<std::int64_t>(e, 0));
+      }
+      result.captures.emplace_back(size);
+    }
+    result.dq_bound = result.dq;
+    result.dk_bound = result.dk;
+    result.dv_bound = result.dv;
+    result.capture_bounds = result.captures;
+    std::vector<double*> captures, capture_bounds;
+    for (std::vector<double>& values : result.captures) captures.push_back(values.data());
+    for (std::vector<double>& values : result.capture_bounds) capture_bounds.push_back(values.data());
+    attnjit_reference_gradients out = ATTNJIT_REFERENCE_GRADIENTS_INIT;
+    out.dq = result.dq.data();
+    out.dk = result.dk.data();
+    out.dv = result.dv.data();
+    out.captures = captures.data();
+    out.dq_bound = result.dq_bound.data();
+    out.dk_bound = result.dk_bound.data();
+    out.dv_bound = result.dv_bound.data();
+    out.capture_bounds = capture_bounds.data();
+    const detail::CAttention c(attention);
+    const detail::CGradients g(gradients);
+    const attnjit_status status = attnjit_reference_backward(context_.get(), c.get(), g.get(), b, h_kv, &out);
+    if (status != ATTNJIT_OK) return Status::of(status);
+    return result;
   }
 
   // JSON: what the compiler makes of a problem; with `dump`, its intermediate texts too. `arch` "sm_80" and the like:
