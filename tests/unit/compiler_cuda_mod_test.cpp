@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -40,18 +41,21 @@ struct Emitted {
   double score_factor = 1;
   bool mask_reads_score = false;
   std::size_t sinks = 0;
+  FoldedFacts folded;
 };
 
-Emitted emitted(const ModProblem& problem, CudaAccuracy accuracy = CudaAccuracy::kFull, bool backward = false) {
+Emitted emitted(const ModProblem& problem, CudaAccuracy accuracy = CudaAccuracy::kFull, bool backward = false,
+                ModForm form = ModForm::kPlain) {
   PhaseTimes phases;
   Frontend frontend(phases);
   if (!(backward ? frontend.run_backward(problem, {}, Target::kCuda) : frontend.run(problem, {}, Target::kCuda))) {
     ADD_FAILURE() << frontend.error();
     return {};
   }
-  CudaMod mod = emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks);
+  CudaMod mod = emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks, form);
   EXPECT_EQ(mod.error, "");
-  return {std::move(mod.text), frontend.score_factor(), frontend.facts().mask_reads_score, mod.sink_levels.size()};
+  return {std::move(mod.text), frontend.score_factor(), frontend.facts().mask_reads_score, mod.sink_levels.size(),
+          mod.folded.value_or(FoldedFacts{})};
 }
 
 std::string text_of(const std::string& expression, CudaAccuracy accuracy = CudaAccuracy::kFull) {
@@ -64,11 +68,16 @@ std::string text_of(const std::string& expression, CudaAccuracy accuracy = CudaA
 
 // ---- Host code
 
+// What the folded form has beside score(), of one element.
+struct FoldedParts {
+  float shift, term, slope;
+};
+
 // Mods of forwards or of backwards compiled together, each run by its number.
 class HostMods {
  public:
   using Forward = void (*)(const cuda::CapturedView*, const float* scores, const int* points, float* values,
-                           bool* keeps, int n);
+                           bool* keeps, FoldedParts* parts, int n);
   // The last three: per point, of each sink, what it adds, to which capture and where.
   using Backward = void (*)(const cuda::CapturedView*, const cuda::GradientView*, const float* scores,
                             const float* grads, const int* points, float* values, bool* keeps, float* dscores,
@@ -119,8 +128,15 @@ class HostMods {
     std::string all = "#include \"tests/support/cuda_host.h\"\n" + file("cuda/params.h") + file("cuda/functions.cuh") +
                       file("cuda/mod_defaults.cuh") + R"(
 using namespace attnjit::cuda;
+struct FoldedParts {
+  float shift, term, slope;
+};
 template <typename Mod>
-void run(const CapturedView* captured, const float* scores, const int* points, float* values, bool* keeps, int n) {
+void run(const CapturedView* captured, const float* scores, const int* points, float* values, bool* keeps,
+         FoldedParts* parts, int n) {
+  static_assert(!Mod::kIdentity || !(Mod::kAdditive || Mod::kDrifts));
+  static_assert(!Mod::kAdditive || Mod::kScoresInLog2);
+  static_assert(!Mod::kLinear || (Mod::kAdditive && !Mod::kDrifts));
   for (int i = 0; i < n; ++i) {
     const auto block = Mod::block(captured, points[4 * i], points[4 * i + 1]);
     const auto row = Mod::row(captured, block, points[4 * i + 2]);
@@ -129,6 +145,8 @@ void run(const CapturedView* captured, const float* scores, const int* points, f
     const auto diagonal = Mod::diagonal(captured, block, q_minus_kv, static_cast<float>(q_minus_kv));
     values[i] = Mod::kIdentity ? scores[i] : Mod::score(captured, scores[i], block, row, column, diagonal);
     keeps[i] = !Mod::kHasMask || Mod::keep(captured, scores[i], block, row, column, diagonal);
+    parts[i] = {Mod::shift(captured, block, row), Mod::term(captured, block, row, column, diagonal),
+                Mod::slope(captured, block)};
   }
 }
 template <typename Mod, typename... Sink>
@@ -159,8 +177,11 @@ template <typename Mod>
 void run_backward(const CapturedView* captured, const GradientView* gradients, const float* scores, const float* grads,
                   const int* points, float* values, bool* keeps, float* dscores, float* added, int* captures,
                   long long* places, int n) {
-  static_assert(!Mod::kScoresInLog2);
-  run<Mod>(captured, scores, points, values, keeps, n);
+  static_assert(!Mod::kScoresInLog2 && !Mod::kHasShift);
+  for (int i = 0; i < n; ++i) {
+    FoldedParts none;
+    run<Mod>(captured, scores + i, points + 4 * i, values + i, keeps + i, &none, 1);
+  }
   constexpr int kSinks = Mod::Sinks::kSize;
   for (int i = 0; i < n; ++i) {
     const int* const here = points + 4 * i;
@@ -183,8 +204,9 @@ void run_backward(const CapturedView* captured, const GradientView* gradients, c
       all += backward_ ? "(const CapturedView* c, const GradientView* g, const float* s, const float* d, const int* p, "
                          "float* v, bool* k, float* ds, float* a, int* ac, long long* ap, int n) {\n  run_backward<" +
                              type + ">(c, g, s, d, p, v, k, ds, a, ac, ap, n);\n}\n"
-                       : "(const CapturedView* c, const float* s, const int* p, float* v, bool* k, int n) {\n  run<" +
-                             type + ">(c, s, p, v, k, n);\n}\n";
+                       : "(const CapturedView* c, const float* s, const int* p, float* v, bool* k, FoldedParts* f, "
+                         "int n) {\n  run<" +
+                             type + ">(c, s, p, v, k, f, n);\n}\n";
     }
     return all;
   }
@@ -206,6 +228,7 @@ struct Case {
   double score_factor = 1;
   bool mask_reads_score = false;
   std::size_t sinks = 0;
+  FoldedFacts folded;
 
   // Gradients are wanted of every floating tensor. `by_value`: scalars are passed so; `broadcast`: tensors have a
   // stride of 0 along their first dimension, and gradients of their full shape.
@@ -238,17 +261,19 @@ struct Case {
     }
   }
 
-  std::string emit(bool backward = false) {
-    Emitted mod = emitted(problem, accuracy, backward);
+  std::string emit(bool backward = false, ModForm form = ModForm::kPlain) {
+    Emitted mod = emitted(problem, accuracy, backward, form);
     score_factor = mod.score_factor;
     mask_reads_score = mod.mask_reads_score;
     sinks = mod.sinks;
+    folded = mod.folded;
     return std::move(mod.text);
   }
 
   struct Values {
     std::vector<float> values;
     std::unique_ptr<bool[]> keeps;
+    std::vector<FoldedParts> parts;  // of the forward
     // Of the backward.
     std::vector<float> dscores, added;  // per point; per point of each sink
     std::vector<int> captures;
@@ -258,8 +283,10 @@ struct Case {
   Values run(HostMods::Forward function, const std::vector<Point>& points) const {
     const std::vector<float> scores = scores_of(points);
     const std::vector<int> where = where_of(points);
-    Values out{std::vector<float>(points.size()), std::unique_ptr<bool[]>(new bool[points.size()])};
-    function(table.data(), scores.data(), where.data(), out.values.data(), out.keeps.get(),
+    Values out{.values = std::vector<float>(points.size()),
+               .keeps = std::unique_ptr<bool[]>(new bool[points.size()]),
+               .parts = std::vector<FoldedParts>(points.size())};
+    function(table.data(), scores.data(), where.data(), out.values.data(), out.keeps.get(), out.parts.data(),
              static_cast<int>(points.size()));
     return out;
   }
@@ -279,6 +306,7 @@ struct Case {
     const std::size_t n = points.size();
     Values out{.values = std::vector<float>(n),
                .keeps = std::unique_ptr<bool[]>(new bool[n]),
+               .parts = {},
                .dscores = std::vector<float>(n),
                .added = std::vector<float>(n * sinks),
                .captures = std::vector<int>(n * sinks),
@@ -331,6 +359,46 @@ struct Case {
       ADD_FAILURE() << at(points[i]) << value << (out.keeps[i] ? "" : " dropped") << ", expected " << expected.value
                     << " in [" << expected.lo << ", " << expected.hi << "]" << (expected.keep ? "" : " dropped") << "\n"
                     << emitted(problem, accuracy).text;
+    }
+    return decided;
+  }
+
+  // Likewise of the folded form, each way that it offers, where the plain form is right. What is taken out of a sum is
+  // rounded elsewhere, as large as it is by itself; `overflows`: parts may leave float32's range where the sum does
+  // not.
+  int judge_folded(HostMods::Forward plain, HostMods::Forward function, const std::vector<Point>& points,
+                   bool overflows) {
+    const Values from = run(plain, points), out = run(function, points);
+    dsl::ModifiedScores scores = gold();
+    int decided = 0, wrong = 0;
+    for (std::size_t i = 0; i < points.size() && wrong < 3; ++i) {
+      const dsl::ModifiedScore expected = scores.at(points[i], std::abs(points[i].score));
+      EXPECT_EQ(out.keeps[i], from.keeps[i]) << at(points[i]);
+      if (!decides(points[i], expected)) continue;
+      if (!is_right(expected, static_cast<double>(from.values[i]) * kLn2, from.keeps[i])) continue;
+      ++decided;
+      const auto [shift, term, slope] = out.parts[i];
+      const float s = static_cast<float>(points[i].score * score_factor);
+      const auto expect = [&](const char* way, float rest) {
+        const bool finite = std::isfinite(rest) && std::isfinite(shift);
+        if (!finite && overflows && std::isfinite(expected.value)) return;
+        dsl::ModifiedScore bound = expected;
+        if (finite) {
+          const double size = std::abs(rest) + std::abs(shift) + (folded.additive ? std::abs(rest - s) : 0.0f);
+          bound.lo -= 8 * dsl::kUnit * size;
+          bound.hi += 8 * dsl::kUnit * size;
+        }
+        const double value = (static_cast<double>(rest) + static_cast<double>(shift)) * kLn2;
+        if (is_right(bound, value, out.keeps[i])) return;
+        ++wrong;
+        ADD_FAILURE() << at(points[i]) << way << " gives " << value << (out.keeps[i] ? "" : " dropped") << ", expected "
+                      << expected.value << " in [" << bound.lo << ", " << bound.hi << "]"
+                      << (expected.keep ? "" : " dropped") << "\n"
+                      << emitted(problem, accuracy, false, ModForm::kFolded).text;
+      };
+      expect("score()", out.values[i]);
+      if (folded.additive) expect("s + term()", s + term);
+      if (folded.linear) expect("s + slope()", s + slope * static_cast<float>(points[i].q_idx - points[i].kv_idx));
     }
     return decided;
   }
@@ -554,6 +622,157 @@ TEST(CompilerCudaMod, WrittenExpressionsAreRight) {
   EXPECT_GT(judged(cases, points, Direction::kForward), 50 * static_cast<int>(texts.size()));
 }
 
+// Compiles the folded forms of the cases and judges each on the same points; returns how much was decided.
+int judged_folded(std::vector<Case>& cases, const std::vector<Point>& points, bool overflows) {
+  std::vector<std::string> texts;
+  for (Case& made : cases) texts.push_back(made.emit());
+  for (Case& made : cases) texts.push_back(made.emit(false, ModForm::kFolded));
+  const HostMods mods(texts);
+  int decided = 0;
+  for (std::size_t i = 0; i < cases.size() && mods.forward(i); ++i)
+    decided += cases[i].judge_folded(mods.forward(i), mods.forward(cases.size() + i), points, overflows);
+  return decided;
+}
+
+// A sum of what goes to different places of the folded form, with what written_cases() captures.
+std::string random_sum(std::mt19937_64& random) {
+  constexpr const char* kWithScore[] = {"score", "score", "score", "softcap(5)", "score * c", "score * 0.25", "-score"};
+  constexpr const char* kTerms[] = {"2 * h",
+                                    "u[q_idx]",
+                                    "t[b, h] * c",
+                                    "3.25",
+                                    "q_idx * 0.3",
+                                    "u[off[q_idx]]",
+                                    "u[kv_idx]",
+                                    "u[kv_idx] * u[q_idx]",
+                                    "(u[kv_idx] - u[q_idx])",
+                                    "u[q_idx - kv_idx + 5]",
+                                    "c * (kv_idx - q_idx)",
+                                    "(q_idx - kv_idx)",
+                                    "0.5 * (q_idx - kv_idx + 3)",
+                                    "t[b, h] * (2 - q_idx + kv_idx) * g",
+                                    "h * (q_idx - kv_idx) / 3",
+                                    "(c * (q_idx - kv_idx) - t[b, h])",
+                                    "2 * (kv_idx - q_idx)",
+                                    "abs(q_idx - kv_idx)",
+                                    "where(q_idx > kv_idx, c, g)",
+                                    "(3 * kv_idx - q_idx)",
+                                    "kv_idx * g"};
+  const auto one_of = [&](const auto& texts) { return std::string(texts[random() % std::size(texts)]); };
+  std::string text = one_of(kWithScore);
+  for (std::uint64_t terms = 1 + random() % 3; terms > 0; --terms) {
+    const std::string term = one_of(kTerms);
+    switch (random() % 8) {
+      case 0:
+        text = term + " - (" + text + ")";
+        break;
+      case 1:
+        text = term + " + (" + text + ")";
+        break;
+      case 2:
+        text = "(" + text + " + " + term + ") * 0.75";
+        break;
+      case 3:
+      case 4:
+        text += " - " + term;
+        break;
+      default:
+        text += " + " + term;
+    }
+  }
+  return random() % 4 == 0 ? "where(q_idx + 2 >= kv_idx, " + text + ", -inf)" : text;
+}
+
+TEST(CompilerCudaMod, FoldedFormsAreRight) {
+  std::mt19937_64 random(27);
+  for (const bool overflows : {false, true}) {
+    std::vector<Case> cases;
+    for (int i = 0; i < random_count() / 2; ++i) cases.push_back(random_case(random, i, !overflows));
+    EXPECT_GT(judged_folded(cases, random_points(random, 100), overflows), 100 * static_cast<int>(cases.size()) / 3);
+  }
+  std::vector<std::string> texts;
+  for (int i = 0; i < random_count(); ++i) texts.push_back(random_sum(random));
+  std::vector<Case> cases = written_cases(texts);
+  EXPECT_GT(judged_folded(cases, random_points(random, 100), false), 90 * static_cast<int>(cases.size()));
+  const auto share = [&](bool FoldedFacts::* fact) {
+    return std::ranges::count_if(cases, [&](const Case& made) { return made.folded.*fact; }) * 100 / random_count();
+  };
+  EXPECT_GT(share(&FoldedFacts::has_shift), 30);
+  EXPECT_GT(share(&FoldedFacts::additive), 10);
+  EXPECT_GT(share(&FoldedFacts::linear), 2);
+  EXPECT_GT(share(&FoldedFacts::drifts), 10);
+}
+
+// What neither drifts nor is linear does not move from key to key, if captured tensors don't.
+TEST(CompilerCudaMod, WhatDoesNotDriftStaysAlongTheKeys) {
+  std::mt19937_64 random(28);
+  std::vector<std::string> texts, mods;
+  for (int i = 0; i < random_count(); ++i) texts.push_back(random_sum(random));
+  std::vector<Case> cases = written_cases(texts);
+  for (Case& made : cases) {
+    for (auto& [name, tensor] : made.captures)
+      for (std::size_t byte = 4; byte < tensor.bytes.size(); ++byte) tensor.bytes[byte] = tensor.bytes[byte - 4];
+    mods.push_back(made.emit(false, ModForm::kFolded));
+  }
+  const HostMods host(mods);
+  int still = 0;
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    ASSERT_TRUE(host.forward(i));
+    if (cases[i].folded.linear || cases[i].folded.drifts) continue;
+    ++still;
+    std::vector<Point> points;
+    for (int kv = 0; kv < 20; ++kv) points.push_back({.score = 0.5, .b = 1, .h = 2, .q_idx = 9, .kv_idx = kv});
+    const std::vector<float> values = cases[i].run(host.forward(i), points).values;
+    for (const float value : values) EXPECT_EQ(value, values[0]) << texts[i] << "\n" << mods[i];
+  }
+  EXPECT_GT(still, random_count() / 10);
+}
+
+TEST(CompilerCudaMod, FoldsWhatSoftmaxCannotSee) {
+  const auto facts = [](const char* text, const char* mask = "") {
+    Case made = written_cases({text})[0];
+    made.mask = mask;
+    if (*mask) made.problem.mask_mod = *test::bound(mask, {}, dsl::ModKind::kMaskMod);
+    made.emit(false, ModForm::kFolded);
+    const FoldedFacts& f = made.folded;
+    return std::string(f.has_shift ? "shift " : "") + (f.additive ? "additive " : "") + (f.linear ? "linear " : "") +
+           (f.drifts ? "drifts " : "");
+  };
+  const std::vector<std::pair<const char*, std::string>> expected{
+      {"score", ""},
+      {"score + 2 * h", "shift "},
+      {"score + t[b, h] - u[q_idx] * 3", "shift "},
+      {"score + (q_idx - kv_idx)", "additive linear "},
+      {"score + t[b, h] * (kv_idx - q_idx)", "additive linear "},
+      {"score - 0.5 * (q_idx - kv_idx) + h", "shift additive linear "},
+      {"score + (q_idx - kv_idx) * c - 2 * (q_idx - kv_idx)", "additive linear "},
+      {"score + (q_idx - kv_idx + 3)", "shift additive linear "},
+      // Where the sum is small, its parts are not.
+      {"score + (q_idx - kv_idx + 300)", "additive drifts "},
+      {"score + (q_idx - kv_idx + off[h])", "additive drifts "},
+      {"score + (u[q_idx] - u[kv_idx])", "additive "},
+      {"score + (c * q_idx - c * kv_idx)", "additive drifts "},
+      {"score + c * q_idx - c * kv_idx", "shift additive drifts "},
+      {"score - abs(q_idx - kv_idx)", "additive drifts "},
+      {"score + u[kv_idx] + 1", "shift additive "},
+      {"score + u[q_idx - kv_idx + 9]", "additive "},
+      {"2 * score + h", "shift "},
+      {"h - score", "shift "},
+      {"t[b, h] - (u[kv_idx] - (score + h))", "shift additive "},
+      {"2 * (score + t[b, h])", "shift "},
+      {"softcap(30)", ""},
+      {"softcap(30) + h", "shift "},
+      {"softcap(30) + c * (q_idx - kv_idx)", "drifts "},
+      {"score * t[b, h]", ""},
+      {"score * kv_idx", "drifts "},
+      {"score + score", ""},
+      {"t[b, h]", "shift "},
+      {"where(q_idx >= kv_idx, score + h, -inf)", "shift "},
+      {"where(score > 0, score + h, -inf)", "shift "}};
+  for (const auto& [text, fact] : expected) EXPECT_EQ(facts(text), fact) << text;
+  EXPECT_EQ(facts("score + h", "q_idx >= kv_idx"), "shift ");
+}
+
 // Their every point is decided, and nothing overflows.
 TEST(CompilerCudaMod, ModerateExpressionsAreRight) {
   std::mt19937_64 random(21);
@@ -714,7 +933,8 @@ TEST(CompilerCudaMod, ApproximationsAreWithinTheirBounds) {
         const int where[] = {static_cast<int>(point.b), 0, 0, 0};
         float value = 0;
         bool keep = false;
-        host.forward(i)(nullptr, &score, where, &value, &keep, 1);
+        FoldedParts none;
+        host.forward(i)(nullptr, &score, where, &value, &keep, &none, 1);
         // Of a cap of 30: 2^-11 of it, the bound of LSE in numerics.md doubled by the rest, or 2^-21 of the cap.
         const bool tanh = texts[i].find("tanh") != std::string::npos || i == 0;
         const double size = std::max(1.0, std::abs(i == 1 ? expected - static_cast<double>(point.b) : expected));
