@@ -677,13 +677,15 @@ class Bench {
       compiled.bind_outputs(inputs.o.device.dl(), inputs.lse.device.dl());
       std::optional<GradientsOfCall> compiled_gradients, eager_gradients;
       if (gradients) {
-        const auto bind = [&](std::optional<GradientsOfCall>& of_call, const Gradients::Outputs& outputs) {
-          of_call.emplace(gradients->grad_out.device.dl(), outputs.dq.device.dl(), outputs.dk.device.dl(),
-                          outputs.dv.device.dl(), options_.deterministic);
+        const auto bind = [&](std::optional<GradientsOfCall>& of_call,
+                              const Gradients::Outputs& outputs) -> const attnjit_gradients& {
+          return of_call
+              .emplace(gradients->grad_out.device.dl(), outputs.dq.device.dl(), outputs.dk.device.dl(),
+                       outputs.dv.device.dl(), options_.deterministic)
+              .get();
         };
-        bind(compiled_gradients, gradients->compiled);
+        compiled.bind_gradients(bind(compiled_gradients, gradients->compiled));
         bind(eager_gradients, gradients->eager);
-        compiled.bind_gradients(compiled_gradients->get());
       }
       const double milliseconds = compiled.prepare();
       CompileRow& row = report.compiles[i];
@@ -702,7 +704,7 @@ class Bench {
       Call& eager = options_.baseline == "plain" ? plain : math;
       for (Call* call : {&math, &eager}) {
         call->bind_outputs(inputs.eager_o.device.dl(), inputs.eager_lse.device.dl());
-        if (gradients) call->bind_gradients(eager_gradients->get());
+        if (eager_gradients) call->bind_gradients(eager_gradients->get());
         call->prepare();
       }
       compiled.allocate_workspace();
@@ -737,7 +739,7 @@ class Bench {
       cell.forward.verdict =
           judge_cell(context_.get(), oracle.attention(), inputs.o.host, inputs.eager_o.host, inputs.lse.host,
                      inputs.eager_lse.host, sample_rows(shape, options_.rows, options_.seed));
-      if (gradients) {
+      if (gradients && cell.backward) {
         const GradientsOfCall of_oracle(gradients->grad_out.host.dl(), gradients->compiled.dq.host.dl(),
                                         gradients->compiled.dk.host.dl(), gradients->compiled.dv.host.dl(), false);
         const JudgedGradient judged[] = {

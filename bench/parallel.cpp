@@ -21,7 +21,7 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& t
   try {
     for (std::int64_t i = 0; i < helpers; ++i) threads.emplace_back(work);
   } catch (const std::system_error&) {
-    // The system has no more: those there are do it.
+    return work();  // the system has no more threads: those there are do it
   }
   work();
 }
