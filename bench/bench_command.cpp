@@ -33,6 +33,7 @@
 #include "bench/gpu_timing.h"
 #include "bench/judge.h"
 #include "bench/machine.h"
+#include "bench/parallel.h"
 #include "bench/problem.h"
 #include "bench/report.h"
 #include "bench/safetensors.h"
@@ -315,7 +316,7 @@ Verdict judge_rows(attnjit_context* context, const attnjit_attention& attention,
   Verdict verdict;
   std::vector<double> result(dim);
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    for (std::size_t d = 0; d < dim; ++d) result[d] = o.get(offset_of(o, rows[i]) + static_cast<std::int64_t>(d));
+    o.get(offset_of(o, rows[i]), result);
     const auto part = [&](const std::vector<double>& all) { return std::span(all).subspan(i * dim, dim); };
     const RowTruth truth{part(gold), part(bound), gold_lse[i], lse_bound[i], decided[i] != 0};
     verdict.merge(judge_row(result, lse.get(offset_of(lse, rows[i])), truth, o.type(),
@@ -329,42 +330,71 @@ Verdict judge_rows(attnjit_context* context, const attnjit_attention& attention,
   return verdict;
 }
 
+// |a - b|, and infinity where one of them is NaN or where they are different infinities; 0 where both are NaN.
+double distance(double a, double b) {
+  if (a == b || (std::isnan(a) && std::isnan(b))) return 0.0;
+  const double d = std::fabs(a - b);
+  return std::isnan(d) ? std::numeric_limits<double>::infinity() : d;
+}
+
+// What a row of two tensors of one type and layout shows.
+struct RowDistance {
+  double worst = 0.0;  // distance
+  bool nan = false;    // in the first
+};
+
+// Reads rows of a pair of tensors.
+class RowPair {
+ public:
+  RowPair(const Tensor& a, const Tensor& b)
+      : a_(a), b_(b), values_(2 * static_cast<std::size_t>(a.shape().back())), dim_(values_.size() / 2) {}
+  RowDistance at(const attnjit_row& row) {
+    const std::span<double> a = std::span(values_).first(dim_), b = std::span(values_).last(dim_);
+    a_.get(offset_of(a_, row), a);
+    b_.get(offset_of(b_, row), b);
+    RowDistance result;
+    for (std::size_t d = 0; d < dim_; ++d) {
+      result.worst = std::max(result.worst, distance(a[d], b[d]));
+      result.nan = result.nan || std::isnan(a[d]);
+    }
+    return result;
+  }
+
+ private:
+  const Tensor &a_, &b_;
+  std::vector<double> values_;
+  std::size_t dim_;
+};
+
 // Rows in which compiled and eager results are further apart than kScreenFactor times what is `allowed`, or in which
 // something is NaN, which may be one of the poison that was never overwritten: the worst first. They find a tile that
 // no sampled row met; the oracle says whether it is wrong, since rows that were not sampled may have larger bounds than
 // those that were.
 std::vector<attnjit_row> suspect_rows(const Tensor& o, const Tensor& eager_o, const Tensor& lse,
                                       const Tensor& eager_lse, const Allowed& allowed) {
-  const auto difference = [](double a, double b) {
-    if (a == b || (std::isnan(a) && std::isnan(b))) return 0.0;
-    const double d = std::fabs(a - b);
-    return std::isnan(d) ? std::numeric_limits<double>::infinity() : d;
-  };
   struct Suspect {
     double difference;
     attnjit_row row;
   };
-  std::vector<Suspect> suspects;
-  const std::int64_t batches = o.shape()[0], heads = o.shape()[1], seqlen = o.shape()[2], dim = o.shape()[3];
-  for (std::int64_t b = 0; b < batches; ++b) {
-    for (std::int64_t h = 0; h < heads; ++h) {
-      for (std::int64_t q_idx = 0; q_idx < seqlen; ++q_idx) {
-        const attnjit_row row{b, h, q_idx};
-        const std::int64_t at = offset_of(o, row), lse_at = offset_of(lse, row);
-        double worst = 0.0;
-        bool nan = std::isnan(lse.get(lse_at));
-        for (std::int64_t d = 0; d < dim; ++d) {
-          worst = std::max(worst, difference(o.get(at + d), eager_o.get(at + d)));
-          nan = nan || std::isnan(o.get(at + d));
-        }
-        const bool lse_off = difference(lse.get(lse_at), eager_lse.get(lse_at)) > kScreenFactor * allowed.lse;
-        if (worst > kScreenFactor * allowed.o || lse_off || nan) suspects.push_back({worst, row});
+  const std::int64_t batches = o.shape()[0], heads = o.shape()[1], seqlen = o.shape()[2];
+  std::vector<std::vector<Suspect>> of_heads(static_cast<std::size_t>(batches * heads));
+  parallel_for(batches * heads, [&](std::int64_t head) {
+    RowPair pair(o, eager_o);
+    for (std::int64_t q_idx = 0; q_idx < seqlen; ++q_idx) {
+      const attnjit_row row{head / heads, head % heads, q_idx};
+      const auto [worst, nan] = pair.at(row);
+      const double row_lse = lse.get(offset_of(lse, row));
+      const bool lse_off = distance(row_lse, eager_lse.get(offset_of(eager_lse, row))) > kScreenFactor * allowed.lse;
+      if (worst > kScreenFactor * allowed.o || lse_off || nan || std::isnan(row_lse)) {
+        of_heads[static_cast<std::size_t>(head)].push_back({worst, row});
       }
     }
-  }
+  });
+  std::vector<Suspect> suspects;
+  for (const auto& of_head : of_heads) suspects.insert(suspects.end(), of_head.begin(), of_head.end());
   std::ranges::sort(suspects, std::ranges::greater(), &Suspect::difference);
   std::vector<attnjit_row> rows;
-  rows.reserve(rows.size() + suspects.size());
+  rows.reserve(suspects.size());
   for (const Suspect& suspect : suspects) rows.push_back(suspect.row);
   return rows;
 }
@@ -441,7 +471,7 @@ Verdict judge_group(attnjit_context* context, const attnjit_attention& attention
     for (std::int64_t row = 0; row < g.heads * seqlen; ++row) {
       const attnjit_row at{group.b, group.h_kv * g.heads + row / seqlen, row % seqlen};
       const std::int64_t offset = offset_of(g.result, at);
-      for (std::size_t d = 0; d < dim; ++d) values[d] = g.result.get(offset + static_cast<std::int64_t>(d));
+      g.result.get(offset, values);
       const std::size_t first = static_cast<std::size_t>(row) * dim;
       verdict.merge(judge_values(values, std::span(gold[i]).subspan(first, dim),
                                  std::span(bound[i]).subspan(first, dim), g.result.type(), g.name,
@@ -454,26 +484,27 @@ Verdict judge_group(attnjit_context* context, const attnjit_attention& attention
   return verdict;
 }
 
-// How far a group's result is from the eager one, in units of what is allowed; infinite where something is NaN that is
-// not NaN there.
-double distance_from_eager(std::span<const JudgedGradient, 3> judged, const HeadGroup& group, const Allowed* allowed) {
-  double worst = 0.0;
-  for (std::size_t i = 0; i < judged.size(); ++i) {
-    const JudgedGradient& g = judged[i];
-    const std::vector<std::int64_t>& shape = g.result.shape();
-    for (std::int64_t h = group.h_kv * g.heads; h < (group.h_kv + 1) * g.heads; ++h) {
-      for (std::int64_t row = 0; row < shape[2]; ++row) {
-        const std::int64_t at = offset_of(g.result, {group.b, h, row});
-        for (std::int64_t d = 0; d < shape[3]; ++d) {
-          const double a = g.result.get(at + d), b = g.eager.get(at + d);
-          if (a == b || (std::isnan(a) && std::isnan(b))) continue;
-          const double difference = std::fabs(a - b) / allowed[i].o;
-          worst = std::max(worst, std::isnan(difference) ? std::numeric_limits<double>::infinity() : difference);
+// How far each group's results are from the eager ones, in units of what is allowed; infinite where something is NaN
+// that is not NaN there.
+std::vector<double> distances_from_eager(std::span<const JudgedGradient, 3> judged, const Allowed* allowed) {
+  const std::int64_t batches = judged[1].result.shape()[0], heads_kv = judged[1].result.shape()[1];
+  std::vector<double> distances(static_cast<std::size_t>(batches * heads_kv));
+  parallel_for(batches * heads_kv, [&](std::int64_t group) {
+    const std::int64_t b = group / heads_kv, h_kv = group % heads_kv;
+    double& worst = distances[static_cast<std::size_t>(group)];
+    for (std::size_t i = 0; i < judged.size(); ++i) {
+      const JudgedGradient& g = judged[i];
+      RowPair pair(g.result, g.eager);
+      double furthest = 0.0;
+      for (std::int64_t h = h_kv * g.heads; h < (h_kv + 1) * g.heads; ++h) {
+        for (std::int64_t row = 0; row < g.result.shape()[2]; ++row) {
+          furthest = std::max(furthest, pair.at({b, h, row}).worst);
         }
       }
+      if (furthest > 0.0) worst = std::max(worst, furthest / allowed[i].o);
     }
-  }
-  return worst;
+  });
+  return distances;
 }
 
 // One group of heads in full, and of the others the one that is furthest from eager, where it is suspiciously far.
@@ -492,15 +523,13 @@ Verdict judge_gradients(attnjit_context* context, const attnjit_attention& atten
                               verdict.unbounded, verdict.rows, allowed_left_out(verdict.rows));
   }
   if (!verdict.ok) return verdict;
-  double worst = kScreenFactor;
-  std::optional<std::int64_t> suspect;
-  for (std::int64_t i = 0; i < groups; ++i) {
-    const double distance = i == sampled ? 0.0 : distance_from_eager(judged, group_at(i), allowed);
-    if (distance <= worst) continue;
-    worst = distance;
-    suspect = i;
+  std::vector<double> distances = distances_from_eager(judged, allowed);
+  distances[static_cast<std::size_t>(sampled)] = 0.0;
+  const auto worst = std::ranges::max_element(distances);
+  if (*worst > kScreenFactor) {
+    const HeadGroup suspect = group_at(worst - distances.begin());
+    verdict.merge(judge_group(context, attention, gradients, judged, suspect, allowed));
   }
-  if (suspect) verdict.merge(judge_group(context, attention, gradients, judged, group_at(*suspect), allowed));
   return verdict;
 }
 
@@ -648,13 +677,15 @@ class Bench {
       compiled.bind_outputs(inputs.o.device.dl(), inputs.lse.device.dl());
       std::optional<GradientsOfCall> compiled_gradients, eager_gradients;
       if (gradients) {
-        const auto bind = [&](std::optional<GradientsOfCall>& of_call, const Gradients::Outputs& outputs) {
-          of_call.emplace(gradients->grad_out.device.dl(), outputs.dq.device.dl(), outputs.dk.device.dl(),
-                          outputs.dv.device.dl(), options_.deterministic);
+        const auto bind = [&](std::optional<GradientsOfCall>& of_call,
+                              const Gradients::Outputs& outputs) -> const attnjit_gradients& {
+          return of_call
+              .emplace(gradients->grad_out.device.dl(), outputs.dq.device.dl(), outputs.dk.device.dl(),
+                       outputs.dv.device.dl(), options_.deterministic)
+              .get();
         };
-        bind(compiled_gradients, gradients->compiled);
+        compiled.bind_gradients(bind(compiled_gradients, gradients->compiled));
         bind(eager_gradients, gradients->eager);
-        compiled.bind_gradients(compiled_gradients->get());
       }
       const double milliseconds = compiled.prepare();
       CompileRow& row = report.compiles[i];
@@ -673,7 +704,7 @@ class Bench {
       Call& eager = options_.baseline == "plain" ? plain : math;
       for (Call* call : {&math, &eager}) {
         call->bind_outputs(inputs.eager_o.device.dl(), inputs.eager_lse.device.dl());
-        if (gradients) call->bind_gradients(eager_gradients->get());
+        if (eager_gradients) call->bind_gradients(eager_gradients->get());
         call->prepare();
       }
       compiled.allocate_workspace();
@@ -708,7 +739,7 @@ class Bench {
       cell.forward.verdict =
           judge_cell(context_.get(), oracle.attention(), inputs.o.host, inputs.eager_o.host, inputs.lse.host,
                      inputs.eager_lse.host, sample_rows(shape, options_.rows, options_.seed));
-      if (gradients) {
+      if (gradients && cell.backward) {
         const GradientsOfCall of_oracle(gradients->grad_out.host.dl(), gradients->compiled.dq.host.dl(),
                                         gradients->compiled.dk.host.dl(), gradients->compiled.dv.host.dl(), false);
         const JudgedGradient judged[] = {

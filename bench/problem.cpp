@@ -14,6 +14,7 @@
 #include <random>
 #include <set>
 
+#include "bench/parallel.h"
 #include "bench/safetensors.h"
 
 namespace attnjit::tool {
@@ -415,14 +416,24 @@ Captures make_captures(attnjit_context* context, const char* score_mod, const ch
 
 void fill_normal(Tensor& tensor, std::uint64_t seed) {
   static const std::vector<float> quantiles = normal_quantiles();
+  constexpr std::int64_t kBlock = std::int64_t{1} << 18, kPart = 256;  // even
   const std::int64_t size = tensor.size();
-  std::uint64_t bits = 0;  // 32 for a value: 16 choose the step, 16 the place in it
-  for (std::int64_t i = 0; i < size; ++i) {
-    bits = i % 2 == 0 ? mix(seed, static_cast<std::uint64_t>(i)) : bits >> 32;
-    const std::size_t at = bits >> 16 & (kQuantiles - 1);
-    const float place = static_cast<float>(bits & 0xffff) * 0x1p-16f;
-    tensor.set(i, quantiles[at] + place * (quantiles[at + 1] - quantiles[at]));
-  }
+  // A value depends on the seed and on its place alone, never on which thread draws it.
+  parallel_for((size + kBlock - 1) / kBlock, [&](std::int64_t block) {
+    const std::int64_t end = std::min((block + 1) * kBlock, size);
+    for (std::int64_t begin = block * kBlock; begin < end; begin += kPart) {
+      std::array<float, kPart> values;
+      const auto count = static_cast<std::size_t>(std::min(kPart, end - begin));
+      std::uint64_t bits = 0;  // 32 for a value: 16 choose the step, 16 the place in it
+      for (std::size_t i = 0; i < count; ++i) {
+        bits = i % 2 == 0 ? mix(seed, static_cast<std::uint64_t>(begin) + i) : bits >> 32;
+        const std::size_t at = bits >> 16 & (kQuantiles - 1);
+        const float place = static_cast<float>(bits & 0xffff) * 0x1p-16f;
+        values[i] = quantiles[at] + place * (quantiles[at + 1] - quantiles[at]);
+      }
+      tensor.set(begin, std::span<const float>(values).first(count));
+    }
+  });
 }
 
 std::vector<attnjit_row> sample_rows(const Shape& shape, std::size_t count, std::uint64_t seed) {

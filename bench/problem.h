@@ -69,7 +69,7 @@ Captures make_captures(attnjit_context* context, const char* score_mod, const ch
                        std::span<const CaptureSpec> specs, std::span<const RegisteredMod> mods, const Shape& shape,
                        std::optional<std::uint64_t> seed, bool strict);
 
-// Standard normal values, rounded to the tensor's type; the same for the same seed.
+// Standard normal values, rounded to the tensor's floating type; the same for the same seed, on any number of threads.
 void fill_normal(Tensor& tensor, std::uint64_t seed);
 
 // Distinct rows: the corners, the rows around a panel's edge, then random ones. At most `count`, and all there are

@@ -108,10 +108,12 @@ void report_clamped_reads(attnjit_context* context, const attnjit_attention& att
 class Backward {
  public:
   Backward(const SafetensorsReader& file, bool on_gpu, bool deterministic)
-      : on_gpu_(on_gpu), grad_out_(read_named(file, "grad_out", "gradient of o (B, Hq, Sq, Dv)"), on_gpu) {
+      : on_gpu_(on_gpu),
+        grad_out_(read_named(file, "grad_out", "gradient of o (B, Hq, Sq, Dv)"), on_gpu),
+        grad_out_dl_(lend(grad_out_)),
+        grad_lse_dl_(grad_out_dl_) {
     if (file.find("grad_lse")) grad_lse_.emplace(read_named(file, "grad_lse", ""), on_gpu);
     gradients_.deterministic = deterministic ? 1 : 0;
-    grad_out_dl_ = lend(grad_out_);
     gradients_.grad_out = &grad_out_dl_;
     if (!grad_lse_) return;
     grad_lse_dl_ = lend(*grad_lse_);
@@ -163,7 +165,7 @@ class Backward {
   bool on_gpu_;
   Placed grad_out_;
   std::optional<Placed> grad_lse_;
-  DLTensor grad_out_dl_{}, grad_lse_dl_{};
+  DLTensor grad_out_dl_, grad_lse_dl_;
   std::vector<std::pair<std::string, const Tensor*>> of_;
   std::vector<DLTensor> dl_;
   std::vector<std::unique_ptr<Placed>> outputs_;

@@ -218,6 +218,38 @@ void Tensor::set(std::int64_t offset, double value) {
   }
 }
 
+void Tensor::get(std::int64_t offset, std::span<double> values) const {
+  const std::byte* const from = data_.get() + offset * (info(type_).bits / 8);
+  const auto widen = [&]<typename T>(T, const auto& convert) {
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = convert(load<T>(from + i * sizeof(T)));
+  };
+  switch (type_) {
+    case ElementType::kFloat16:
+      return widen(std::uint16_t(), float16_to_float);
+    case ElementType::kBFloat16:
+      return widen(std::uint16_t(), [](std::uint16_t bits) { return bfloat16_to_float(bits); });
+    case ElementType::kFloat32:
+      return widen(float(), [](float value) { return value; });
+    default:
+      for (std::size_t i = 0; i < values.size(); ++i) values[i] = get(offset + static_cast<std::int64_t>(i));
+  }
+}
+
+void Tensor::set(std::int64_t offset, std::span<const float> values) {
+  std::byte* const to = data_.get() + offset * (info(type_).bits / 8);
+  const auto round = [&](const auto& convert) {
+    for (std::size_t i = 0; i < values.size(); ++i) store(to + i * sizeof(convert(values[i])), convert(values[i]));
+  };
+  switch (type_) {
+    case ElementType::kFloat16:
+      return round(float_to_float16);
+    case ElementType::kBFloat16:
+      return round([](float value) { return float_to_bfloat16(value); });
+    default:
+      return round([](float value) { return value; });
+  }
+}
+
 DLTensor dl_without_data(ElementType type, const std::vector<std::int64_t>& shape) {
   return {.data = nullptr,
           .device = {kDLCPU, 0},

@@ -53,6 +53,11 @@ struct Term {
   bool is_nothing() const { return value == 0.0 && error == 0.0; }
 };
 
+// A dot product and the sum of its terms' magnitudes.
+struct Dot {
+  double value = 0.0, magnitude = 0.0;
+};
+
 // Of one element: what enters the products.
 struct Cell {
   Term p, ds;
@@ -64,6 +69,23 @@ struct CapturedTerm {
   Term term;
 };
 
+// A term and the factors that it is multiplied by, one for each of neighbouring sums.
+struct Factored {
+  double value, ideal, magnitude, error, scatter;
+  const double* factors;
+};
+
+// `rounding`: of the term before it is multiplied, relative, and `least`, absolute.
+Factored factored(const Term& term, std::span<const double> factors, double rounding, double least) {
+  const double magnitude = finite_magnitude(term.value);
+  return {.value = term.value,
+          .ideal = term.ideal,
+          .magnitude = magnitude,
+          .error = term.error + rounding * (magnitude + term.error) + least,
+          .scatter = term.scatter,
+          .factors = factors.data()};
+}
+
 // Sums of terms, each times a factor, with what rounding does to the terms.
 class Sums {
  public:
@@ -72,27 +94,22 @@ class Sums {
     gradient_.ideal = gradient_.bound = gradient_.scatter = gradient_.value;
   }
 
-  // Of neighbours, from `at`. `rounding`: of a term, relative, and `least`, absolute.
-  void add(std::size_t at, const Term& term, std::span<const double> factors, double rounding, double least) {
-    const double magnitude = finite_magnitude(term.value);
-    const double error = term.error + rounding * (magnitude + term.error) + least;
-    const std::size_t count = factors.size();
-    const double* const factor = factors.data();
-    double* const value = gradient_.value.data() + at;
-    double* const ideal = gradient_.ideal.data() + at;
-    double* const bound = gradient_.bound.data() + at;
-    double* const scatter = gradient_.scatter.data() + at;
-    double* const magnitudes = magnitude_.data() + at;
-    for (std::size_t d = 0; d < count; ++d) value[d] += term.value * factor[d];
-    for (std::size_t d = 0; d < count; ++d) ideal[d] += term.ideal * factor[d];
-    for (std::size_t d = 0; d < count; ++d) magnitudes[d] += magnitude * std::fabs(factor[d]);
-    if (std::isfinite(error)) {
-      for (std::size_t d = 0; d < count; ++d) bound[d] += error * std::fabs(factor[d]);
-      for (std::size_t d = 0; d < count; ++d) scatter[d] += term.scatter * std::fabs(factor[d]);
-    } else {
-      for (std::size_t d = 0; d < count; ++d) bound[d] += product(error, std::fabs(factor[d]));
-    }
+  // Terms times their factors, to `count` neighbours from `at`.
+  void add(std::size_t at, std::size_t count, std::span<const Factored> terms) {
+    if (terms.empty()) return;
     std::fill_n(touched_.begin() + static_cast<std::ptrdiff_t>(at), count, true);
+    while (!terms.empty()) {
+      std::size_t block = 0;
+      while (block < std::min(terms.size(), kBlock) && std::isfinite(terms[block].error)) ++block;
+      if (block == 0) {
+        add_unspecified(at, count, terms[block++]);
+      } else {
+        std::size_t d = 0;
+        for (; d + kTile <= count; d += kTile) add_tile<kTile>(at, d, terms.first(block));
+        for (; d < count; ++d) add_tile<1>(at, d, terms.first(block));
+      }
+      terms = terms.subspan(block);
+    }
   }
 
   void add(std::size_t at, const Term& term) {
@@ -138,7 +155,42 @@ class Sums {
   JudgedGradient take() { return std::move(gradient_); }
 
  private:
+  // Factors of as many terms stay in the first cache while tile after tile of them is added.
+  static constexpr std::size_t kBlock = 32;
+  // As many features' sums are kept in registers.
+  static constexpr std::size_t kTile = 4;
+
   static std::vector<double> zeros(std::size_t size) { return std::vector<double>(size); }
+
+  // Of `terms` whose errors are finite, to the features from `d` on. Each sum gets its terms in their order.
+  template <std::size_t kCount>
+  void add_tile(std::size_t at, std::size_t d, std::span<const Factored> terms) {
+    double* const to[] = {&gradient_.value[at + d], &gradient_.ideal[at + d], &magnitude_[at + d],
+                          &gradient_.bound[at + d], &gradient_.scatter[at + d]};
+    double sums[std::size(to)][kCount];
+    for (std::size_t i = 0; i < std::size(to); ++i) std::copy_n(to[i], kCount, sums[i]);
+    for (const Factored& term : terms) {
+      for (std::size_t l = 0; l < kCount; ++l) {
+        const double factor = term.factors[d + l], size = std::fabs(factor);
+        sums[0][l] += term.value * factor;
+        sums[1][l] += term.ideal * factor;
+        sums[2][l] += term.magnitude * size;
+        sums[3][l] += term.error * size;
+        sums[4][l] += term.scatter * size;
+      }
+    }
+    for (std::size_t i = 0; i < std::size(to); ++i) std::copy_n(sums[i], kCount, to[i]);
+  }
+
+  void add_unspecified(std::size_t at, std::size_t count, const Factored& term) {
+    for (std::size_t d = 0; d < count; ++d) {
+      const double factor = term.factors[d];
+      gradient_.value[at + d] += term.value * factor;
+      gradient_.ideal[at + d] += term.ideal * factor;
+      magnitude_[at + d] += term.magnitude * std::fabs(factor);
+      gradient_.bound[at + d] += product(term.error, std::fabs(factor));
+    }
+  }
 
   JudgedGradient gradient_;
   std::vector<double> magnitude_;
@@ -175,7 +227,10 @@ struct Float32Backward::State {
     std::vector<ReadDerivative> reads;
     std::vector<std::size_t> reads_end;  // of each element
     std::vector<FeatureSums> features;
-    std::vector<double> magnitudes;
+    std::vector<Dot> dots;
+    // Of a row or a column.
+    std::vector<Factored> terms[2];
+    std::vector<double> magnitudes[2];
     bool agree = true;
   };
 
@@ -215,14 +270,28 @@ std::span<const double> slice(std::span<const double> values, std::int64_t row, 
   return values.subspan(index_of(row * length), index_of(length));
 }
 
-// A dot product and the sum of its terms' magnitudes.
-std::pair<double, double> dot(std::span<const double> a, std::span<const double> b) {
-  double sum = 0.0, magnitude = 0.0;
-  for (std::size_t d = 0; d < a.size(); ++d) {
-    sum += a[d] * b[d];
-    magnitude += std::fabs(a[d] * b[d]);
-  }
-  return {sum, magnitude};
+// The dot products of `a` and the rows, where `wanted(row)`. Four at a time, whose sums do not wait for one another.
+template <typename Wanted>
+void dot_rows(std::span<const double> a, std::span<const double> rows, Wanted&& wanted, std::vector<Dot>* dots) {
+  constexpr std::size_t kRows = 4;
+  const auto some = [&]<std::size_t kCount>(std::size_t first, std::integral_constant<std::size_t, kCount>) {
+    bool any = false;
+    for (std::size_t i = 0; i < kCount; ++i) any = any || wanted(first + i);
+    if (!any) return;
+    const double* const row = rows.data() + first * a.size();
+    Dot sums[kCount];
+    for (std::size_t d = 0; d < a.size(); ++d) {
+      for (std::size_t i = 0; i < kCount; ++i) {
+        const double term = a[d] * row[i * a.size() + d];
+        sums[i].value += term;
+        sums[i].magnitude += std::fabs(term);
+      }
+    }
+    std::copy_n(sums, kCount, dots->begin() + static_cast<std::ptrdiff_t>(first));
+  };
+  std::size_t at = 0;
+  for (; at + kRows <= dots->size(); at += kRows) some(at, std::integral_constant<std::size_t, kRows>());
+  for (; at < dots->size(); ++at) some(at, std::integral_constant<std::size_t, 1>());
 }
 
 // What is not finite is 0: the features of it are unspecified, whatever is added to them.
@@ -300,10 +369,11 @@ void Float32Backward::State::score_row(const BackwardHead& head, std::int64_t ro
   worker->reads_end.resize(keys);
   worker->reads.clear();
   if (worker->exact) worker->exact_reach.resize(keys);
-  const auto q = slice(head.q, row, head.head_dim);
+  worker->dots.resize(keys);
+  dot_rows(slice(head.q, row, head.head_dim), head.k, [](std::size_t) { return true; }, &worker->dots);
   for (std::size_t j = 0; j < keys; ++j) {
     const auto kv_idx = static_cast<std::int64_t>(j);
-    const auto [product, magnitude] = dot(q, slice(head.k, kv_idx, head.head_dim));
+    const auto [product, magnitude] = worker->dots[j];
     const dsl::Point point{.score = options.scale * product,
                            .b = head.b,
                            .h = head.h + row / head.seqlen_q,
@@ -372,12 +442,8 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   if (options.own_forward && !poisoned) {
     lse_error += decision.undecided ? kInfinity : decision.lse_scatter();
     worker->features.assign(features, {});
-    for (std::size_t j = 0; j < keys && !decision.undecided && !empty; ++j) {
-      const auto v = slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v);
-      for (std::size_t d = 0; d < features; ++d) {
-        worker->features[d].add(decision.p[j], decision.change[j], v[d], o[d]);
-      }
-    }
+    if (!decision.undecided && !empty)
+      add_features(decision.p, decision.change, head.v, {o, features}, worker->features);
   }
   for (std::size_t d = 0; d < features; ++d) {
     const double term = grad_out[d] * o[d];
@@ -394,13 +460,17 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
 
   // ---- The elements.
   const auto unspecified = [](Term* term) { term->error = term->scatter = kInfinity; };
-  for (std::size_t j = 0; j < keys && !nothing; ++j) {
+  // What is surely -infinity has a P of exactly 0.
+  const auto contributes = [&](std::size_t j) {
+    return !nothing && (reach[j].hi != -kInfinity || (poisoned && reach[j].keep));
+  };
+  dot_rows(grad_out, head.v, contributes, &worker->dots);
+  for (std::size_t j = 0; j < keys; ++j) {
+    if (!contributes(j)) continue;
     const ModifiedScore& score = reach[j];
-    // What is surely -infinity has a P of exactly 0.
-    if (score.hi == -kInfinity && !(poisoned && score.keep)) continue;
     Cell& cell = cells[j];
     Term dm;
-    const auto [dp, dp_magnitude] = dot(grad_out, slice(head.v, static_cast<std::int64_t>(j), head.head_dim_v));
+    const auto [dp, dp_magnitude] = worker->dots[j];
     if (poisoned) {
       // NaN, whatever is computed from it.
       if (score.keep) cell.p.value = cell.p.ideal = dm.value = dm.ideal = kNan;
@@ -453,18 +523,22 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   }
 
   // ---- dQ of the row.
-  worker->magnitudes.clear();
+  std::vector<Factored>& terms = worker->terms[0];
+  std::vector<double>& magnitudes = worker->magnitudes[0];
+  terms.clear();
+  magnitudes.clear();
   double total = 0.0;
   const double u = unit_roundoff(options.dtype), least = underflow(options.dtype);
   const std::size_t at = index_of(row * head.head_dim);
   for (std::size_t j = 0; j < keys; ++j) {
     const Term& ds = cells[j].ds;
     if (ds.is_nothing()) continue;
-    dq->add(at, ds, slice(k, static_cast<std::int64_t>(j), head.head_dim), u, least);
-    worker->magnitudes.push_back(finite_magnitude(ds.value));
-    total += worker->magnitudes.back();
+    terms.push_back(factored(ds, slice(k, static_cast<std::int64_t>(j), head.head_dim), u, least));
+    magnitudes.push_back(terms.back().magnitude);
+    total += magnitudes.back();
   }
-  const double roundoffs = total > 0.0 ? summation_roundoffs(worker->magnitudes, total) : 0.0;
+  dq->add(at, index_of(head.head_dim), terms);
+  const double roundoffs = total > 0.0 ? summation_roundoffs(magnitudes, total) : 0.0;
   for (std::size_t d = 0; d < index_of(head.head_dim); ++d) {
     if (decision.undecided) dq->unspecified(at + d);
     dq->finish(at + d, roundoffs, options.scale, options.dtype, true);
@@ -526,22 +600,36 @@ HeadGradients Float32Backward::run(const BackwardHead& head) {
       state.row(head, k, chunk.begin + task, &chunk, &worker, &result, &dq);
     });
     state.parallel(keys, [&](std::int64_t j, State::Worker& worker) {
-      for (const bool of_values : {true, false}) {
-        Sums& sums = of_values ? dv : dk;
-        const std::int64_t length = of_values ? head.head_dim_v : head.head_dim;
-        worker.magnitudes.clear();
+      struct Side {
+        Sums& sums;
+        std::span<const double> factors;
+        std::int64_t length;
+        std::vector<double>& roundoffs;
         double total = 0.0;
-        for (std::int64_t i = 0; i < count; ++i) {
-          const Cell& cell = chunk.cells[index_of(i * keys + j)];
-          const Term& term = of_values ? cell.p : cell.ds;
-          if (term.is_nothing()) continue;
-          sums.add(index_of(j * length), term, slice(of_values ? grad_out : q, chunk.begin + i, length), u, least);
-          worker.magnitudes.push_back(finite_magnitude(term.value));
-          total += worker.magnitudes.back();
+      } sides[] = {{dv, grad_out, head.head_dim_v, dv_roundoffs}, {dk, q, head.head_dim, dk_roundoffs}};
+      for (std::size_t of = 0; of < std::size(sides); ++of) {
+        worker.terms[of].clear();
+        worker.magnitudes[of].clear();
+      }
+      // A column's elements lie far from one another: they are walked through once for both.
+      for (std::int64_t i = 0; i < count; ++i) {
+        const Cell& cell = chunk.cells[index_of(i * keys + j)];
+        const Term* const of_sides[] = {&cell.p, &cell.ds};
+        for (std::size_t of = 0; of < std::size(sides); ++of) {
+          Side& side = sides[of];
+          if (of_sides[of]->is_nothing()) continue;
+          worker.terms[of].push_back(
+              factored(*of_sides[of], slice(side.factors, chunk.begin + i, side.length), u, least));
+          worker.magnitudes[of].push_back(worker.terms[of].back().magnitude);
+          side.total += worker.magnitudes[of].back();
         }
+      }
+      for (std::size_t of = 0; of < std::size(sides); ++of) {
+        const Side& side = sides[of];
+        side.sums.add(index_of(j * side.length), index_of(side.length), worker.terms[of]);
         // As if the errors of one chunk were all like those of the next.
-        if (total > 0.0) {
-          (of_values ? dv_roundoffs : dk_roundoffs)[index_of(j)] += summation_roundoffs(worker.magnitudes, total);
+        if (side.total > 0.0) {
+          side.roundoffs[index_of(j)] += summation_roundoffs(worker.magnitudes[of], side.total);
         }
       }
     });

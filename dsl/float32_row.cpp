@@ -37,18 +37,25 @@ double unit_roundoff(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : dtyp
 double underflow(DType dtype) { return dtype == DType::kF16 ? 0x1p-25 : 0x1p-126; }
 
 double summation_roundoffs(std::span<const double> terms, double sum) {
-  std::vector<std::int64_t> places;
+  std::vector<std::uint32_t> places, sorted;
   places.reserve(terms.size());
   for (const double term : terms) {
-    if (term > 0.0) places.push_back(static_cast<std::int64_t>(term / sum / (4.0 * kUnit)));
+    if (term > 0.0) places.push_back(static_cast<std::uint32_t>(term / sum / (4.0 * kUnit)));
   }
-  std::sort(places.begin(), places.end());
+  // By bytes, the lowest first: a place is at most 2^22.
+  sorted.resize(places.size());
+  for (const int shift : {0, 8, 16}) {
+    std::size_t next[257] = {};
+    for (const std::uint32_t place : places) ++next[(place >> shift & 0xff) + 1];
+    for (std::size_t byte = 1; byte < 256; ++byte) next[byte] += next[byte - 1];
+    for (const std::uint32_t place : places) sorted[next[place >> shift & 0xff]++] = place;
+    places.swap(sorted);
+  }
   double squares = 0.0;
-  for (auto begin = places.begin(); begin != places.end();) {
-    const auto end = std::upper_bound(begin, places.end(), *begin);
+  for (std::size_t begin = 0, end = 0; begin < places.size(); begin = end) {
+    while (end < places.size() && places[end] == places[begin]) ++end;
     const auto alike = static_cast<double>(end - begin);
     squares += alike * alike;
-    begin = end;
   }
   return std::sqrt(squares);
 }
@@ -153,6 +160,55 @@ void FeatureSums::add(double p, double change, double v, double o) {
   magnitude += p * std::fabs(v);
   plain += p > 0.0 ? std::fabs(v) : 0.0;
   spread += change * std::fabs(v - o);
+}
+
+namespace {
+
+// The elements from `begin` to `end` and kCount features from `d` on, whose sums stay in registers.
+template <std::size_t kCount>
+void add_tile(std::span<const double> p, std::span<const double> change, std::span<const double> v,
+              std::span<const double> o, std::size_t begin, std::size_t end, std::size_t d,
+              std::span<FeatureSums> sums) {
+  double magnitude[kCount], plain[kCount], spread[kCount];
+  for (std::size_t l = 0; l < kCount; ++l) {
+    magnitude[l] = sums[d + l].magnitude;
+    plain[l] = sums[d + l].plain;
+    spread[l] = sums[d + l].spread;
+  }
+  for (std::size_t j = begin; j < end; ++j) {
+    const double* const row = v.data() + j * o.size() + d;
+    const double weight = p[j] > 0.0 ? 1.0 : 0.0;
+    for (std::size_t l = 0; l < kCount; ++l) {
+      const double size = std::fabs(row[l]);
+      magnitude[l] += p[j] * size;
+      plain[l] += weight * size;
+      spread[l] += change[j] * std::fabs(row[l] - o[d + l]);
+    }
+  }
+  for (std::size_t l = 0; l < kCount; ++l) {
+    FeatureSums& to = sums[d + l];
+    if (std::isfinite(magnitude[l] + plain[l] + spread[l])) {
+      to.magnitude = magnitude[l];
+      to.plain = plain[l];
+      to.spread = spread[l];
+    } else {  // some value, perhaps, is not finite: one by one
+      for (std::size_t j = begin; j < end; ++j) to.add(p[j], change[j], v[j * o.size() + d + l], o[d + l]);
+    }
+  }
+}
+
+}  // namespace
+
+void add_features(std::span<const double> p, std::span<const double> change, std::span<const double> v,
+                  std::span<const double> o, std::span<FeatureSums> sums) {
+  // As many rows of `v` stay in the first cache while tile after tile of them is added.
+  constexpr std::size_t kBlock = 32, kTile = 4;
+  for (std::size_t begin = 0; begin < p.size(); begin += kBlock) {
+    const std::size_t end = std::min(begin + kBlock, p.size());
+    std::size_t d = 0;
+    for (; d + kTile <= sums.size(); d += kTile) add_tile<kTile>(p, change, v, o, begin, end, d, sums);
+    for (; d < sums.size(); ++d) add_tile<1>(p, change, v, o, begin, end, d, sums);
+  }
 }
 
 bool Float32Row::empty() const { return maximum == -kInfinity; }

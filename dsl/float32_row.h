@@ -65,6 +65,10 @@ struct FeatureSums {
 
   void add(double p, double change, double v, double o);
 };
+// Adds the elements of a row to the sums of all its features. `p` and `change`: Float32Row's; `v` (keys, features),
+// packed.
+void add_features(std::span<const double> p, std::span<const double> change, std::span<const double> v,
+                  std::span<const double> o, std::span<FeatureSums> sums);
 
 // How far off, relative to it, a score_mod on a GPU may be by approximate functions, which only problems of 16-bit
 // inputs allow: 2^-10 where it calls tanh, else 0 (rule 4).

@@ -129,23 +129,40 @@ part_math() { numerics "$1" math --device cuda --backend math; }
 # Each instruction is instrumented: few and small problems. Not every machine lets it at the GPU.
 sanitizer_set='*NumericsEdge.OneOfEverything*:*NumericsEdge.NoKeys*:*NumericsEdge.EveryHeadDim*:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*:*NumericsBackwardEdge.N*:*NumericsBackwardExpression*/Causal_*:*NumericsBackwardExpression*/Window_*:*NumericsBackwardExpression*/HeadPair_*:*NumericsBackwardExpression*/ElementGather_*:*NumericsBackwardExpression*/Scalars_*'
 part_sanitize() {
-  local tool status=0 log
+  local tool tools=(memcheck racecheck) i status=0 log pids=()
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 77; }
-  for tool in memcheck racecheck; do
-    log=$logs/sanitize.$tool.log
-    timeout --foreground $(($1 / 2)) compute-sanitizer --tool "$tool" --error-exitcode 99 \
-      "$bundle/bin/attnjit_numerics" --device cuda --gtest_filter="$sanitizer_set" >"$log" 2>&1
-    local code=$?
-    if grep -q "Device not supported" "$log"; then echo "$tool: this machine's GPU is out of its reach"; return 77; fi
-    [ $code = 0 ] || status=$code
-    echo "$tool: exit status $code"
-    grep -E "ERROR SUMMARY|RACECHECK SUMMARY|^\[  (PASSED|FAILED) " "$log" | head -20
-    grep -E -A12 "=========     (Invalid|Error)|========= (Invalid|Error)" "$log" | head -40
+  # Both at the same time, each in several processes: no more than the tool's ten ports at a time.
+  local parts=$((cores < 4 ? 1 : cores < 10 ? cores / 2 : 5))
+  for tool in "${tools[@]}"; do
+    for ((i = 0; i < parts; i++)); do
+      GTEST_TOTAL_SHARDS=$parts GTEST_SHARD_INDEX=$i timeout --foreground "$1" \
+        compute-sanitizer --tool "$tool" --error-exitcode 99 \
+        "$bundle/bin/attnjit_numerics" --device cuda --gtest_filter="$sanitizer_set" >"$logs/sanitize.$tool.$i.log" 2>&1 &
+      pids+=($!)
+    done
   done
+  local codes=() of=0
+  for i in "${pids[@]}"; do wait "$i"; codes+=($?); done
+  for tool in "${tools[@]}"; do
+    for ((i = 0; i < parts; i++)); do
+      local code=${codes[of++]}
+      log=$logs/sanitize.$tool.$i.log
+      if grep -q "Device not supported" "$log"; then echo "$tool: this machine's GPU is out of its reach"; return 77; fi
+      echo "$tool, shard $i of $parts: exit status $code$(grep -hoE '(ERROR|RACECHECK) SUMMARY: .*|^\[  (PASSED|FAILED) .*' "$log" |
+        head -6 | sed 's/^/; /' | tr -d '\n')"
+      # A shard that was cut short, or whose tool said nothing, has checked nothing.
+      if [ "$code" = 0 ] && ! grep -qE '(ERROR|RACECHECK) SUMMARY: ' "$log"; then code=99; fi
+      [ "$code" = 0 ] && continue
+      status=$code
+      grep -E -A12 '========= +(Invalid|Error)' "$log" | head -40
+    done
+  done
+  cat "$logs"/sanitize.*.log | awk '/^\[==========\] .* ran\./ {ran += $2} /^\[  PASSED  \]/ {passed += $4}
+    END {printf "%d tests ran under a tool, %d passed\n", ran, passed}'
   return $status
 }
 
-part_repeat() { "$python" "$bundle/python/repeat_runs.py" "$bundle/bin/attnjit"; }
+part_repeat() { "$python" "$bundle/python/repeat_runs.py" "$bundle/bin/attnjit" --jobs "$cores"; }
 
 part_cache() {
   ATTNJIT_CACHE_DIR=$work/cold "$python" "$bundle/python/binary_cache.py" "$ATTNJIT_LIBRARY" race damage
@@ -188,7 +205,7 @@ for part in "${parts[@]}"; do
   begin=$SECONDS
   # In a process group of its own, which ends as a whole; a part that keeps the limit by itself can still say what it did.
   export -f numerics attempt "part_$part"
-  export bundle out logs work shards python arch sanitizer_set
+  export bundle out logs work cores shards python arch sanitizer_set
   timeout -k 5 $((allowed + 5)) bash -uo pipefail -c "part_$part $allowed" >"$logs/$part.log" 2>&1
   code=$?
   case $code in

@@ -42,6 +42,7 @@ struct Gold {
     const std::size_t heads = static_cast<std::size_t>(p.k.shape[0] * p.k.shape[1]);
     std::vector<std::vector<double>> parts = captures;
     std::vector<double*> part_data;
+    part_data.reserve(parts.size());
     for (std::vector<double>& part : parts) part_data.push_back(part.data());
     for (std::size_t head = 0; head < heads; ++head) {
       attnjit_reference_gradients out = ATTNJIT_REFERENCE_GRADIENTS_INIT;
@@ -373,6 +374,7 @@ TEST(BackwardApi, ConcurrentRunsOfOnePlan) {
   const PlanPtr plan = prepare_backward(context, first);
   std::vector<std::thread> threads;
   std::vector<int> wrong(4);
+  threads.reserve(wrong.size());
   for (int& count : wrong) {
     threads.emplace_back([&] {
       GradientProblem p;
@@ -611,7 +613,7 @@ TEST(BackwardApi, TheReferenceIsTheGradientOfTheForwards) {
   // By Richardson's extrapolation of central differences: what is left of their error is of the fourth order.
   const auto expect_derivative = [&](float& x, double gradient, const std::string& what) {
     const float original = x;
-    double by_step[2];
+    double by_step[2] = {};
     for (const int wide : {0, 1}) {
       const float step = wide ? 0x1p-5f : 0x1p-6f;
       x = original + step;

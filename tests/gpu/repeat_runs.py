@@ -66,7 +66,9 @@ def digest(args, problem, output, backend, mod, extra):
         raise NoGpu(done.stderr.strip())
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip())
-    return hashlib.sha256(output.read_bytes()).hexdigest()
+    found = hashlib.sha256(output.read_bytes()).hexdigest()
+    output.unlink()
+    return found
 
 
 def main():
@@ -76,11 +78,12 @@ def main():
     parser.add_argument("--backends", nargs="+", default=["sm80", "math"])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--backward-runs", type=int, default=20, help="of the first problem on the first backend")
-    parser.add_argument("--jobs", type=int, default=16, help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=16, help="processes at a time, of all problems together")
     args = parser.parse_args()
     failures = compared = 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         folder = pathlib.Path(folder)
+        runs_of = []  # (what, its processes): those of all problems are handed in before any is waited for
         for number, (dtype, shape) in enumerate([("BF16", (2, 8, 2, 333, 128)), ("F16", (1, 4, 4, 257, 64)),
                                                  ("F32", (1, 2, 1, 190, 72))]):
             problem = folder / f"{number}.safetensors"
@@ -94,21 +97,25 @@ def main():
                     if number > 0 or backend != args.backends[0]:
                         runs = min(runs, args.runs)
                     what = f"{dtype} {shape} {backend} {mod} {' '.join(extra)}"
-                    tasks = [pool.submit(digest, args, problem, folder / f"out{run}.safetensors", backend, mod, extra)
-                             for run in range(runs)]
-                    try:
-                        digests = {task.result() for task in tasks}
-                    except NoGpu as error:
-                        print("skipped:", error)
-                        return 77
-                    except RuntimeError as error:
-                        print(f"{what}: {error}")
-                        failures += 1
-                        continue
-                    compared += 1
-                    if len(digests) > 1:
-                        print(f"{what}: {len(digests)} different results of {runs} runs")
-                        failures += 1
+                    first = len(runs_of) * max(args.runs, args.backward_runs)
+                    runs_of.append((what, [
+                        pool.submit(digest, args, problem, folder / f"out{first + run}.safetensors", backend, mod, extra)
+                        for run in range(runs)]))
+        for what, tasks in runs_of:
+            try:
+                digests = {task.result() for task in tasks}
+            except NoGpu as error:
+                pool.shutdown(cancel_futures=True)
+                print("skipped:", error)
+                return 77
+            except RuntimeError as error:
+                print(f"{what}: {error}")
+                failures += 1
+                continue
+            compared += 1
+            if len(digests) > 1:
+                print(f"{what}: {len(digests)} different results of {len(tasks)} runs")
+                failures += 1
     print(f"{compared} problems in {args.runs} processes each, backward up to {args.backward_runs}: {failures} failures")
     return 1 if failures else 0
 
