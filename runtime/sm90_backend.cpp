@@ -29,7 +29,7 @@ struct Tiling {
 // By rising head_dim, and of one head_dim the best first: the first that fits is taken, or a smaller tile of queries
 // where its tiles would be fewer than the multiprocessors.
 constexpr Tiling kTilings[] = {
-    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 3, .o_buffer = true, .masked_ping_pong = false},
+    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .o_buffer = true},
     {.head_dim = 64, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
     {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
     {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .o_buffer = false},
@@ -47,6 +47,15 @@ int accumulators(const sm90::ForwardConfig& config) {
 
 // How many they may be for all else to find room in what setmaxnreg leaves a thread: 240, 160 or 112.
 int max_accumulators(int warpgroups) { return warpgroups == 2 ? 200 : warpgroups == 3 ? 128 : 88; }
+
+// A reference that stays where it is does for scores that do not rise without bound along the keys, and gives no
+// row_max. f16 holds probabilities up to 65504 beside it, and so does the check on their sum: of long rows it would
+// fail always.
+bool freezes(const Sm90Problem& problem) {
+  constexpr std::int64_t kLongest = 16384;
+  const bool fits = problem.element == sm90::Element::kBF16 || problem.seqlen_kv <= kLongest;
+  return !problem.has_row_max && !problem.drifts && fits;
+}
 
 std::int64_t tiles_of(const Signature& s, const sm90::ForwardConfig& config) {
   return query_tiles(s.batch * s.num_heads, s.seqlen_q, sm90::tile_m(config));
@@ -67,7 +76,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      .stages = row.stages,
                                      .o_buffer = row.o_buffer,
                                      .ping_pong = problem.has_mask ? row.masked_ping_pong : row.ping_pong,
-                                     .frozen = !problem.has_row_max};
+                                     .frozen = freezes(problem)};
     if (!fits(config, problem)) continue;
     bracket = row.head_dim;
     serving.push_back(config);
@@ -143,20 +152,45 @@ Check encode(const CudaDevice& device, const TensorView& tensor, int rows, sm90:
   return device.encode_tensor_map(layout, map);
 }
 
+// Heads whose rows are walked together, longest first, where a mod has a mask: as many as the L2 cache has room for the
+// keys and values of.
+int section_of(const Signature& s) {
+  constexpr std::int64_t kBytes = 32 << 20;
+  const std::int64_t head =
+      s.seqlen_kv * (s.head_dim + s.head_dim_v) * dsl::dtype_size(static_cast<dsl::DType>(s.dtype));
+  const std::int64_t heads = s.batch * s.num_heads;
+  std::int64_t section = 1;
+  while (heads % (2 * section) == 0 && 2 * section * head <= kBytes) section *= 2;
+  return static_cast<int>(section);
+}
+
+// What is the same in all launches for a signature.
+sm90::ForwardParams launch_params(const Signature& s, const sm90::ForwardConfig& config) {
+  sm90::ForwardParams params = {};
+  params.tiles = static_cast<int>(tiles_of(s, config));
+  params.m_tiles = static_cast<int>(query_tiles(1, s.seqlen_q, sm90::tile_m(config)));
+  params.section = section_of(s);
+  params.by_m_tiles = sm90::make_divisor(params.m_tiles);
+  params.by_heads = sm90::make_divisor(static_cast<int>(s.num_heads));
+  params.by_group = sm90::make_divisor(static_cast<int>(s.num_heads / s.num_heads_kv));
+  params.by_section_tiles = sm90::make_divisor(params.section * params.m_tiles);
+  params.by_section = sm90::make_divisor(params.section);
+  return params;
+}
+
 Result<Contestant::Launch> load(const std::shared_ptr<CudaDevice>& device, const KernelCode& code,
                                 const Signature& signature, const sm90::ForwardConfig& config) {
   Result<std::shared_ptr<const CudaKernel>> kernel =
       CudaKernel::load(device, code.cubin, code.entry, static_cast<std::size_t>(sm90::forward_shared_memory(config)));
   if (!kernel) return kernel.failure();
-  const int tiles = static_cast<int>(tiles_of(signature, config));
-  const int m_tiles = static_cast<int>(query_tiles(1, signature.seqlen_q, sm90::tile_m(config)));
-  const CudaKernel::Grid grid{.x = static_cast<unsigned>(std::min(tiles, device->num_sms()))};
-  return Contestant::Launch([device, kernel = std::move(*kernel), grid, tiles, m_tiles, tile_n = config.tile_n,
+  const sm90::ForwardParams fixed = launch_params(signature, config);
+  const CudaKernel::Grid grid{.x = static_cast<unsigned>(std::min(fixed.tiles, device->num_sms()))};
+  return Contestant::Launch([device, kernel = std::move(*kernel), grid, fixed, tile_n = config.tile_n,
                              threads = static_cast<unsigned>(sm90::threads(config)),
                              score_factor = code.score_factor](const ForwardCall& call, CudaStream stream) -> Check {
     const CudaScope scope(*device);
     if (scope.failure()) return scope.failure();
-    sm90::ForwardParams params;
+    sm90::ForwardParams params = fixed;
     const struct {
       const TensorView& tensor;
       int rows;
@@ -169,8 +203,6 @@ Result<Contestant::Launch> load(const std::shared_ptr<CudaDevice>& device, const
       if (Check failure = encode(*device, tensor, rows, map)) return failure;
     }
     params.call = forward_params(call, score_factor);
-    params.m_tiles = m_tiles;
-    params.tiles = tiles;
     return kernel->launch(grid, threads, &params, stream);
   });
 }
@@ -207,7 +239,10 @@ std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
   return found;
 }
 
-void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) { problem->has_mask = emitted.facts.has_mask; }
+void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
+  problem->has_mask = emitted.facts.has_mask;
+  problem->drifts = emitted.facts.folded && emitted.facts.folded->drifts;
+}
 
 std::string config_name(const sm90::ForwardConfig& config) {
   return fmt::format("{} x {}, {} warpgroups, {} stages{}{}", sm90::tile_m(config), config.tile_n, config.warpgroups,
@@ -263,6 +298,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
       .head_dim_v = static_cast<int>(s.head_dim_v),
       .heads = s.batch * s.num_heads,
       .seqlen_q = s.seqlen_q,
+      .seqlen_kv = s.seqlen_kv,
       .num_sms = target.device ? target.device->num_sms() : kUsualSms,
       .max_shared_memory = target.max_shared_memory,
       .has_row_max = s.has_row_max != 0,
@@ -279,7 +315,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
     learn(emitted.value, &by);
     const std::optional<sm90::ForwardConfig> other = choose_config(by);
     if (!other) return no_configuration(target);
-    if (config_name(*other) != config_name(*config)) {
+    if (config_name(*other) != config_name(*config) || other->frozen != config->frozen) {
       config = other;
       emitted = emit(request, *config, {});
     }

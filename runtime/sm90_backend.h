@@ -20,11 +20,12 @@ struct Sm90Problem {
   sm90::Element element = sm90::Element::kBF16;
   int head_dim = 64, head_dim_v = 64;
   std::int64_t heads = 1;  // of q, in all batches
-  std::int64_t seqlen_q = 0;
+  std::int64_t seqlen_q = 0, seqlen_kv = 0;
   int num_sms = kUsualSms;
   std::size_t max_shared_memory = 0;
   bool has_row_max = false;
   bool has_mask = false;  // some element may be dropped
+  bool drifts = false;    // compiler::FoldedFacts::drifts
 };
 // Nothing where no configuration fits the shared memory.
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem);
