@@ -167,7 +167,8 @@ std::string config_text(const sm90::ForwardConfig& c) {
                       {"stages", std::to_string(c.stages)},
                       {"o_buffer", bool_text(c.o_buffer)},
                       {"ping_pong", bool_text(c.ping_pong)},
-                      {"frozen", bool_text(c.frozen)}});
+                      {"frozen", bool_text(c.frozen)},
+                      {"fma_exponentials", std::to_string(c.fma_exponentials)}});
 }
 
 std::string config_text(const sm80::BackwardConfig& c) {

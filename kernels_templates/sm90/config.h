@@ -18,6 +18,9 @@ struct ForwardConfig {
   // The reference of the exponentials stays where the first steps put it, and a tile whose sums run too high is done
   // again; else it is the running maximum. Without it row_max is exact, and only then.
   bool frozen = true;
+  // Of every four exponentials of a frozen step, those computed without the special function unit: for mods that keep
+  // that busy.
+  int fma_exponentials = 0;
 };
 
 // A tensor map as the driver encodes it, of a 4-D tensor (feature, sequence, head, batch): boxes of 64 features,
