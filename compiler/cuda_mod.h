@@ -33,8 +33,8 @@ struct CudaMod {
 };
 
 // `function` as Target::kCuda's passes leave it, for the forward or the backward; `sinks` are its facts. Same text for
-// the same function and names.
+// the same function and names. `tile_facts`: Frontend's, or null.
 CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy,
-                      std::span<const SinkFacts> sinks = {});
+                      std::span<const SinkFacts> sinks = {}, mlir::func::FuncOp tile_facts = {});
 
 }  // namespace attnjit::compiler
