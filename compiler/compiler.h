@@ -101,6 +101,8 @@ struct ModFacts {
   ScoreClass score_class = ScoreClass::kIdentity;
   bool has_mask = false;  // some element may be dropped
   bool mask_reads_score = false;
+  // What the mask is over a tile, and which keys or queries of it count, is known for some tiles: code for it is there.
+  bool knows_tiles = false, knows_kv_range = false, knows_q_range = false;
   int reads_proven = 0;  // captured reads proven in bounds
   int reads_clamped = 0;
   bool indices_fit_32 = true;                 // every integer was narrowed to 32 bits
@@ -124,6 +126,8 @@ class CpuTile {
   // cpu::kMaxStagedReads; rows() says where to take them from, and is null where there are none.
   virtual std::span<const dsl::DType> staged() const = 0;
   virtual cpu::RowsFn rows() const = 0;
+  // What the mask is over tiles; each null where facts() say that nothing is known. As is the gradient tile's.
+  virtual cpu::TileFacts tile_facts() const = 0;
   virtual const ModFacts& facts() const = 0;
   virtual const PhaseTimes& phases() const = 0;  // empty of compile phases when shared with an earlier problem
 };
@@ -145,6 +149,7 @@ class CpuGradientTile {
   virtual cpu::RowShiftsFn row_shifts() const = 0;        // null where no sink is a row shift
   virtual std::span<const dsl::DType> staged() const = 0;
   virtual cpu::RowsFn rows() const = 0;  // takes TileParams of which only indices and captured are set
+  virtual cpu::TileFacts tile_facts() const = 0;
   virtual const ModFacts& facts() const = 0;
   virtual const PhaseTimes& phases() const = 0;
 };

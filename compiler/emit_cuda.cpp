@@ -204,7 +204,7 @@ bool emit_mod(const ModProblem& problem, Direction direction, CudaAccuracy accur
   }
   const PhaseTimer timer(emitted.phases, "emit");
   emitted.facts = frontend.facts();
-  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy, emitted.facts.sinks,
+  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy, emitted.facts.sinks, frontend.tile_facts(),
                                direction == Direction::kFoldedForward ? ModForm::kFolded : ModForm::kPlain);
   if (!made.error.empty()) {
     result.error = CompileError{std::move(made.error)};

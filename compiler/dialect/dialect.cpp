@@ -49,6 +49,17 @@ void IndexOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges>, mlir::SetIntR
   set_range(getResult(), ConstantIntRanges::fromSigned(APInt(64, 0), APInt(64, last)));
 }
 
+// ---- tile_end
+
+mlir::LogicalResult TileEndOp::verify() {
+  if (getExtent() < 1) return emitOpError("needs an extent of at least 1, got ") << getExtent();
+  return mlir::success();
+}
+
+void TileEndOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges>, mlir::SetIntRangeFn set_range) {
+  set_range(getResult(), ConstantIntRanges::fromSigned(APInt(64, 0), APInt(64, getExtent() - 1)));
+}
+
 // ---- read
 
 mlir::LogicalResult ReadOp::verify() {

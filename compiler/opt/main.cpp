@@ -92,8 +92,8 @@ int print_cuda(const compiler::ModProblem& problem, const std::string& dtype, bo
   const compiler::CudaAccuracy accuracy = dtype == "float32"   ? compiler::CudaAccuracy::kFull
                                           : dtype == "float16" ? compiler::CudaAccuracy::kFloat16
                                                                : compiler::CudaAccuracy::kBFloat16;
-  const compiler::CudaMod mod =
-      compiler::emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks, form);
+  const compiler::CudaMod mod = compiler::emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks,
+                                                        frontend.tile_facts(), form);
   llvm::outs() << mod.text;
   llvm::errs() << mod.error;
   return mod.error.empty() ? 0 : 1;

@@ -254,7 +254,8 @@ struct Loader {
 
   // Which of tiles 32 * group to 32 * group + 31 are of a kind: one to a lane.
   __device__ __forceinline__ void kinds(const Plan& plan, int group, unsigned& partial, unsigned& full) const {
-    const int number = 32 * group + static_cast<int>(threadIdx.x);
+    // Also of lanes beyond the last tile: what is asked about exists.
+    const int number = min(32 * group + static_cast<int>(threadIdx.x), max(plan.count - 1, 0));
     const int n = plan.ascending ? plan.first_tile + number : plan.first_tile - number;
     Tile tile = whole_tile(plan.job);
     tile.kv_first += n * kTileN;
@@ -263,7 +264,7 @@ struct Loader {
     TileKind kind = TileKind::kPartial;
     if constexpr (Mod::kKnowsTiles) kind = Mod::tile_kind(params.call.captured, tile);
     if constexpr (!Mod::kHasMask) kind = TileKind::kFull;
-    const bool some = number < plan.count && kind != TileKind::kSkip;
+    const bool some = 32 * group + static_cast<int>(threadIdx.x) < plan.count && kind != TileKind::kSkip;
     const bool is_full = kind == TileKind::kFull && whole;
     full = __ballot_sync(0xffffffffu, some && is_full);
     partial = __ballot_sync(0xffffffffu, some && !is_full);
@@ -411,9 +412,9 @@ struct Loader {
 // is positive, so that the maximum of the products is that of the scores.
 constexpr bool kIdentity = Mod::kIdentity;
 
-// 2^x without the special function unit: 2^floor(x) by the exponent's bits, the rest by a polynomial (minimax on [0, 1),
-// relative error 2^-23). Above 2^127 it is that, below 2^-126 that, and of NaN the largest float: the sum then is too
-// high to stand.
+// 2^x without the special function unit: 2^floor(x) by the exponent's bits, the rest by a polynomial (minimax on [0,
+// 1), relative error 2^-23). Above 2^127 it is that, below 2^-126 that, and of NaN the largest float: the sum then is
+// too high to stand.
 __device__ __forceinline__ float exp2_by_fma(float x) {
   x = cuda::min_nan(cuda::max_nan(x, -126.0f), 127.0f);
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bit counts whole numbers

@@ -19,5 +19,7 @@ func.func @ops(%score: f32) -> f32 {
   %s = attnjit.read 0[] extents [] strides [] : ui8 -> i64
   // CHECK: attnjit.gelu
   %g = attnjit.gelu %r
+  // CHECK: attnjit.tile_end last h below 8{{$}}
+  %last = attnjit.tile_end last h below 8
   return %g : f32
 }
