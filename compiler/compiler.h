@@ -103,6 +103,7 @@ struct ModFacts {
   bool mask_reads_score = false;
   // What the mask is over a tile, and which keys or queries of it count, is known for some tiles: code for it is there.
   bool knows_tiles = false, knows_kv_range = false, knows_q_range = false;
+  bool tiles_read_captured = false;  // and it depends on captured values
   int reads_proven = 0;  // captured reads proven in bounds
   int reads_clamped = 0;
   bool indices_fit_32 = true;                 // every integer was narrowed to 32 bits

@@ -139,6 +139,7 @@ bool Frontend::find_tile_facts(const ModProblem& problem, Target target) {
   facts_.knows_tiles = knows_tiles(tile_facts());
   facts_.knows_kv_range = knows_kv_range(tile_facts());
   facts_.knows_q_range = knows_q_range(tile_facts());
+  tile_facts().walk([&](ReadOp) { facts_.tiles_read_captured = true; });
   if (!facts_.knows_tiles && !facts_.knows_kv_range && !facts_.knows_q_range) tile_facts_ = {};
   return true;
 }

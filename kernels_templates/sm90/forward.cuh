@@ -221,20 +221,8 @@ struct Loader {
     ++jobs;
   }
 
-  // Tile number `tile` of the queries. With a mask the rows of the last queries, which see most keys where masks look
-  // back, come first, of so many heads together as the L2 cache holds.
   __device__ __forceinline__ void place(Job& job, int tile) const {
-    int head, m;
-    if constexpr (Mod::kHasMask) {
-      const int section = quotient(tile, params.by_section_tiles);
-      const int rest = tile - section * static_cast<int>(params.by_section_tiles.divisor);
-      const int row = quotient(rest, params.by_section);
-      m = params.m_tiles - 1 - row;
-      head = (section - row) * params.section + rest;
-    } else {
-      head = quotient(tile, params.by_m_tiles);
-      m = tile - head * params.m_tiles;
-    }
+    const auto [head, m] = Mod::kHasMask ? masked_place(tile, params) : plain_place(tile, params);
     job.tile = tile;
     job.b = quotient(head, params.by_heads);
     job.h = head - job.b * params.call.num_heads;
