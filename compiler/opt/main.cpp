@@ -116,7 +116,7 @@ int print_expression(int argc, char** argv) {
   std::string text, mask, cuda;
   std::vector<std::int64_t> shape{1, 8, 1024, 1024};
   std::vector<std::string> captures, gradients;
-  bool backward = false;
+  bool backward = false, summaries = false;
   CLI::App app("Prints the MLIR that the compiler builds from an expression");
   app.add_option("--expr", text, "score_mod")->required();
   app.add_option("--mask", mask, "mask_mod");
@@ -126,6 +126,7 @@ int print_expression(int argc, char** argv) {
       ->check(CLI::IsMember({"float32", "float16", "bfloat16"}));
   app.add_flag("--backward", backward, "print the function with the gradients in it, after the passes");
   app.add_option("--gradients", gradients, "captured tensors whose gradient is wanted: name,...")->delimiter(',');
+  app.add_flag("--summaries", summaries, "what is known of tiles may read summaries of captured tensors");
   CLI11_PARSE(app, argc, argv);
 
   std::map<std::string, compiler::CaptureInfo> infos;
@@ -135,6 +136,7 @@ int print_expression(int argc, char** argv) {
     return 1;
   }
   compiler::ModProblem problem;
+  problem.summaries = summaries;
   problem.batch = shape[0];
   problem.num_heads = shape[1];
   problem.seqlen_q = shape[2];
