@@ -595,7 +595,8 @@ class Lowering {
     const unsigned capture = op.getCapture();
     const std::string view = "captured[" + std::to_string(capture) + "]";
     const NodeId view_node = g_.leaf(view, CType::kInt);
-    const bool fits_32 = problem_.captures[capture].offsets_fit_32;
+    const bool summary = capture >= problem_.captures.size();  // of fewer than 2^31 elements
+    const bool fits_32 = summary || problem_.captures[capture].offsets_fit_32;
     const auto [stored, type] = element(op.getElement());
     const std::string function = std::string("load<") + stored + ">";
     if (op.getIndices().empty()) return g_.call(function, {view_node}, type, kOnBlock, capture_name(capture));
@@ -797,6 +798,7 @@ class Lowering {
         .Case<arith::SubIOp>([&](auto) { return arithmetic(op, "-", "wrapping_sub", kSum); })
         .Case<arith::MulIOp>([&](auto) { return arithmetic(op, "*", "wrapping_mul", kProduct); })
         .Case<math::IPowIOp>([&](auto) { return g_.call("wrapping_pow", {arg(op, 0), arg(op, 1)}, CType::kLong); })
+        .Case<FloorLog2Op>([&](auto) { return g_.call("floor_log2", {to(arg(op, 0), CType::kInt)}, CType::kInt); })
         .Case<arith::MaxSIOp>([&](auto) { return extreme(op, "max"); })
         .Case<arith::MinSIOp>([&](auto) { return extreme(op, "min"); })
         .Case<arith::AndIOp>([&](auto) { return bits(op, "&"); })

@@ -133,14 +133,17 @@ std::unique_ptr<llvm::Module> Frontend::lower(const ModProblem& problem, bool st
 
 // From the canonical form: what later passes make of it is nearer to code and further from the text.
 bool Frontend::find_tile_facts(const ModProblem& problem, Target target) {
-  tile_facts_ = derive_tile_facts(function(), problem);
+  tile_facts_ = derive_tile_facts(function(), problem, facts_.summaries);
   if (!tile_facts_) return true;
   if (!session_->finish_tile_facts(*tile_facts_, target)) return false;
   facts_.knows_tiles = knows_tiles(tile_facts());
   facts_.knows_kv_range = knows_kv_range(tile_facts());
   facts_.knows_q_range = knows_q_range(tile_facts());
   tile_facts().walk([&](ReadOp) { facts_.tiles_read_captured = true; });
-  if (!facts_.knows_tiles && !facts_.knows_kv_range && !facts_.knows_q_range) tile_facts_ = {};
+  if (!facts_.knows_tiles && !facts_.knows_kv_range && !facts_.knows_q_range) {
+    tile_facts_ = {};
+    facts_.summaries.clear();
+  }
   return true;
 }
 

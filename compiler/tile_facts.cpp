@@ -98,11 +98,13 @@ struct Atom {
 class Analysis {
  public:
   Analysis(mlir::OpBuilder& builder, mlir::func::FuncOp function, const ModProblem& problem,
-           mlir::DataFlowSolver& solver)
+           mlir::DataFlowSolver& solver, std::vector<TileSummary>& summaries)
       : b_(builder),
         loc_(builder.getUnknownLoc()),
         function_(function),
+        problem_(problem),
         solver_(solver),
+        summaries_(summaries),
         extents_{problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_kv} {}
 
   // False where it gives up. Inserts at the builder's place, the return included.
@@ -180,6 +182,11 @@ class Analysis {
   Value larger(Value a, Value b) { return make<arith::MaxSIOp>(a, b); }
   Value compare(arith::CmpIPredicate predicate, Value a, Value b) {
     return b_.createOrFold<arith::CmpIOp>(loc_, predicate, a, b);
+  }
+  // Of a value that lies in `known` anyway.
+  Value clamped(Value v, Range range, Range known) {
+    if (known.high > range.high) v = smaller(v, i64(range.high));
+    return known.low < range.low ? larger(v, i64(range.low)) : v;
   }
   Value clamped(Value v, Range range) { return larger(smaller(v, i64(range.high)), i64(range.low)); }
   static bool is_false(Value v) { return mlir::matchPattern(v, mlir::m_Zero()); }
@@ -339,6 +346,94 @@ class Analysis {
     return {range.smin().getSExtValue(), range.smax().getSExtValue()};
   }
 
+  // ---- Summaries
+
+  struct Ends {
+    Value low, high, guard;
+  };
+
+  // Of a captured read whose place varies within a tile along one dimension.
+  std::optional<Ends> summarised(ReadOp read) {
+    const auto capture = static_cast<int>(read.getCapture());
+    int dimension = -1;
+    Ends ends;
+    for (const auto& [i, index] : llvm::enumerate(read.getIndices())) {
+      if (is_uniform(index)) {
+        ends.guard = both(ends.guard, one_head(index));
+      } else if (dimension < 0) {
+        dimension = static_cast<int>(i);
+      } else {
+        return std::nullopt;
+      }
+    }
+    if (!problem_.summaries || dimension < 0) return std::nullopt;
+    const std::optional<Form> along = known(read.getIndices()[static_cast<unsigned>(dimension)]);
+    const std::optional<unsigned> number = summary_number(capture, dimension);
+    if (!along || !number) return std::nullopt;
+    ends.guard = both(ends.guard, along->guard);
+
+    const CaptureInfo& info = problem_.captures[static_cast<std::size_t>(capture)];
+    const std::vector<std::int64_t> extents = summary_extents(info, dimension);
+    std::vector<std::int64_t> strides(extents.size(), -1);
+    strides.back() = 1;
+    llvm::SmallVector<Value> indices;
+    for (const auto& [i, index] : llvm::enumerate(read.getIndices()))
+      if (static_cast<int>(i) != dimension) indices.push_back(cloned(index));
+    const Range places{0, info.extent[static_cast<std::size_t>(dimension)] - 1};
+    const auto block_of = [&](bool high) {
+      return make<FloorDivOp>(clamped(end_of(*along, high), places, range_of(*along)), i64(kSummaryBlock));
+    };
+    const Value first = block_of(false), last = block_of(true);
+    const Value length = make<arith::AddIOp>(make<arith::SubIOp>(last, first), i64(1));
+    const Value level = FloorLog2Op::create(b_, loc_, b_.getI64Type(), length);
+    const mlir::Type element = info.dtype == dsl::DType::kInt64 ? b_.getI64Type() : b_.getI32Type();
+    const auto part = [&](int which, Value block) {
+      llvm::SmallVector<Value> at(indices);
+      at.append({i64(which), level, block});
+      return ReadOp::create(b_, loc_, b_.getI64Type(), *number, at, extents, strides, mlir::DenseBoolArrayAttr(),
+                            mlir::IntegerAttr(), element)
+          .getResult();
+    };
+    ends.low = smaller(part(0, first), part(1, last));
+    ends.high = larger(part(2, first), part(3, last));
+    return ends;
+  }
+
+  // Where the view of a summary stands; nothing where there is no place, or no such summary.
+  std::optional<unsigned> summary_number(int capture, int dimension) {
+    const CaptureInfo& info = problem_.captures[static_cast<std::size_t>(capture)];
+    if (dsl::value_type(info.dtype) == dsl::Type::kFloat) return std::nullopt;
+    std::int64_t elements = 1;
+    for (const std::int64_t extent : summary_extents(info, dimension))
+      if (llvm::MulOverflow(elements, extent, elements) || elements > std::numeric_limits<std::int32_t>::max())
+        return std::nullopt;
+    auto found = llvm::find_if(summaries_, [&](const TileSummary& summary) {
+      return summary.capture == capture && summary.dimension == dimension;
+    });
+    const auto number = static_cast<std::size_t>(found - summaries_.begin()) + problem_.captures.size();
+    if (number >= static_cast<std::size_t>(dsl::kMaxCaptures) || info.extent.size() + 2 > dsl::kMaxRank)
+      return std::nullopt;
+    if (found == summaries_.end()) summaries_.push_back({.capture = capture, .dimension = dimension});
+    return static_cast<unsigned>(number);
+  }
+
+  std::optional<Form> summarised_form(ReadOp read) {
+    std::optional<Ends> ends = summarised(read);
+    if (!ends) return std::nullopt;
+    Range range = static_range(read.getResult());
+    if (!range.within(kLargestTerm)) {
+      range = {-kLargestTrusted, kLargestTrusted};
+      for (Value* const value : {&ends->low, &ends->high}) {
+        const Value trusted = clamped(*value, range);
+        ends->guard = both(ends->guard, compare(arith::CmpIPredicate::eq, trusted, *value));
+        *value = trusted;
+      }
+    }
+    return form_of_term(
+        add_term({.varies = varies_.lookup(read.getResult()), .low = ends->low, .high = ends->high, .range = range}),
+        ends->guard);
+  }
+
   // What does not vary within a tile, or only with the head. Where the type does not bound it, it is trusted up to a
   // bound.
   Form uniform(Value v) {
@@ -372,9 +467,10 @@ class Analysis {
     if (varies_.lookup(result) == 0) return uniform(result);
     std::optional<Form> form = followed(op);
     if (form && range_of(*form).within(kLargestTerm)) return form;
-    // (A captured read by q_idx or kv_idx alone would be a term between that tensor's least and largest value over the
-    // tile's queries or keys.)
-    return is_uniform(result) ? uniform(result) : between_literals(result);
+    if (is_uniform(result)) return uniform(result);
+    if (auto read = llvm::dyn_cast<ReadOp>(op))
+      if (std::optional<Form> summary = summarised_form(read)) return summary;
+    return between_literals(result);
   }
 
   std::optional<Form> followed(mlir::Operation& op) {
@@ -692,6 +788,10 @@ class Analysis {
       truth = decide(atom->second, 0);
     } else if (llvm::isa<arith::CmpFOp>(op)) {
       truth = float_comparison(llvm::cast<arith::CmpFOp>(op));
+    } else if (auto read = llvm::dyn_cast<ReadOp>(op)) {
+      if (const std::optional<Ends> ends = summarised(read))
+        truth = {both(ends->guard, compare(arith::CmpIPredicate::eq, ends->high, i64(0))),
+                 both(ends->guard, compare(arith::CmpIPredicate::ne, ends->low, i64(0)))};
     } else {
       truth = joined(op);
     }
@@ -734,21 +834,18 @@ class Analysis {
   }
 
   // Rounding is monotone: what is between two numbers is so after it.
-  struct FloatEnds {
-    Value low, high, guard;
-  };
-  std::optional<FloatEnds> float_ends(Value v) {
+  std::optional<Ends> float_ends(Value v) {
     mlir::Operation* const op = v.getDefiningOp();
     if (!op) return std::nullopt;
     if (is_uniform(v)) {
       if (!is_reproducible(v)) return std::nullopt;
-      return FloatEnds{cloned(v), cloned(v), one_head(v)};
+      return Ends{cloned(v), cloned(v), one_head(v)};
     }
     const auto converted = [&](Value end) {
       return arith::SIToFPOp::create(b_, loc_, b_.getF32Type(), end).getResult();
     };
     const auto of_form = [&](const Form& form) {
-      return FloatEnds{converted(end_of(form, false)), converted(end_of(form, true)), form.guard};
+      return Ends{converted(end_of(form, false)), converted(end_of(form, true)), form.guard};
     };
     if (const std::optional<Form> form = known(v)) return of_form(*form);
     if (llvm::isa<arith::SIToFPOp>(op)) {
@@ -759,7 +856,7 @@ class Analysis {
     mlir::FloatAttr literal;
     if (!mlir::matchPattern(op->getOperand(1), mlir::m_Constant(&literal))) return std::nullopt;
     const double factor = literal.getValueAsDouble();
-    const std::optional<FloatEnds> ends = float_ends(op->getOperand(0));
+    const std::optional<Ends> ends = float_ends(op->getOperand(0));
     if (!ends || !std::isfinite(factor) || factor == 0) return std::nullopt;
     const auto scaled_end = [&](Value end) {
       mlir::IRMapping mapping;
@@ -768,12 +865,12 @@ class Analysis {
       return b_.clone(*op, mapping)->getResult(0);
     };
     const Value first = scaled_end(ends->low), second = scaled_end(ends->high);
-    return factor > 0 ? FloatEnds{first, second, ends->guard} : FloatEnds{second, first, ends->guard};
+    return factor > 0 ? Ends{first, second, ends->guard} : Ends{second, first, ends->guard};
   }
 
   std::optional<Truth> float_comparison(arith::CmpFOp op) {
     using P = arith::CmpFPredicate;
-    std::optional<FloatEnds> a = float_ends(op.getLhs()), b = float_ends(op.getRhs());
+    std::optional<Ends> a = float_ends(op.getLhs()), b = float_ends(op.getRhs());
     if (!a || !b) return std::nullopt;
     P predicate = op.getPredicate();
     bool negative = false;
@@ -946,7 +1043,9 @@ class Analysis {
   mlir::OpBuilder& b_;
   mlir::Location loc_;
   mlir::func::FuncOp function_;
+  const ModProblem& problem_;
   mlir::DataFlowSolver& solver_;
+  std::vector<TileSummary>& summaries_;
   std::array<std::int64_t, 4> extents_;  // by Role
   std::map<std::pair<int, bool>, Value> ends_;
   mlir::IRMapping copies_;
@@ -969,7 +1068,17 @@ bool is_end(mlir::func::FuncOp tile_facts, TileResult result) {
 
 }  // namespace
 
-mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function, const ModProblem& problem) {
+std::vector<std::int64_t> summary_extents(const CaptureInfo& capture, int dimension) {
+  std::vector<std::int64_t> extents = capture.extent;
+  const auto along = extents.begin() + dimension;
+  const std::int64_t blocks = llvm::divideCeil(static_cast<std::uint64_t>(*along), kSummaryBlock);
+  extents.erase(along);
+  extents.insert(extents.end(), {4, llvm::Log2_64(static_cast<std::uint64_t>(blocks)) + std::int64_t{1}, blocks});
+  return extents;
+}
+
+mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function, const ModProblem& problem,
+                                                    std::vector<TileSummary>& summaries) {
   constexpr std::int64_t kLargestExtent = std::numeric_limits<std::int32_t>::max();
   if (std::max({problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_kv}) > kLargestExtent) return {};
   if (mlir::matchPattern(function.front().getTerminator()->getOperand(1), mlir::m_One())) return {};
@@ -985,7 +1094,10 @@ mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function,
   auto made = mlir::func::FuncOp::create(builder, loc, kTileFactsName,
                                          builder.getFunctionType({}, {i1, i1, i32, i32, i32, i32}));
   builder.setInsertionPointToEnd(made.addEntryBlock());
-  if (!Analysis(builder, function, problem, solver).run()) return {};
+  if (!Analysis(builder, function, problem, solver, summaries).run()) {
+    summaries.clear();
+    return {};
+  }
   return module;
 }
 

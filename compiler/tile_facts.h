@@ -23,7 +23,9 @@ enum class TileResult : std::uint8_t {
 // A module with `@tile_facts() -> (i1, i1, i32, i32, i32, i32)`, of attnjit.tile_end, captured reads and arithmetic,
 // from the canonical form of a forward or a backward. Null where nothing can be known: there is no mask, it reads the
 // score, or it is too long. Sound, not exact: `never` and `always` may be false of any tile, and ranges the whole.
-mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function, const ModProblem& problem);
+// `summaries`: what it reads beside captures.
+mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function, const ModProblem& problem,
+                                                    std::vector<TileSummary>& summaries);
 
 // Of that function after MlirSession::finish_tile_facts: whether its results say anything.
 bool knows_tiles(mlir::func::FuncOp tile_facts);

@@ -123,6 +123,14 @@ def Attnjit_FloorModOp : Attnjit_DivisionOp<"floormod"> {
   let summary = "What floordiv leaves, with the divisor's sign; x % 0 is 0";
 }
 
+def Attnjit_FloorLog2Op : Attnjit_Op<"floor_log2",
+    [SameOperandsAndResultType, DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
+  let summary = "The largest n for which 2^n is not above the operand; 0 where that is below 1";
+  let arguments = (ins AnyTypeOf<[I32, I64]>:$value);
+  let results = (outs AnyTypeOf<[I32, I64]>:$result);
+  let assemblyFormat = "$value attr-dict `:` type($result)";
+}
+
 def Attnjit_ToIntOp : Attnjit_Op<"to_int"> {
   let summary = "Float to integer: truncates, saturates, NaN gives 0";
   let arguments = (ins F32:$value);

@@ -204,6 +204,15 @@ void FloorModOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges> ranges, mli
   set_range(getResult(), ConstantIntRanges::fromSigned(low, high));
 }
 
+// ---- floor_log2
+
+void FloorLog2Op::inferResultRanges(llvm::ArrayRef<ConstantIntRanges> ranges, mlir::SetIntRangeFn set_range) {
+  const auto log2 = [](const APInt& value) {
+    return APInt(value.getBitWidth(), value.isStrictlyPositive() ? value.logBase2() : 0);
+  };
+  set_range(getResult(), ConstantIntRanges::fromSigned(log2(ranges[0].smin()), log2(ranges[0].smax())));
+}
+
 // ---- to_int
 
 mlir::OpFoldResult ToIntOp::fold(FoldAdaptor adaptor) {

@@ -129,6 +129,8 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
       }
       return made->getResult(0);
     }
+    if (llvm::isa<FloorLog2Op>(op) && all_narrow(op.getOperands()))
+      return FloorLog2Op::create(builder, loc, i32, narrow_[op.getOperand(0)]);
     return arith::TruncIOp::create(builder, loc, i32, op.getResult(0));
   }
 

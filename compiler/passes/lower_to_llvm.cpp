@@ -230,6 +230,13 @@ class Lowering {
       replacement = divide(mod.getLhs(), mod.getRhs(), true);
       return mlir::success();
     }
+    if (auto log2 = llvm::dyn_cast<FloorLog2Op>(op)) {
+      const mlir::Type type = log2.getType();
+      const Value positive = arith::MaxSIOp::create(b_, loc_, log2.getValue(), integer(type, 1));
+      const Value zeros = LLVM::CountLeadingZerosOp::create(b_, loc_, type, positive, /*is_zero_poison=*/true);
+      replacement = arith::SubIOp::create(b_, loc_, integer(type, type.getIntOrFloatBitWidth() - 1), zeros);
+      return mlir::success();
+    }
     if (auto to_int = llvm::dyn_cast<ToIntOp>(op)) {
       replacement =
           LLVM::CallIntrinsicOp::create(b_, loc_, b_.getI64Type(), b_.getStringAttr("llvm.fptosi.sat.i64.f32"),

@@ -25,6 +25,13 @@ std::vector<Tensor> tensors() {
   constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
   std::vector<std::int32_t> ids;
   for (int i = 0; i < 32; ++i) ids.push_back(i / 9);
+  std::vector<std::int32_t> far, documents;
+  std::vector<std::int64_t> rows;
+  std::vector<std::uint8_t> flags;
+  for (int i = 0; i < 200; ++i) far.push_back(i / 11 - (i % 37 == 0 ? 20 : 0));
+  for (int i = 0; i < 1024; ++i) documents.push_back(i / 32 / 9);
+  for (int i = 0; i < 300; ++i) rows.push_back(i == 40 ? kLargest : i == 200 ? kSmallest : i / 8);
+  for (int i = 0; i < 400; ++i) flags.push_back(i / 70 % 2 == 0 ? 1 : 0);
   return {
       Tensor::of<std::int32_t>("len", DType::kInt32, {2}, {11, 29}),
       Tensor::of<std::int64_t>("wide", DType::kInt64, {2}, {7, -3}),
@@ -38,10 +45,78 @@ std::vector<Tensor> tensors() {
       Tensor::of<std::int32_t>("n", DType::kInt32, {}, {6}),
       Tensor::of<std::int32_t>("ids", DType::kInt32, {32}, ids),
       Tensor::of<std::uint8_t>("some", DType::kBool, {4, 32}, std::vector<std::uint8_t>(128, 1)),
+      Tensor::of<std::int32_t>("far", DType::kInt32, {200}, far),
+      Tensor::of<std::int32_t>("documents", DType::kInt32, {1024}, documents),
+      Tensor::of<std::int64_t>("rows", DType::kInt64, {2, 150}, rows),
+      Tensor::of<std::uint8_t>("flags", DType::kBool, {4, 100}, flags),
   };
 }
 
 Mod mod_of(const std::string& mask) { return Mod("where(" + mask + ", score, -inf)", tensors(), kShape); }
+
+// One of a captured tensor's summaries, as compiler::TileSummary says.
+Tensor summary_of(const Mod& mod, const TileSummary& summary) {
+  const auto capture = static_cast<std::size_t>(summary.capture);
+  const CaptureInfo& info = mod.problem.captures[capture];
+  const dsl::CaptureView& view = mod.views[capture];
+  const std::vector<std::int64_t> extents = summary_extents(info, summary.dimension);
+  const std::int64_t blocks = extents.back(), levels = extents[extents.size() - 2];
+  const std::int64_t along = info.extent[static_cast<std::size_t>(summary.dimension)];
+  std::int64_t others = 1;
+  for (std::size_t i = 0; i + 3 < extents.size(); ++i) others *= extents[i];
+  std::vector<std::int64_t> values;
+  for (std::int64_t other = 0; other < others; ++other) {
+    std::int64_t start = 0, rest = other;
+    for (int d = view.rank - 1; d >= 0; --d) {
+      if (d == summary.dimension) continue;
+      start += rest % view.extent[d] * view.stride[d];
+      rest /= view.extent[d];
+    }
+    for (const int part : {0, 1, 2, 3}) {
+      for (std::int64_t level = 0; level < levels; ++level) {
+        for (std::int64_t block = 0; block < blocks; ++block) {
+          const std::int64_t span = std::int64_t{1} << level;
+          const std::int64_t first = part % 2 == 0 ? block : std::max<std::int64_t>(block - span + 1, 0);
+          const std::int64_t last = part % 2 == 0 ? std::min(block + span, blocks) - 1 : block;
+          std::int64_t least = std::numeric_limits<std::int64_t>::max(), largest = -least - 1;
+          for (std::int64_t i = first * kSummaryBlock; i < std::min((last + 1) * kSummaryBlock, along); ++i) {
+            const std::int64_t value =
+                dsl::read_as_int(view.data, view.dtype, start + i * view.stride[summary.dimension]);
+            least = std::min(least, value);
+            largest = std::max(largest, value);
+          }
+          values.push_back(part < 2 ? least : largest);
+        }
+      }
+    }
+  }
+  if (info.dtype == DType::kInt64) return Tensor::of<std::int64_t>("", DType::kInt64, extents, values);
+  return Tensor::of<std::int32_t>("", DType::kInt32, extents, {values.begin(), values.end()});
+}
+
+// A mod that is given its summaries, behind its captures.
+struct SummarisedMod {
+  Mod mod;
+  std::vector<Tensor> summaries;
+
+  explicit SummarisedMod(const std::string& mask) : mod(mod_of(mask)) {
+    mod.problem.summaries = true;
+    const auto facts = analyze(mod.problem);
+    EXPECT_FALSE(facts.error) << facts.error->message;
+    for (const TileSummary& summary : facts.value.summaries) summaries.push_back(summary_of(mod, summary));
+    for (const Tensor& tensor : summaries) {
+      cpu::CapturedView native{.data = tensor.bytes.data(), .stride = {}, .extent = {}};
+      dsl::CaptureView view{
+          .data = tensor.bytes.data(), .dtype = tensor.dtype, .rank = static_cast<int>(tensor.extent.size())};
+      for (std::size_t i = 0; i < tensor.extent.size(); ++i) {
+        view.extent[i] = native.extent[i] = tensor.extent[i];
+        view.stride[i] = native.stride[i] = tensor.stride(i);
+      }
+      mod.views.push_back(view);
+      mod.table.push_back(native);
+    }
+  }
+};
 
 std::vector<cuda::CapturedView> cuda_table(const Mod& mod) {
   std::vector<cuda::CapturedView> table;
@@ -219,7 +294,8 @@ Said ask(const cpu::TileFacts& facts, const Mod& mod, const cpu::Tile& tile) {
 // Conditions over indices and captured values that a tile's analysis follows, and some that it does not.
 class MaskGenerator {
  public:
-  explicit MaskGenerator(std::uint64_t seed) : random_(seed) {}
+  // `reads`: many captured reads by q_idx and kv_idx.
+  explicit MaskGenerator(std::uint64_t seed, bool reads = false) : reads_(reads), random_(seed) {}
 
   std::string condition(int depth) {
     const auto inner = [&] { return condition(depth - 1); };
@@ -246,6 +322,11 @@ class MaskGenerator {
   std::string small() { return std::to_string(static_cast<int>(below(40)) - 8); }
 
   std::string atom() {
+    if (reads_ && below(2) == 0) {
+      if (below(4) == 0)
+        return one_of({"flags[h, 3 * kv_idx]", "flags[2, 4 * q_idx]", "flags[h, kv_idx - q_idx + 40]"});
+      return "(" + read() + relation() + (below(2) == 0 ? read() : bound()) + ")";
+    }
     switch (below(16)) {
       case 0:
         return one_of({"chosen[b]", "heads[h]", "some[h, kv_idx]", "b == 1", "h < 2", "true"});
@@ -273,6 +354,11 @@ class MaskGenerator {
       default:
         return "(" + integer(2) + relation() + integer(2) + ")";
     }
+  }
+  std::string read() {
+    return one_of({"far[7 * q_idx + 3]", "far[5 * kv_idx]", "far[9 * kv_idx - 60]", "rows[b, 4 * kv_idx + q_idx]",
+                   "rows[b, 6 * q_idx]", "(rows[b, 2 * q_idx] - kv_idx)", "documents[40 * q_idx]", "ids[q_idx]",
+                   "documents[31 * kv_idx]", "far[len[b] + 3 * q_idx]", "far[window[h] + kv_idx]"});
   }
   std::string bound() { return one_of({"len[b]", "wide[b]", "window[h]", "n", "0", "5", "13", "20"}); }
 
@@ -319,6 +405,7 @@ class MaskGenerator {
     }
   }
 
+  const bool reads_;
   std::mt19937_64 random_;
 };
 
@@ -399,6 +486,65 @@ TEST(CompilerTileFacts, AreRightOnTheCpuForRandomMasks) {
     }
   }
   EXPECT_GT(score.found * 10, score.uniform_tiles * 7) << score.found << " of " << score.uniform_tiles;
+}
+
+TEST(CompilerTileFacts, AreRightWithSummariesOfCapturedValues) {
+  const int count = random_count(600) / 3;
+  MaskGenerator generator(12, true);
+  std::mt19937_64 random(13);
+  std::vector<std::string> masks;
+  std::vector<std::unique_ptr<SummarisedMod>> summarised;
+  std::vector<Mod> mods;
+  for (int i = 0; i < count; ++i) {
+    masks.push_back(generator.condition(static_cast<int>(random() % 3)));
+    summarised.push_back(std::make_unique<SummarisedMod>(masks.back()));
+    mods.push_back(summarised.back()->mod);
+  }
+  const HostTiles host(mods, false);
+  Score score, of_cpu;
+  std::size_t summaries = 0;
+  for (std::size_t i = 0; i < mods.size(); ++i) {
+    summaries += summarised[i]->summaries.size();
+    const Kept kept(mods[i]);
+    std::unique_ptr<Elementwise> compiled;
+    if (i % 4 == 0) compiled = std::make_unique<Elementwise>(mods[i]);
+    for (int k = 0; k < 60; ++k) {
+      const cpu::Tile tile = random_tile(random);
+      judge(masks[i], kept, tile, host.ask(i, tile), score);
+      if (compiled && compiled->compiled.code)
+        judge(masks[i], kept, tile, ask(tile_facts_of(*compiled->compiled.code), mods[i], tile), of_cpu);
+    }
+  }
+  EXPECT_GT(summaries, mods.size() / 2);
+  RecordProperty("found_percent", static_cast<int>(100 * score.found / std::max(score.uniform_tiles, 1ll)));
+  // Blocks are larger than most of these tiles.
+  EXPECT_GT(score.found * 10, score.uniform_tiles * 6) << score.found << " of " << score.uniform_tiles;
+  EXPECT_GT(of_cpu.found * 10, of_cpu.uniform_tiles * 5) << of_cpu.found << " of " << of_cpu.uniform_tiles;
+}
+
+// Of ids in order, one block per position.
+TEST(CompilerTileFacts, MissNothingOfDocuments) {
+  const std::string mask = "documents[32 * q_idx] == documents[32 * kv_idx]";
+  const SummarisedMod summarised(mask);
+  ASSERT_EQ(summarised.summaries.size(), 1u);
+  const HostTiles host({summarised.mod}, false);
+  const Kept kept(summarised.mod);
+  std::mt19937_64 random(14);
+  Score score;
+  for (int k = 0; k < 400; ++k) {
+    const cpu::Tile tile = random_tile(random);
+    judge(mask, kept, tile, host.ask(0, tile), score);
+  }
+  EXPECT_GT(score.uniform_tiles, 100);
+  EXPECT_EQ(score.found, score.uniform_tiles) << emitted(summarised.mod, false).text;
+}
+
+// Nothing is read that the caller does not say to give.
+TEST(CompilerTileFacts, ReadSummariesOnlyWhereTheyAreGiven) {
+  const auto facts = analyze(mod_of("documents[q_idx] == documents[kv_idx]").problem);
+  ASSERT_FALSE(facts.error) << facts.error->message;
+  EXPECT_TRUE(facts.value.summaries.empty());
+  EXPECT_FALSE(facts.value.knows_tiles);
 }
 
 TEST(CompilerTileFacts, MissNothingOfUsualMasks) {

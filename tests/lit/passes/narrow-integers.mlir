@@ -88,3 +88,13 @@ func.func @truncated(%wide: i64) -> (i32, i32) {
   %u = arith.trunci %w : i64 to i32
   return %t, %u : i32, i32
 }
+
+// CHECK-LABEL: func.func @floor_log2
+// CHECK: attnjit.floor_log2 %{{.*}} : i32
+func.func @floor_log2() -> i1 {
+  %q = attnjit.index q_idx below 1024
+  %zero = arith.constant 0 : i64
+  %n = attnjit.floor_log2 %q : i64
+  %c = arith.cmpi eq, %n, %zero : i64
+  return %c : i1
+}
