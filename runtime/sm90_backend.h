@@ -27,6 +27,8 @@ struct Sm90Problem {
   bool has_row_max = false;
   bool has_mask = false;  // some element may be dropped
   bool drifts = false;    // compiler::FoldedFacts::drifts
+  // The mod computes something of each score, drops none and reads nothing: registers are not what it is short of.
+  bool arithmetic = false;
 };
 // Nothing where no configuration fits the shared memory.
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem);
