@@ -62,6 +62,7 @@ class CompiledTile : public CpuTile {
   double score_factor() const override { return compiled_.score_factor; }
   std::span<const dsl::DType> staged() const override { return compiled_.staged; }
   cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->find(kRowsEntry)); }
+  cpu::TileFacts tile_facts() const override { return tile_facts_of(*compiled_.code); }
   const ModFacts& facts() const override { return compiled_.facts; }
   const PhaseTimes& phases() const override { return compiled_.phases; }
 
@@ -84,6 +85,7 @@ class CompiledGradientTile : public CpuGradientTile {
   }
   std::span<const dsl::DType> staged() const override { return compiled_.staged; }
   cpu::RowsFn rows() const override { return reinterpret_cast<cpu::RowsFn>(compiled_.code->find(kRowsEntry)); }
+  cpu::TileFacts tile_facts() const override { return tile_facts_of(*compiled_.code); }
   const ModFacts& facts() const override { return compiled_.facts; }
   const PhaseTimes& phases() const override { return compiled_.phases; }
 
@@ -114,6 +116,12 @@ CompileResult<ModFacts> facts_of(const Frontend& frontend, bool ran) {
 }
 
 }  // namespace
+
+cpu::TileFacts tile_facts_of(const NativeCode& code) {
+  return {.kind = reinterpret_cast<cpu::TileKindFn>(code.find(kTileKindEntry)),
+          .kv_range = reinterpret_cast<cpu::TileRangeFn>(code.find(kKvRangeEntry)),
+          .q_range = reinterpret_cast<cpu::TileRangeFn>(code.find(kQRangeEntry))};
+}
 
 CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileOptions& options,
                                        const CpuTemplate& around) {
@@ -153,6 +161,9 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
     if (!compiled.facts.sinks.empty()) entries.push_back(kSinkOffsetsEntry);
     if (llvm::any_of(compiled.facts.sinks, [](const SinkFacts& sink) { return sink.row_shift; }))
       entries.push_back(kRowShiftsEntry);
+    if (compiled.facts.knows_tiles) entries.push_back(kTileKindEntry);
+    if (compiled.facts.knows_kv_range) entries.push_back(kKvRangeEntry);
+    if (compiled.facts.knows_q_range) entries.push_back(kQRangeEntry);
     loaded = load_object(std::move(object.object), entries);
   }
   if (!loaded.code) return fail("the code does not load: " + loaded.error);

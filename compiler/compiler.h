@@ -43,7 +43,24 @@ struct ModProblem {
   // For the backward: captures whose gradient is wanted, a bit by number. Floating types only.
   std::uint32_t gradients = 0;
   bool partial_keys = false;  // likewise: the LSE is of more keys than these
+  // The caller gives the code that asks of tiles what ModFacts::summaries names.
+  bool summaries = false;
 };
+
+// The least and the largest values of a captured tensor of ints or bools along one dimension, for any stretch of it.
+// The code finds them as a captured tensor of its own: the views of ModFacts::summaries follow those of the captures,
+// in order. Of int64 values that is a tensor of int64, of all others one of int32 (bools: 0 and 1), of fewer than 2^31
+// elements, any strides but a contiguous last dimension, and the extents that summary_extents() gives: those of the
+// captured tensor without the dimension, then [4, levels, blocks]. With N blocks of kSummaryBlock values, of which the
+// last may be shorter, level l has, at block i,
+//   0, 2: the least and the largest value in blocks i to min(i + 2^l, N) - 1,
+//   1, 3: in blocks max(i - 2^l + 1, 0) to i.
+struct TileSummary {
+  int capture = 0;
+  int dimension = 0;
+};
+inline constexpr std::int64_t kSummaryBlock = 32;
+std::vector<std::int64_t> summary_extents(const CaptureInfo& capture, int dimension);
 
 // How the modified score depends on `score`.
 enum class ScoreClass : std::uint8_t { kIdentity, kAffine, kNonlinear };
@@ -101,7 +118,11 @@ struct ModFacts {
   ScoreClass score_class = ScoreClass::kIdentity;
   bool has_mask = false;  // some element may be dropped
   bool mask_reads_score = false;
-  int reads_proven = 0;  // captured reads proven in bounds
+  // What the mask is over a tile, and which keys or queries of it count, is known for some tiles: code for it is there.
+  bool knows_tiles = false, knows_kv_range = false, knows_q_range = false;
+  bool tiles_read_captured = false;    // and it depends on captured values
+  std::vector<TileSummary> summaries;  // that this code reads, where the problem has `summaries`
+  int reads_proven = 0;                // captured reads proven in bounds
   int reads_clamped = 0;
   bool indices_fit_32 = true;                 // every integer was narrowed to 32 bits
   std::uint64_t hash_low = 0, hash_high = 0;  // of the canonical form: two spellings of one thing share it
@@ -124,6 +145,8 @@ class CpuTile {
   // cpu::kMaxStagedReads; rows() says where to take them from, and is null where there are none.
   virtual std::span<const dsl::DType> staged() const = 0;
   virtual cpu::RowsFn rows() const = 0;
+  // What the mask is over tiles; each null where facts() say that nothing is known. As is the gradient tile's.
+  virtual cpu::TileFacts tile_facts() const = 0;
   virtual const ModFacts& facts() const = 0;
   virtual const PhaseTimes& phases() const = 0;  // empty of compile phases when shared with an earlier problem
 };
@@ -145,6 +168,7 @@ class CpuGradientTile {
   virtual cpu::RowShiftsFn row_shifts() const = 0;        // null where no sink is a row shift
   virtual std::span<const dsl::DType> staged() const = 0;
   virtual cpu::RowsFn rows() const = 0;  // takes TileParams of which only indices and captured are set
+  virtual cpu::TileFacts tile_facts() const = 0;
   virtual const ModFacts& facts() const = 0;
   virtual const PhaseTimes& phases() const = 0;
 };

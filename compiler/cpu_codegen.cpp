@@ -106,7 +106,8 @@ void optimise(llvm::Module& module, llvm::TargetMachine& machine, llvm::StringRe
   llvm::ModulePassManager passes;
   passes.addPass(llvm::InternalizePass([entry](const llvm::GlobalValue& value) {
     return llvm::is_contained(
-        {entry, llvm::StringRef(kRowsEntry), llvm::StringRef(kSinkOffsetsEntry), llvm::StringRef(kRowShiftsEntry)},
+        {entry, llvm::StringRef(kRowsEntry), llvm::StringRef(kSinkOffsetsEntry), llvm::StringRef(kRowShiftsEntry),
+         llvm::StringRef(kTileKindEntry), llvm::StringRef(kKvRangeEntry), llvm::StringRef(kQRangeEntry)},
         value.getName());
   }));
   passes.addPass(llvm::AlwaysInlinerPass(/*InsertLifetimeIntrinsics=*/false));

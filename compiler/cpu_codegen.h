@@ -18,10 +18,14 @@ struct CpuTemplate {
   bool backward = false;
 };
 // What an object has beside the template's entry: a cpu::RowsFn where the mod stages reads, and of a backward a
-// cpu::SinkOffsetsFn where it has sinks and a cpu::RowShiftsFn where one is a row shift.
+// cpu::SinkOffsetsFn where it has sinks and a cpu::RowShiftsFn where one is a row shift. What is known of tiles is
+// there, too.
 inline constexpr llvm::StringLiteral kRowsEntry = "attnjit_rows";
 inline constexpr llvm::StringLiteral kSinkOffsetsEntry = "attnjit_sink_offsets";
 inline constexpr llvm::StringLiteral kRowShiftsEntry = "attnjit_row_shifts";
+inline constexpr llvm::StringLiteral kTileKindEntry = "attnjit_tile_kind";
+inline constexpr llvm::StringLiteral kKvRangeEntry = "attnjit_kv_range";
+inline constexpr llvm::StringLiteral kQRangeEntry = "attnjit_q_range";
 
 // The softmax tile; its entry is a cpu::TileFn.
 CpuTemplate tile_template(CpuIsa isa);

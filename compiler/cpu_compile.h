@@ -22,4 +22,7 @@ struct CompiledMod {
 CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileOptions& options,
                                        const CpuTemplate& around);
 
+// What code of compile_mod knows of tiles.
+cpu::TileFacts tile_facts_of(const NativeCode& code);
+
 }  // namespace attnjit::compiler

@@ -17,6 +17,7 @@
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
+#include "compiler/tile_facts.h"
 #include "llvm/ADT/DenseMap.h"
 #include "llvm/ADT/DenseSet.h"
 #include "llvm/ADT/SmallString.h"
@@ -215,6 +216,14 @@ class Lowering {
     return true;
   }
 
+  // Of compiler/tile_facts.h's function: the nodes of its results, or none with `error` set.
+  std::vector<NodeId> run_tile_facts() {
+    std::vector<NodeId> results;
+    if (!lower_all()) return results;
+    for (const Value result : function_.front().getTerminator()->getOperands()) results.push_back(node(result));
+    return results;
+  }
+
   NodeId value = -1, keep = -1;
   // Of the backward only.
   NodeId dscore = -1;
@@ -258,7 +267,14 @@ class Lowering {
         return negated ? g_.unary("-", as_float, CType::kFloat) : as_float;
       }
     }
-    std::string name = type == CType::kFloat && g_[id].form == Form::kLeaf ? g_[id].text + "_float" : std::string();
+    if (type == CType::kLong && g_[id].form == Form::kLeaf && g_[id].depends == 0) {
+      std::int64_t literal_value = 0;
+      if (!llvm::StringRef(g_[id].text).getAsInteger(10, literal_value))
+        return literal(integer_text(literal_value, CType::kLong), CType::kLong);
+    }
+    std::string name;
+    if (type == CType::kFloat && g_[id].form == Form::kLeaf)  // of `tile.q_first` the member
+      name = g_[id].text.substr(g_[id].text.rfind('.') + 1) + "_float";
     return g_.call(std::string("static_cast<") + type_name(type) + ">", {id}, type, 0, std::move(name));
   }
   NodeId same(const char* op, NodeId a, NodeId b, Precedence precedence) {
@@ -579,7 +595,8 @@ class Lowering {
     const unsigned capture = op.getCapture();
     const std::string view = "captured[" + std::to_string(capture) + "]";
     const NodeId view_node = g_.leaf(view, CType::kInt);
-    const bool fits_32 = problem_.captures[capture].offsets_fit_32;
+    const bool summary = capture >= problem_.captures.size();  // of fewer than 2^31 elements
+    const bool fits_32 = summary || problem_.captures[capture].offsets_fit_32;
     const auto [stored, type] = element(op.getElement());
     const std::string function = std::string("load<") + stored + ">";
     if (op.getIndices().empty()) return g_.call(function, {view_node}, type, kOnBlock, capture_name(capture));
@@ -748,6 +765,13 @@ class Lowering {
     return -1;
   }
 
+  NodeId tile_end(TileEndOp op) {
+    constexpr const char* kNames[] = {"b", "h", "q", "kv"};
+    std::string name = std::string("tile.") + kNames[static_cast<int>(op.getRole())];
+    if (op.getRole() != Role::B) name += op.getEnd() == End::Last ? "_last" : "_first";
+    return g_.leaf(std::move(name), CType::kInt, kOnBlock);
+  }
+
   NodeId truncate(mlir::Operation& op) {
     if (op.getResult(0).getType().isInteger(32)) return to(arg(op, 0), CType::kInt);
     return -1;
@@ -763,6 +787,7 @@ class Lowering {
     return llvm::TypeSwitch<mlir::Operation*, NodeId>(&op)
         .Case<arith::ConstantOp>([&](arith::ConstantOp o) { return constant(o); })
         .Case<IndexOp>([&](IndexOp o) { return index(o); })
+        .Case<TileEndOp>([&](TileEndOp o) { return tile_end(o); })
         .Case<ReadOp>([&](ReadOp o) { return read(o); })
         .Case<SinkOp>([&](SinkOp o) { return node(o.getValue()); })
         .Case<arith::SelectOp>([&](arith::SelectOp o) { return select(o); })
@@ -773,6 +798,7 @@ class Lowering {
         .Case<arith::SubIOp>([&](auto) { return arithmetic(op, "-", "wrapping_sub", kSum); })
         .Case<arith::MulIOp>([&](auto) { return arithmetic(op, "*", "wrapping_mul", kProduct); })
         .Case<math::IPowIOp>([&](auto) { return g_.call("wrapping_pow", {arg(op, 0), arg(op, 1)}, CType::kLong); })
+        .Case<FloorLog2Op>([&](auto) { return g_.call("floor_log2", {to(arg(op, 0), CType::kInt)}, CType::kInt); })
         .Case<arith::MaxSIOp>([&](auto) { return extreme(op, "max"); })
         .Case<arith::MinSIOp>([&](auto) { return extreme(op, "min"); })
         .Case<arith::AndIOp>([&](auto) { return bits(op, "&"); })
@@ -1061,7 +1087,9 @@ class Printer {
     std::vector<Sink> sinks;
   };
 
-  std::string run(const Roots& roots, const std::vector<std::string>& traits, const std::vector<bool>& injective) {
+  // `tiles`: text of further hooks.
+  std::string run(const Roots& roots, const std::vector<std::string>& traits, const std::vector<bool>& injective,
+                  const std::string& tiles) {
     for (const NodeId root : {roots.value, roots.keep, roots.dscore, roots.shift, roots.term, roots.slope})
       if (root >= 0) need(root, Level::kElement);
     for (const Sink& sink : roots.sinks) {
@@ -1078,6 +1106,7 @@ class Printer {
     if (roots.slope >= 0) text += element_function("  ", "float slope", kOfSlope, roots.slope);
     if (roots.keep >= 0) text += element_function("  ", "bool keep", kOfScore, roots.keep);
     if (roots.dscore >= 0) text += element_function("  ", "float dscore", kOfGradient, roots.dscore);
+    text += tiles;
     std::string list;
     for (std::size_t i = 0; i < roots.sinks.size(); ++i) {
       const std::string name = "Sink" + std::to_string(i);
@@ -1088,7 +1117,35 @@ class Printer {
     return wrapped(text + "};\n", kWidth);
   }
 
+  // Hooks of the graph of a tile's facts; `results` as TileResult orders them.
+  std::string tile_kind(std::span<const NodeId> results) {
+    const NodeId never = results[0], always = results[1];
+    Body body(*this, Level::kBlock);
+    for (const NodeId root : {never, always}) body.count(root);
+    std::string returned;
+    if (g_[never].text != "false") returned = "    if (" + body.result(never) + ") return TileKind::kSkip;\n";
+    if (g_[always].text == "false") {
+      returned += "    return TileKind::kPartial;\n";
+    } else {
+      returned += "    return " + body.expression(always, kEquality) + " ? TileKind::kFull : TileKind::kPartial;\n";
+    }
+    return tile_function("TileKind tile_kind", body.statements + returned);
+  }
+  std::string tile_range(const char* name, NodeId first, NodeId last) {
+    Body body(*this, Level::kBlock);
+    for (const NodeId root : {first, last}) body.count(root);
+    const std::string from = body.expression(first, kChoice);
+    const std::string to = body.expression(last, kChoice);
+    return tile_function(std::string("IndexRange ") + name,
+                         body.statements + "    return {" + from + ", " + to + "};\n");
+  }
+
  private:
+  static std::string tile_function(const std::string& head, const std::string& text) {
+    return "\n  static __device__ __forceinline__ " + head + "(const CapturedView* captured, const Tile& tile) {\n" +
+           text + "  }\n";
+  }
+
   // Marks what `id`, used at `level`, needs; a value of another level becomes a member there.
   void need(NodeId id, Level level) {
     const Level own = g_.level(id);
@@ -1313,10 +1370,31 @@ class Printer {
   std::set<std::string> taken_;
 };
 
+// The hooks that tell of tiles, whose traits it adds; empty with `error` set where an operation has no spelling.
+std::string tile_hooks(mlir::func::FuncOp tile_facts, const ModProblem& problem, std::vector<std::string>& traits,
+                       std::string& error) {
+  Graph graph;
+  Lowering lowering(graph, tile_facts, problem, CudaAccuracy::kFull);
+  const std::vector<NodeId> results = lowering.run_tile_facts();
+  error = lowering.error;
+  if (results.empty()) return {};
+  const auto node = [&](TileResult result) { return results[static_cast<std::size_t>(result)]; };
+  const bool kv = knows_kv_range(tile_facts), q = knows_q_range(tile_facts);
+  std::string text;
+  if (knows_tiles(tile_facts)) {
+    traits.emplace_back("kKnowsTiles = true");
+    text += Printer(graph).tile_kind(results);
+  }
+  if (kv || q) traits.emplace_back("kKnowsRanges = true");
+  if (kv) text += Printer(graph).tile_range("kv_range", node(TileResult::kKvFirst), node(TileResult::kKvLast));
+  if (q) text += Printer(graph).tile_range("q_range", node(TileResult::kQFirst), node(TileResult::kQLast));
+  return text;
+}
+
 }  // namespace
 
 CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy,
-                      std::span<const SinkFacts> facts, ModForm form) {
+                      std::span<const SinkFacts> facts, mlir::func::FuncOp tile_facts, ModForm form) {
   Graph graph;
   Lowering lowering(graph, function, problem, accuracy);
   if (!lowering.run()) return {.text = {}, .error = lowering.error};
@@ -1343,6 +1421,9 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   if (folded.drifts) traits.emplace_back("kDrifts = true");
   if (reads) traits.emplace_back("kReadsCaptured = true");
   if (!unit_derivative) traits.emplace_back("kUnitDerivative = false");
+  std::string tiles, tiles_error;
+  if (tile_facts) tiles = tile_hooks(tile_facts, problem, traits, tiles_error);
+  if (!tiles_error.empty()) return {.text = {}, .error = tiles_error};
 
   CudaMod mod;
   mod.demand = has_mask || !unit_derivative ? ModDemand::kBusy : ModDemand::kNone;
@@ -1376,7 +1457,7 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
                              .term = folded.term,
                              .slope = folded.slope,
                              .sinks = std::move(lowering.sinks)};
-  mod.text = Printer(graph).run(roots, traits, injective);
+  mod.text = Printer(graph).run(roots, traits, injective, tiles);
   return mod;
 }
 

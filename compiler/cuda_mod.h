@@ -34,8 +34,9 @@ struct CudaMod {
 };
 
 // `function` as Target::kCuda's passes leave it, for the forward or the backward; `sinks` are its facts. A backward has
-// the plain form only. Same text for the same function and names.
+// the plain form only. Same text for the same function and names. `tile_facts`: Frontend's, or null.
 CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, CudaAccuracy accuracy,
-                      std::span<const SinkFacts> sinks = {}, ModForm form = ModForm::kPlain);
+                      std::span<const SinkFacts> sinks = {}, mlir::func::FuncOp tile_facts = {},
+                      ModForm form = ModForm::kPlain);
 
 }  // namespace attnjit::compiler

@@ -167,7 +167,8 @@ std::string config_text(const sm90::ForwardConfig& c) {
                       {"stages", std::to_string(c.stages)},
                       {"o_buffer", bool_text(c.o_buffer)},
                       {"ping_pong", bool_text(c.ping_pong)},
-                      {"frozen", bool_text(c.frozen)}});
+                      {"frozen", bool_text(c.frozen)},
+                      {"fma_exponentials", std::to_string(c.fma_exponentials)}});
 }
 
 std::string config_text(const sm80::BackwardConfig& c) {
@@ -203,7 +204,7 @@ bool emit_mod(const ModProblem& problem, Direction direction, CudaAccuracy accur
   }
   const PhaseTimer timer(emitted.phases, "emit");
   emitted.facts = frontend.facts();
-  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy, emitted.facts.sinks,
+  CudaMod made = emit_cuda_mod(frontend.function(), problem, accuracy, emitted.facts.sinks, frontend.tile_facts(),
                                direction == Direction::kFoldedForward ? ModForm::kFolded : ModForm::kPlain);
   if (!made.error.empty()) {
     result.error = CompileError{std::move(made.error)};

@@ -8,6 +8,7 @@
 #include "compiler/dialect/dialect.h"
 #include "compiler/gradient_facts.h"
 #include "compiler/passes/passes.h"
+#include "compiler/tile_facts.h"
 #include "llvm/Support/raw_ostream.h"
 #include "llvm/Support/xxhash.h"
 #include "mlir/IR/Matchers.h"
@@ -98,6 +99,7 @@ bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Tar
   }
   if (options.dump) options.dump("mlir", facts_.canonical_mlir);
   const PhaseTimer timer(phases_, "facts");
+  if (!find_tile_facts(problem, target)) return failed("facts");
   const bool found =
       backward ? session_->find_gradient_facts(*module_, target) : session_->find_facts(*module_, target);
   if (!found) return failed("facts");
@@ -119,9 +121,30 @@ std::unique_ptr<llvm::Module> Frontend::lower(const ModProblem& problem, bool st
     for (ReadOp read : staged_reads(function())) staged_.push_back(problem.captures[read.getCapture()].dtype);
   }
   find_places();
+  if (mlir::func::FuncOp facts = tile_facts()) {
+    facts->remove();
+    module_->push_back(facts);
+    tile_facts_ = {};
+  }
   std::unique_ptr<llvm::Module> module = session_->to_llvm(*module_, context);
   if (!module) failed("lowering");
   return module;
+}
+
+// From the canonical form: what later passes make of it is nearer to code and further from the text.
+bool Frontend::find_tile_facts(const ModProblem& problem, Target target) {
+  tile_facts_ = derive_tile_facts(function(), problem, facts_.summaries);
+  if (!tile_facts_) return true;
+  if (!session_->finish_tile_facts(*tile_facts_, target)) return false;
+  facts_.knows_tiles = knows_tiles(tile_facts());
+  facts_.knows_kv_range = knows_kv_range(tile_facts());
+  facts_.knows_q_range = knows_q_range(tile_facts());
+  tile_facts().walk([&](ReadOp) { facts_.tiles_read_captured = true; });
+  if (!facts_.knows_tiles && !facts_.knows_kv_range && !facts_.knows_q_range) {
+    tile_facts_ = {};
+    facts_.summaries.clear();
+  }
+  return true;
 }
 
 // Decides how the runtime learns where each sink goes, and tells the lowering.
@@ -138,6 +161,10 @@ void Frontend::find_places() {
 }
 
 mlir::func::FuncOp Frontend::function() { return *module_->getOps<mlir::func::FuncOp>().begin(); }
+
+mlir::func::FuncOp Frontend::tile_facts() {
+  return tile_facts_ ? *tile_facts_->getOps<mlir::func::FuncOp>().begin() : mlir::func::FuncOp();
+}
 
 bool Frontend::failed(const char* step) {
   error_ = std::string(step) + " failed: " + session_->errors();

@@ -31,16 +31,20 @@ class Frontend {
   const std::string& error() const { return error_; }
   // The `(f32) -> (f32, i1)` after the passes; for the backward `(f32, f32) -> (f32, i1, f32, f32...)`.
   mlir::func::FuncOp function();
+  // What compiler/tile_facts.h derived, after its passes; null where it says nothing. Gone after lower().
+  mlir::func::FuncOp tile_facts();
 
  private:
   bool run(const ModProblem& problem, const CompileOptions& options, Target target, bool backward);
   bool failed(const char* step);
+  bool find_tile_facts(const ModProblem& problem, Target target);
   void collect_facts();
   void find_places();
 
   PhaseTimes& phases_;
   std::unique_ptr<MlirSession> session_;
   mlir::OwningOpRef<mlir::ModuleOp> module_;
+  mlir::OwningOpRef<mlir::ModuleOp> tile_facts_;
   ModFacts facts_;
   double score_factor_ = 1.0;
   std::vector<dsl::DType> staged_;

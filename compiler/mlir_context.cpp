@@ -72,6 +72,12 @@ bool MlirSession::find_gradient_facts(mlir::ModuleOp module, Target target) {
   return mlir::succeeded(passes.run(module));
 }
 
+bool MlirSession::finish_tile_facts(mlir::ModuleOp module, Target target) {
+  mlir::PassManager passes(&context_);
+  build_tile_facts_pipeline(passes, target == Target::kCuda);
+  return mlir::succeeded(passes.run(module));
+}
+
 bool MlirSession::stage_reads(mlir::ModuleOp module) {
   mlir::PassManager passes(&context_);
   passes.addNestedPass<mlir::func::FuncOp>(createStageReads());

@@ -29,6 +29,8 @@ class MlirSession {
   // The same two for the backward; `gradients` and `partial_keys` as in ModProblem.
   bool differentiate(mlir::ModuleOp module, std::uint32_t gradients, bool partial_keys);
   bool find_gradient_facts(mlir::ModuleOp module, Target target);
+  // Of the module that derive_tile_facts made.
+  bool finish_tile_facts(mlir::ModuleOp module, Target target);
   bool stage_reads(mlir::ModuleOp module);
   // Lowers to the LLVM dialect and translates. Null with errors() set on failure.
   std::unique_ptr<llvm::Module> to_llvm(mlir::ModuleOp module, llvm::LLVMContext& llvm_context);

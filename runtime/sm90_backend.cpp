@@ -4,7 +4,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
+#include <queue>
+#include <tuple>
 #include <utility>
 
 #include "runtime/cuda_call.h"
@@ -178,15 +181,92 @@ sm90::ForwardParams launch_params(const Signature& s, const sm90::ForwardConfig&
   return params;
 }
 
-Result<Contestant::Launch> load(const std::shared_ptr<CudaDevice>& device, const KernelCode& code,
-                                const Signature& signature, const sm90::ForwardConfig& config) {
+// A job's time beside its steps, in steps.
+constexpr int kJobCost = 1;
+
+// What each tile of queries costs, by its number, as far as the mask tells without captured values; empty where it does
+// not.
+std::vector<int> tile_costs(const Request& request, const sm90::ForwardConfig& config,
+                            const sm90::ForwardParams& params) {
+  const Signature& s = request.call.signature;
+  // The same function that the kernel has, in native code.
+  const auto compiled = compiler::compile_cpu_tile(tiled_problem(request, sm90::tile_m(config), config.tile_n),
+                                                   {.isa = request.context.cpu_isa(), .dump = nullptr});
+  if (compiled.error) return {};
+  const compiler::ModFacts& facts = compiled.value->facts();
+  const cpu::TileFacts known = compiled.value->tile_facts();
+  if (!known.kind || facts.tiles_read_captured) return {};
+  const std::int64_t n_tiles = round_up(s.seqlen_kv, config.tile_n) / config.tile_n;
+  // Of many heads the first stands for all: a schedule is as good as its costs, and never wrong.
+  constexpr std::int64_t kMostQuestions = 1 << 21;
+  const bool each_head = n_tiles * params.tiles <= kMostQuestions;
+  std::vector<int> of_first(each_head ? 0 : static_cast<std::size_t>(params.m_tiles), 0);
+  const auto steps = [&](std::int64_t b, std::int64_t h, std::int64_t m) {
+    const std::int64_t first = m * sm90::tile_m(config);
+    cpu::Tile tile = {.b = b,
+                      .h_first = h,
+                      .h_last = h,
+                      .q_first = first,
+                      .q_last = std::min(first + sm90::tile_m(config), s.seqlen_q) - 1,
+                      .kv_first = 0,
+                      .kv_last = s.seqlen_kv - 1};
+    cpu::IndexRange range = {tile.kv_first, tile.kv_last};
+    if (known.kv_range) known.kv_range(&tile, nullptr, &range);
+    int count = 0;
+    for (std::int64_t n = range.first / config.tile_n; range.first <= range.last && n <= range.last / config.tile_n;
+         ++n) {
+      tile.kv_first = n * config.tile_n;
+      tile.kv_last = tile.kv_first + config.tile_n - 1;
+      count += known.kind(&tile, nullptr) != cpu::TileKind::kSkip;
+    }
+    return count;
+  };
+  for (std::size_t m = 0; m < of_first.size(); ++m) of_first[m] = steps(0, 0, static_cast<std::int64_t>(m));
+  std::vector<int> costs;
+  costs.reserve(static_cast<std::size_t>(params.tiles));
+  for (int number = 0; number < params.tiles; ++number) {
+    const sm90::TilePlace place = sm90::masked_place(number, params);
+    const int head = place.head;
+    costs.push_back(kJobCost + (each_head ? steps(head / s.num_heads, head % s.num_heads, place.m)
+                                          : of_first[static_cast<std::size_t>(place.m)]));
+  }
+  return costs;
+}
+
+// Puts the schedule of a masked mod into device memory, which the result owns; null where there is none to be had.
+Result<std::shared_ptr<CudaWorkbench>> place_schedule(const Request& request, const std::shared_ptr<CudaDevice>& device,
+                                                      const sm90::ForwardConfig& config, sm90::ForwardParams* params) {
+  const int blocks = std::min(params->tiles, device->num_sms());
+  if (params->tiles <= blocks) return std::shared_ptr<CudaWorkbench>();
+  const std::vector<int> costs = tile_costs(request, config, *params);
+  if (costs.empty()) return std::shared_ptr<CudaWorkbench>();
+  const std::vector<int> schedule = make_schedule(costs, blocks);
+  Result<std::unique_ptr<CudaWorkbench>> memory = CudaWorkbench::create(device);
+  if (!memory) return memory.failure();
+  const std::size_t size = schedule.size() * sizeof(int);
+  Result<void*> address = (*memory)->allocate(size);
+  if (!address) return address.failure();
+  if (Check failure = (*memory)->fill(*address, size, schedule.data(), size)) return *failure;
+  params->schedule = static_cast<const int*>(*address);
+  params->rounds = static_cast<int>(schedule.size()) / blocks;
+  return std::shared_ptr<CudaWorkbench>(std::move(*memory));
+}
+
+Result<Contestant::Launch> load(const Request& request, const std::shared_ptr<CudaDevice>& device,
+                                const KernelCode& code, const sm90::ForwardConfig& config, bool has_mask) {
   Result<std::shared_ptr<const CudaKernel>> kernel =
       CudaKernel::load(device, code.cubin, code.entry, static_cast<std::size_t>(sm90::forward_shared_memory(config)));
   if (!kernel) return kernel.failure();
-  const sm90::ForwardParams fixed = launch_params(signature, config);
+  sm90::ForwardParams fixed = launch_params(request.call.signature, config);
+  std::shared_ptr<CudaWorkbench> schedule;
+  if (has_mask) {
+    Result<std::shared_ptr<CudaWorkbench>> placed = place_schedule(request, device, config, &fixed);
+    if (!placed) return placed.failure();
+    schedule = std::move(*placed);
+  }
   const CudaKernel::Grid grid{.x = static_cast<unsigned>(std::min(fixed.tiles, device->num_sms()))};
-  return Contestant::Launch([device, kernel = std::move(*kernel), grid, fixed, tile_n = config.tile_n,
-                             threads = static_cast<unsigned>(sm90::threads(config)),
+  return Contestant::Launch([device, kernel = std::move(*kernel), grid, fixed, schedule = std::move(schedule),
+                             tile_n = config.tile_n, threads = static_cast<unsigned>(sm90::threads(config)),
                              score_factor = code.score_factor](const ForwardCall& call, CudaStream stream) -> Check {
     const CudaScope scope(*device);
     if (scope.failure()) return scope.failure();
@@ -218,11 +298,11 @@ Json describe(const sm90::ForwardConfig& c) {
           {"frozen", c.frozen}};
 }
 
-FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config) {
+FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config, bool has_mask) {
   return {config_name(config), describe(config),
           [&request, config](const compiler::CompileOptions& options) { return emit(request, config, options); },
-          [&request, config](const std::shared_ptr<CudaDevice>& device, const KernelCode& code) {
-            return load(device, code, request.call.signature, config);
+          [&request, config, has_mask](const std::shared_ptr<CudaDevice>& device, const KernelCode& code) {
+            return load(request, device, code, config, has_mask);
           }};
 }
 
@@ -286,6 +366,36 @@ std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
   return candidates;
 }
 
+std::vector<int> make_schedule(std::span<const int> costs, int blocks) {
+  struct Block {
+    std::int64_t free_from;
+    int number;
+    bool operator>(const Block& other) const {
+      return std::tie(free_from, number) > std::tie(other.free_from, other.number);
+    }
+  };
+  std::priority_queue<Block, std::vector<Block>, std::greater<>> next;
+  for (int block = 0; block < blocks; ++block) next.push({0, block});
+  std::vector<std::vector<int>> lists(static_cast<std::size_t>(blocks));
+  std::size_t rounds = 0;
+  for (std::size_t tile = 0; tile < costs.size(); ++tile) {
+    Block block = next.top();
+    next.pop();
+    std::vector<int>& list = lists[static_cast<std::size_t>(block.number)];
+    list.push_back(static_cast<int>(tile));
+    rounds = std::max(rounds, list.size());
+    block.free_from += costs[tile];
+    next.push(block);
+  }
+  std::vector<int> schedule(rounds * lists.size(), -1);
+  for (std::size_t block = 0; block < lists.size(); ++block) {
+    for (std::size_t round = 0; round < lists[block].size(); ++round) {
+      schedule[round * lists.size() + block] = lists[block][round];
+    }
+  }
+  return schedule;
+}
+
 Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked, const CollectText& collect) {
   const Signature& s = request.call.signature;
   if (std::string reason = refuse(request.call, asked); !reason.empty()) return unsupported(std::move(reason));
@@ -326,7 +436,9 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
   candidates.erase(std::remove_if(candidates.begin() + 1, candidates.end(), too_many), candidates.end());
   std::vector<FusedKernel> kernels;
   kernels.reserve(candidates.size());
-  for (const sm90::ForwardConfig& candidate : candidates) kernels.push_back(kernel_of(request, candidate));
+  for (const sm90::ForwardConfig& candidate : candidates) {
+    kernels.push_back(kernel_of(request, candidate, by.has_mask));
+  }
   return build_fused(request, target, "sm90", std::move(kernels), std::move(emitted.value), collect);
 }
 

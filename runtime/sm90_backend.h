@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,10 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem);
 std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem);
 // "256 x 64, 4 warpgroups, 3 stages, O apart, ping-pong".
 std::string config_name(const sm90::ForwardConfig& config);
+
+// Which block computes which tiles of queries, in what order: as blocks would take them from a common list, in its
+// order, if each took as long as `cost` says. (rounds, blocks), -1 where a block has no more.
+std::vector<int> make_schedule(std::span<const int> costs, int blocks);
 
 // As build_fused; ATTNJIT_UNSUPPORTED, with the reason alone, where the family does not serve the call.
 Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& target, const CollectText& collect);

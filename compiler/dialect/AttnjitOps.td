@@ -40,6 +40,27 @@ def Attnjit_IndexOp : Attnjit_Op<"index",
   let hasVerifier = 1;
 }
 
+def Attnjit_End : I32EnumAttr<"End", "which end of a tile", [
+    I32EnumAttrCase<"First", 0, "first">, I32EnumAttrCase<"Last", 1, "last">]> {
+  let cppNamespace = "::attnjit::compiler";
+}
+
+def Attnjit_TileEndOp : Attnjit_Op<"tile_end",
+    [DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
+  let summary = "The first or the last value of a coordinate in a tile, both of which belong to it";
+  let description = [{
+    As the coordinate itself it lies in [0, extent). A tile is of one batch: its ends are the same.
+
+    ```mlir
+    %q = attnjit.tile_end first q_idx below 4096
+    ```
+  }];
+  let arguments = (ins Attnjit_End:$end, Attnjit_Role:$role, I64Attr:$extent);
+  let results = (outs I64:$result);
+  let assemblyFormat = "$end $role `below` $extent attr-dict";
+  let hasVerifier = 1;
+}
+
 def Attnjit_ReadOp : Attnjit_Op<"read",
     [DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
   let summary = "An element of a captured tensor, widened to the language's type";
@@ -100,6 +121,14 @@ def Attnjit_FloorDivOp : Attnjit_DivisionOp<"floordiv"> {
 }
 def Attnjit_FloorModOp : Attnjit_DivisionOp<"floormod"> {
   let summary = "What floordiv leaves, with the divisor's sign; x % 0 is 0";
+}
+
+def Attnjit_FloorLog2Op : Attnjit_Op<"floor_log2",
+    [SameOperandsAndResultType, DeclareOpInterfaceMethods<InferIntRangeInterface, ["inferResultRanges"]>]> {
+  let summary = "The largest n for which 2^n is not above the operand; 0 where that is below 1";
+  let arguments = (ins AnyTypeOf<[I32, I64]>:$value);
+  let results = (outs AnyTypeOf<[I32, I64]>:$result);
+  let assemblyFormat = "$value attr-dict `:` type($result)";
 }
 
 def Attnjit_ToIntOp : Attnjit_Op<"to_int"> {

@@ -49,6 +49,17 @@ void IndexOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges>, mlir::SetIntR
   set_range(getResult(), ConstantIntRanges::fromSigned(APInt(64, 0), APInt(64, last)));
 }
 
+// ---- tile_end
+
+mlir::LogicalResult TileEndOp::verify() {
+  if (getExtent() < 1) return emitOpError("needs an extent of at least 1, got ") << getExtent();
+  return mlir::success();
+}
+
+void TileEndOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges>, mlir::SetIntRangeFn set_range) {
+  set_range(getResult(), ConstantIntRanges::fromSigned(APInt(64, 0), APInt(64, getExtent() - 1)));
+}
+
 // ---- read
 
 mlir::LogicalResult ReadOp::verify() {
@@ -191,6 +202,15 @@ void FloorModOp::inferResultRanges(llvm::ArrayRef<ConstantIntRanges> ranges, mli
   APInt high = b.smax().isStrictlyPositive() ? b.smax() - 1 : zero;
   if (!a.smin().isNegative() && !b.smin().isNegative()) high = smaller(high, a.smax());
   set_range(getResult(), ConstantIntRanges::fromSigned(low, high));
+}
+
+// ---- floor_log2
+
+void FloorLog2Op::inferResultRanges(llvm::ArrayRef<ConstantIntRanges> ranges, mlir::SetIntRangeFn set_range) {
+  const auto log2 = [](const APInt& value) {
+    return APInt(value.getBitWidth(), value.isStrictlyPositive() ? value.logBase2() : 0);
+  };
+  set_range(getResult(), ConstantIntRanges::fromSigned(log2(ranges[0].smin()), log2(ranges[0].smax())));
 }
 
 // ---- to_int

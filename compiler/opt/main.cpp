@@ -92,8 +92,8 @@ int print_cuda(const compiler::ModProblem& problem, const std::string& dtype, bo
   const compiler::CudaAccuracy accuracy = dtype == "float32"   ? compiler::CudaAccuracy::kFull
                                           : dtype == "float16" ? compiler::CudaAccuracy::kFloat16
                                                                : compiler::CudaAccuracy::kBFloat16;
-  const compiler::CudaMod mod =
-      compiler::emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks, form);
+  const compiler::CudaMod mod = compiler::emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks,
+                                                        frontend.tile_facts(), form);
   llvm::outs() << mod.text;
   llvm::errs() << mod.error;
   return mod.error.empty() ? 0 : 1;
@@ -116,7 +116,7 @@ int print_expression(int argc, char** argv) {
   std::string text, mask, cuda;
   std::vector<std::int64_t> shape{1, 8, 1024, 1024};
   std::vector<std::string> captures, gradients;
-  bool backward = false, folded = false, partial_keys = false;
+  bool backward = false, folded = false, partial_keys = false, summaries = false;
   CLI::App app("Prints the MLIR that the compiler builds from an expression");
   app.add_option("--expr", text, "score_mod")->required();
   app.add_option("--mask", mask, "mask_mod");
@@ -128,6 +128,7 @@ int print_expression(int argc, char** argv) {
   app.add_flag("--backward", backward, "print the function with the gradients in it, after the passes");
   app.add_option("--gradients", gradients, "captured tensors whose gradient is wanted: name,...")->delimiter(',');
   app.add_flag("--partial-keys", partial_keys, "with --backward: the LSE is of more keys than these");
+  app.add_flag("--summaries", summaries, "what is known of tiles may read summaries of captured tensors");
   CLI11_PARSE(app, argc, argv);
 
   std::map<std::string, compiler::CaptureInfo> infos;
@@ -137,6 +138,7 @@ int print_expression(int argc, char** argv) {
     return 1;
   }
   compiler::ModProblem problem;
+  problem.summaries = summaries;
   problem.batch = shape[0];
   problem.num_heads = shape[1];
   problem.seqlen_q = shape[2];

@@ -110,6 +110,9 @@ def LowerToLlvm : Pass<"attnjit-lower-to-llvm", "::mlir::ModuleOp"> {
     i64 element, ptr contributions, ptr places)`, which returns the gradient of the score and stores those of its sinks
     that are no row shifts; the places of those marked `attnjit.placed`, too. Where there are sinks also
     `attnjit_sink_offsets` (a cpu::SinkOffsetsFn), where there are row shifts `attnjit_row_shifts` (a cpu::RowShiftsFn).
+
+    A second function `@tile_facts` (compiler/tile_facts.h) becomes, as far as it says anything, `attnjit_tile_kind` (a
+    cpu::TileKindFn), `attnjit_kv_range` and `attnjit_q_range` (each a cpu::TileRangeFn).
   }];
   let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::arith::ArithDialect"];
 }

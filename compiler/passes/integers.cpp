@@ -129,11 +129,15 @@ class NarrowIntegers : public impl::NarrowIntegersBase<NarrowIntegers> {
       }
       return made->getResult(0);
     }
+    if (llvm::isa<FloorLog2Op>(op) && all_narrow(op.getOperands()))
+      return FloorLog2Op::create(builder, loc, i32, narrow_[op.getOperand(0)]);
     return arith::TruncIOp::create(builder, loc, i32, op.getResult(0));
   }
 
-  // Comparisons and conversions to float take the 32-bit versions.
+  // Comparisons and conversions to float take the 32-bit versions; a truncation to 32 bits is one.
   void consume(mlir::OpBuilder& builder, mlir::Operation& op) {
+    if (llvm::isa<arith::TruncIOp>(op) && op.getResult(0).getType().isInteger(32) && all_narrow(op.getOperands()))
+      op.getResult(0).replaceAllUsesWith(narrow_[op.getOperand(0)]);
     if (!llvm::isa<arith::CmpIOp, arith::SIToFPOp>(op) || !all_narrow(op.getOperands())) return;
     for (mlir::OpOperand& operand : op.getOpOperands()) operand.set(narrow_[operand.get()]);
   }

@@ -5,6 +5,7 @@
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
+#include "compiler/tile_facts.h"
 #include "kernels_templates/cpu/tile_abi.h"
 #include "llvm/ADT/SetVector.h"
 #include "mlir/Conversion/ArithToLLVM/ArithToLLVM.h"
@@ -34,6 +35,10 @@ using mlir::Value;
 // The layout that the address arithmetic below relies on.
 static_assert(sizeof(cpu::CapturedView) == 88 && offsetof(cpu::CapturedView, stride) == 8 &&
               offsetof(cpu::CapturedView, extent) == 48);
+static_assert(sizeof(cpu::Tile) == 56 && offsetof(cpu::Tile, h_first) == 8 && offsetof(cpu::Tile, q_first) == 24 &&
+              offsetof(cpu::Tile, kv_first) == 40);
+
+constexpr llvm::StringLiteral kTileKindName = "attnjit_tile_kind";
 
 // What a function is made for.
 enum class Part : std::uint8_t {
@@ -42,6 +47,7 @@ enum class Part : std::uint8_t {
   kOffsets,   // attnjit_sink_offsets
   kShifts,    // attnjit_row_shifts
   kRows,      // attnjit_lane_rows
+  kTile,      // attnjit_tile_kind, attnjit_kv_range, attnjit_q_range
 };
 
 // Where in a function's list of arguments a thing is; those that it has not are not asked for.
@@ -65,6 +71,8 @@ Arguments arguments_of(Part part) {
       return {.indices = 0, .captured = 3, .out = 5};
     case Part::kRows:
       return {.indices = 0, .captured = 4, .out = 5};
+    case Part::kTile:
+      return {.indices = 0, .captured = 1, .out = 2};
   }
   return {};
 }
@@ -165,6 +173,17 @@ class Lowering {
                               4);
       }
     }
+    if (part_ == Part::kTile) {
+      if (values[0].getType().isInteger(1)) {
+        const auto kind = [&](cpu::TileKind k) { return integer(b_.getI32Type(), static_cast<int>(k)); };
+        results = {select(values[0], kind(cpu::TileKind::kSkip),
+                          select(values[1], kind(cpu::TileKind::kFull), kind(cpu::TileKind::kPartial)))};
+      } else {
+        for (auto [i, value] : llvm::enumerate(values))
+          LLVM::StoreOp::create(b_, loc_, arith::ExtSIOp::create(b_, loc_, b_.getI64Type(), value),
+                                byte_offset(argument(arguments_.out), static_cast<std::int64_t>(i) * 8), 8);
+      }
+    }
     ret->setOperands(results);
   }
 
@@ -192,6 +211,13 @@ class Lowering {
       replacement = argument(arguments_.indices + static_cast<unsigned>(index.getRole()));
       return mlir::success();
     }
+    if (auto tile_end = llvm::dyn_cast<TileEndOp>(op)) {
+      const auto role = static_cast<std::int64_t>(tile_end.getRole());
+      const std::int64_t member = role == 0 ? 0 : 2 * role - 1 + (tile_end.getEnd() == End::Last ? 1 : 0);
+      replacement =
+          LLVM::LoadOp::create(b_, loc_, b_.getI64Type(), byte_offset(argument(arguments_.indices), 8 * member), 8);
+      return mlir::success();
+    }
     if (auto read = llvm::dyn_cast<ReadOp>(op)) {
       replacement = lower_read(read);
       return mlir::success();
@@ -202,6 +228,13 @@ class Lowering {
     }
     if (auto mod = llvm::dyn_cast<FloorModOp>(op)) {
       replacement = divide(mod.getLhs(), mod.getRhs(), true);
+      return mlir::success();
+    }
+    if (auto log2 = llvm::dyn_cast<FloorLog2Op>(op)) {
+      const mlir::Type type = log2.getType();
+      const Value positive = arith::MaxSIOp::create(b_, loc_, log2.getValue(), integer(type, 1));
+      const Value zeros = LLVM::CountLeadingZerosOp::create(b_, loc_, type, positive, /*is_zero_poison=*/true);
+      replacement = arith::SubIOp::create(b_, loc_, integer(type, type.getIntOrFloatBitWidth() - 1), zeros);
       return mlir::success();
     }
     if (auto to_int = llvm::dyn_cast<ToIntOp>(op)) {
@@ -389,8 +422,9 @@ class Lowering {
 class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
   void runOnOperation() override {
     mlir::ModuleOp module = getOperation();
+    auto tile_facts = module.lookupSymbol<mlir::func::FuncOp>(kTileFactsName);
     auto functions = module.getOps<mlir::func::FuncOp>();
-    if (std::distance(functions.begin(), functions.end()) != 1) {
+    if (std::distance(functions.begin(), functions.end()) != (tile_facts ? 2 : 1) || *functions.begin() == tile_facts) {
       module.emitError("expected one function");
       return signalPassFailure();
     }
@@ -409,6 +443,7 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
           << "f32) -> (f32, i1, f32, f32...), got " << type;
       return signalPassFailure();
     }
+    if (tile_facts && mlir::failed(lower_tile_facts(builder, tile_facts))) return signalPassFailure();
 
     const mlir::LLVMTypeConverter converter(&getContext());
     mlir::RewritePatternSet patterns(&getContext());
@@ -452,6 +487,25 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
     return finish(builder, function);
   }
 
+  static mlir::LogicalResult lower_tile_facts(mlir::OpBuilder& builder, mlir::func::FuncOp function) {
+    const mlir::Type i1 = builder.getI1Type(), i32 = builder.getI32Type();
+    if (function.isExternal() || !function.getBody().hasOneBlock() ||
+        function.getFunctionType() != builder.getFunctionType({}, {i1, i1, i32, i32, i32, i32}))
+      return function.emitOpError("needs one block and the type () -> (i1, i1, i32, i32, i32, i32)");
+    const mlir::ValueRange results = return_of(function).getOperands();
+    const auto make = [&](llvm::StringRef name, TileResult first) {
+      mlir::func::FuncOp made =
+          make_part(builder, function, Part::kTile, name, results.slice(static_cast<unsigned>(first), 2));
+      return made ? Lowering(builder, made, Part::kTile).run() : mlir::failure();
+    };
+    if ((knows_tiles(function) && mlir::failed(make(kTileKindName, TileResult::kNever))) ||
+        (knows_kv_range(function) && mlir::failed(make("attnjit_kv_range", TileResult::kKvFirst))) ||
+        (knows_q_range(function) && mlir::failed(make("attnjit_q_range", TileResult::kQFirst))))
+      return mlir::failure();
+    function.erase();
+    return mlir::success();
+  }
+
   // What forward and backward share at the end.
   static mlir::LogicalResult finish(mlir::OpBuilder& builder, mlir::func::FuncOp function) {
     llvm::SmallVector<Value> staged;
@@ -468,7 +522,8 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
     return llvm::cast<mlir::func::ReturnOp>(function.front().getTerminator());
   }
 
-  static mlir::FunctionType part_type(mlir::OpBuilder& builder, Part part) {
+  // `kind`: of Part::kTile, the one with a result.
+  static mlir::FunctionType part_type(mlir::OpBuilder& builder, Part part, bool kind) {
     const mlir::Type f32 = builder.getF32Type(), i64 = builder.getI64Type();
     const mlir::Type pointer = LLVM::LLVMPointerType::get(builder.getContext());
     switch (part) {
@@ -481,6 +536,9 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
       case Part::kOffsets:
       case Part::kRows:
         return builder.getFunctionType({i64, i64, i64, i64, pointer, pointer}, {});
+      case Part::kTile:
+        return kind ? builder.getFunctionType({pointer, pointer}, {builder.getI32Type()})
+                    : builder.getFunctionType({pointer, pointer, pointer}, {});
     }
     return {};
   }
@@ -491,7 +549,8 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
                                       llvm::StringRef name, mlir::ValueRange results) {
     const mlir::OpBuilder::InsertionGuard guard(builder);
     builder.setInsertionPointToEnd(function->getParentOfType<mlir::ModuleOp>().getBody());
-    mlir::func::FuncOp made = mlir::func::FuncOp::create(builder, function.getLoc(), name, part_type(builder, part));
+    const mlir::FunctionType type = part_type(builder, part, name == kTileKindName);
+    mlir::func::FuncOp made = mlir::func::FuncOp::create(builder, function.getLoc(), name, type);
     builder.setInsertionPointToEnd(made.addEntryBlock());
     mlir::IRMapping mapping;
     if (part == Part::kValue || part == Part::kGradient) mapping.map(function.getArgument(0), made.getArgument(0));
@@ -531,7 +590,7 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
 
   static void set_attributes(mlir::OpBuilder& builder, mlir::func::FuncOp function, Part part, std::int64_t captures) {
     const Arguments arguments = arguments_of(part);
-    const bool inlined = part != Part::kOffsets && part != Part::kShifts;
+    const bool inlined = part != Part::kOffsets && part != Part::kShifts && part != Part::kTile;
     function->setAttr("passthrough", inlined ? builder.getStrArrayAttr({"alwaysinline", "nounwind"})
                                              : builder.getStrArrayAttr({"nounwind"}));
     for (const llvm::StringRef name : {"llvm.noalias", "llvm.readonly", "llvm.nonnull"})
@@ -543,7 +602,8 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
         function.setArgAttr(arguments.staged, name, builder.getUnitAttr());
     }
     for (const unsigned out : {arguments.out, arguments.places})
-      if (out && part != Part::kRows) function.setArgAttr(out, "llvm.noalias", builder.getUnitAttr());
+      if (out && out < function.getNumArguments() && part != Part::kRows)
+        function.setArgAttr(out, "llvm.noalias", builder.getUnitAttr());
   }
 
   static std::int64_t count_captures(mlir::func::FuncOp function) {

@@ -26,6 +26,9 @@ void build_gradient_pipeline(mlir::OpPassManager& passes, std::uint32_t gradient
 void build_gradient_fact_pipeline(mlir::OpPassManager& passes);
 void build_cuda_gradient_fact_pipeline(mlir::OpPassManager& passes);
 
+// What compiler/tile_facts.h made, to 32-bit integers and without what does not count.
+void build_tile_facts_pipeline(mlir::OpPassManager& passes, bool cuda);
+
 // The captured reads that attnjit-stage-reads numbered, in the order of their numbers.
 llvm::SmallVector<ReadOp> staged_reads(mlir::func::FuncOp function);
 
@@ -52,6 +55,9 @@ void take_kink_marks(mlir::Operation& op);
 inline constexpr llvm::StringLiteral kAlongKeysAttr = "attnjit.along_keys";
 // On a sink, for attnjit-lower-to-llvm: the CPU tile writes each element's place.
 inline constexpr llvm::StringLiteral kPlacedAttr = "attnjit.placed";
+
+// The function of compiler/tile_facts.h, for attnjit-lower-to-llvm.
+inline constexpr llvm::StringLiteral kTileFactsName = "tile_facts";
 
 // Facts, as attributes of the function.
 // attnjit-score-in-log2: "identity", "affine" or "nonlinear".

@@ -71,5 +71,15 @@ void build_gradient_fact_pipeline(mlir::OpPassManager& passes) {
 void build_cuda_gradient_fact_pipeline(mlir::OpPassManager& passes) {
   add_facts(passes.nest<mlir::func::FuncOp>(), true, true);
 }
+void build_tile_facts_pipeline(mlir::OpPassManager& passes, bool cuda) {
+  mlir::OpPassManager& function = passes.nest<mlir::func::FuncOp>();
+  for (int round = 0; round < 2; ++round) {
+    function.addPass(mlir::createCanonicalizerPass());
+    function.addPass(mlir::createCSEPass());
+  }
+  function.addPass(createProveBounds());
+  function.addPass(createNarrowIntegers({.addresses = cuda}));
+  function.addPass(mlir::createCSEPass());
+}
 
 }  // namespace attnjit::compiler

@@ -71,4 +71,27 @@ using RowShiftsFn = void (*)(long long b, long long h, long long q_idx, const Ca
 // those of the other rows follow it. Reads only the indices and `captured`.
 using RowsFn = void (*)(const TileParams*, const void** addresses);
 
+// Logical positions, and query heads, of one batch; both ends included, at least one of each. All lie below the
+// extents that the mod was compiled for.
+struct Tile {
+  long long b, h_first, h_last, q_first, q_last, kv_first, kv_last;
+};
+// What the mask is over a tile: false; anything; true.
+enum class TileKind : int { kSkip, kPartial, kFull };
+// Both ends included; empty where first > last.
+struct IndexRange {
+  long long first, last;
+};
+// Sound, not exact: kPartial and a tile's own range are always right.
+using TileKindFn = TileKind (*)(const Tile*, const CapturedView*);
+// Of a tile the keys outside of which all are dropped for every query, or likewise the queries. Within the tile's own
+// where not empty.
+using TileRangeFn = void (*)(const Tile*, const CapturedView*, IndexRange*);
+// What a mod knows of tiles; null for nothing.
+struct TileFacts {
+  TileKindFn kind = nullptr;
+  TileRangeFn kv_range = nullptr;
+  TileRangeFn q_range = nullptr;
+};
+
 }  // namespace attnjit::cpu

@@ -61,6 +61,9 @@ __device__ __forceinline__ int floor_mod(int a, int b) { return floor_mod_of<int
 __device__ __forceinline__ long long floor_div(long long a, long long b) { return floor_div_of<long long>(a, b); }
 __device__ __forceinline__ long long floor_mod(long long a, long long b) { return floor_mod_of<long long>(a, b); }
 
+// The largest n for which 2^n is not above x; 0 where x is below 1.
+__device__ __forceinline__ int floor_log2(int x) { return 31 - __clz(max(x, 1)); }
+
 // Truncates and saturates; NaN gives 0, which the conversion alone does not.
 __device__ __forceinline__ long long to_int(float x) { return x == x ? __float2ll_rz(x) : 0; }
 

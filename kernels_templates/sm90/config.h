@@ -18,6 +18,9 @@ struct ForwardConfig {
   // The reference of the exponentials stays where the first steps put it, and a tile whose sums run too high is done
   // again; else it is the running maximum. Without it row_max is exact, and only then.
   bool frozen = true;
+  // Of every four exponentials of a frozen step, those computed without the special function unit: for mods that keep
+  // that busy.
+  int fma_exponentials = 0;
 };
 
 // A tensor map as the driver encodes it, of a 4-D tensor (feature, sequence, head, batch): boxes of 64 features,
@@ -56,6 +59,23 @@ struct ForwardParams {
   // By m_tiles, num_heads, num_heads / num_heads_kv, section * m_tiles and section.
   Divisor by_m_tiles, by_heads, by_group, by_section_tiles, by_section;
 };
+
+// Where a tile of queries is: its head, of all batches, and its number there.
+struct TilePlace {
+  int head, m;
+};
+constexpr TilePlace plain_place(int number, const ForwardParams& params) {
+  const int head = quotient(number, params.by_m_tiles);
+  return {head, number - head * params.m_tiles};
+}
+// Of mods with a mask: the rows of the last queries, which see most keys where masks look back, come first, of as many
+// heads together as the L2 cache holds.
+constexpr TilePlace masked_place(int number, const ForwardParams& params) {
+  const int section = quotient(number, params.by_section_tiles);
+  const int rest = number - section * static_cast<int>(params.by_section_tiles.divisor);
+  const int row = quotient(rest, params.by_section);
+  return {(section - row) * params.section + rest, params.m_tiles - 1 - row};
+}
 
 constexpr int kRowsOfWarpgroup = 64;
 constexpr int tile_m(const ForwardConfig& c) { return kRowsOfWarpgroup * c.warpgroups; }

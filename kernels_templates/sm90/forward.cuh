@@ -221,20 +221,8 @@ struct Loader {
     ++jobs;
   }
 
-  // Tile number `tile` of the queries. With a mask the rows of the last queries, which see most keys where masks look
-  // back, come first, of so many heads together as the L2 cache holds.
   __device__ __forceinline__ void place(Job& job, int tile) const {
-    int head, m;
-    if constexpr (Mod::kHasMask) {
-      const int section = quotient(tile, params.by_section_tiles);
-      const int rest = tile - section * static_cast<int>(params.by_section_tiles.divisor);
-      const int row = quotient(rest, params.by_section);
-      m = params.m_tiles - 1 - row;
-      head = (section - row) * params.section + rest;
-    } else {
-      head = quotient(tile, params.by_m_tiles);
-      m = tile - head * params.m_tiles;
-    }
+    const auto [head, m] = Mod::kHasMask ? masked_place(tile, params) : plain_place(tile, params);
     job.tile = tile;
     job.b = quotient(head, params.by_heads);
     job.h = head - job.b * params.call.num_heads;
@@ -254,7 +242,8 @@ struct Loader {
 
   // Which of tiles 32 * group to 32 * group + 31 are of a kind: one to a lane.
   __device__ __forceinline__ void kinds(const Plan& plan, int group, unsigned& partial, unsigned& full) const {
-    const int number = 32 * group + static_cast<int>(threadIdx.x);
+    // Also of lanes beyond the last tile: what is asked about exists.
+    const int number = min(32 * group + static_cast<int>(threadIdx.x), max(plan.count - 1, 0));
     const int n = plan.ascending ? plan.first_tile + number : plan.first_tile - number;
     Tile tile = whole_tile(plan.job);
     tile.kv_first += n * kTileN;
@@ -263,7 +252,7 @@ struct Loader {
     TileKind kind = TileKind::kPartial;
     if constexpr (Mod::kKnowsTiles) kind = Mod::tile_kind(params.call.captured, tile);
     if constexpr (!Mod::kHasMask) kind = TileKind::kFull;
-    const bool some = number < plan.count && kind != TileKind::kSkip;
+    const bool some = 32 * group + static_cast<int>(threadIdx.x) < plan.count && kind != TileKind::kSkip;
     const bool is_full = kind == TileKind::kFull && whole;
     full = __ballot_sync(0xffffffffu, some && is_full);
     partial = __ballot_sync(0xffffffffu, some && !is_full);
@@ -411,6 +400,23 @@ struct Loader {
 // is positive, so that the maximum of the products is that of the scores.
 constexpr bool kIdentity = Mod::kIdentity;
 
+// 2^x without the special function unit: 2^floor(x) by the exponent's bits, the rest by a polynomial (minimax on [0,
+// 1), relative error 2^-23). Above 2^127 it is that, below 2^-126 that, and of NaN the largest float: the sum then is
+// too high to stand.
+__device__ __forceinline__ float exp2_by_fma(float x) {
+  x = cuda::min_nan(cuda::max_nan(x, -126.0f), 127.0f);
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bit counts whole numbers
+  float floored;
+  asm("add.rm.ftz.f32 %0, %1, %2;" : "=f"(floored) : "f"(x), "f"(kToInteger));
+  const float rest = x - (floored - kToInteger);
+  float y = fmaf(rest, 1.8776767e-3f, 8.9893397e-3f);
+  y = fmaf(y, rest, 5.5826318e-2f);
+  y = fmaf(y, rest, 2.4015361e-1f);
+  y = fmaf(y, rest, 6.9315308e-1f);
+  y = fmaf(y, rest, 9.9999994e-1f);
+  return __int_as_float((__float_as_int(floored) << 23) + __float_as_int(y));
+}
+
 struct RowState {
   float reference[2];  // of the exponentials, in units of log2 over the factor; the maximum so far, unless frozen
   float sum[2];        // of the exponentials of this thread's columns
@@ -441,27 +447,32 @@ struct Warpgroup {
   int first_column;  // of this thread, in a tile
   float factor;      // on what the softmax is given
 
-  __device__ __forceinline__ int first_key(int n) const {
-    return params.call.kv_idx_origin + n * kTileN + first_column;
+  // Where a tile of keys is: found out while its products are under way.
+  struct Keys {
+    int n;
+    int first;       // logical position of this thread's first
+    int difference;  // of the first row's and that
+    float difference_float;
+  };
+  __device__ __forceinline__ Keys keys(int n) const {
+    const int first = params.call.kv_idx_origin + n * kTileN + first_column;
+    return {n, first, first_row - first, static_cast<float>(first_row - first)};
   }
 
   // Calls f(element, row, column, diagonal) for each. Row r and column j lie on diagonal r - j of those 8 apart: each j
   // brings a new one, and the second row has the first's before.
   template <typename F>
-  __device__ __forceinline__ void for_each(int n, const F& f) const {
-    const int kv_first = first_key(n);
-    const int difference = first_row - kv_first;
-    const float difference_float = static_cast<float>(difference);
+  __device__ __forceinline__ void for_each(const Keys& keys, const F& f) const {
     const auto diagonal = [&](int offset) {
-      return Mod::diagonal(params.call.captured, block, difference + offset,
-                           difference_float + static_cast<float>(offset));
+      return Mod::diagonal(params.call.captured, block, keys.difference + offset,
+                           keys.difference_float + static_cast<float>(offset));
     };
     decltype(diagonal(0)) before[2] = {diagonal(8), diagonal(7)};
 #pragma unroll
     for (int j = 0; j < kTileN / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const auto column = Mod::column(params.call.captured, block, kv_first + 8 * j + e);
+        const auto column = Mod::column(params.call.captured, block, keys.first + 8 * j + e);
         const auto own = diagonal(-8 * j - e);
         f(4 * j + e, 0, column, own);
         f(4 * j + 2 + e, 1, column, before[e]);
@@ -471,14 +482,14 @@ struct Warpgroup {
   }
 
   // What the softmax is given, of all elements, in place: -inf where there is no key or the mask drops it.
-  __device__ __forceinline__ void modify(float (&s)[kScores], int n) const {
+  __device__ __forceinline__ void modify(float (&s)[kScores], const Keys& keys) const {
     const cuda::ForwardParams& call = params.call;
     if (call.score_prescale != 1.0f) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= call.score_prescale;
     }
     if constexpr (!kIdentity || Mod::kHasMask) {
-      for_each(n, [&](int i, int r, const auto& column, const auto& diagonal) {
+      for_each(keys, [&](int i, int r, const auto& column, const auto& diagonal) {
         const float score = kIdentity && !Mod::kMaskReadsScore ? s[i] : s[i] * call.score_scale;
         float value = score;
         if constexpr (!kIdentity) value = Mod::score(call.captured, score, block, rows[r], column, diagonal);
@@ -488,8 +499,8 @@ struct Warpgroup {
         s[i] = value;
       });
     }
-    if (n * kTileN + kTileN > call.seqlen_kv) {
-      const int keys_left = call.seqlen_kv - n * kTileN - first_column;
+    if (keys.n * kTileN + kTileN > call.seqlen_kv) {
+      const int keys_left = call.seqlen_kv - keys.n * kTileN - first_column;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         if (8 * (i / 4) + i % 2 >= keys_left) s[i] = -kInfinity;
@@ -530,31 +541,36 @@ struct Warpgroup {
     }
   }
 
+  // Of element `i`: some exponentials are left to the FMA units.
+  __device__ __forceinline__ float exponential(int i, float x) const {
+    return i / 4 % 4 < kConfig.fma_exponentials ? exp2_by_fma(x) : exp2_approx(x);
+  }
+
   // Scores that are all kept, unmodified, to probabilities against the reference as it is.
-  __device__ __forceinline__ void frozen_softmax(float (&s)[kScores], RowState& state, int n) const {
+  __device__ __forceinline__ void frozen_softmax(float (&s)[kScores], RowState& state, const Keys& keys) const {
     const cuda::ForwardParams& call = params.call;
     const float offset[2] = {-state.reference[0] * factor, -state.reference[1] * factor};
     if constexpr (kIdentity) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = exp2_approx(fmaf(s[i], factor, offset[i / 2 % 2]));
+      for (int i = 0; i < kScores; ++i) s[i] = exponential(i, fmaf(s[i], factor, offset[i / 2 % 2]));
     } else if constexpr (Mod::kLinear) {
       const float slope = Mod::slope(call.captured, block);
-      const float difference = static_cast<float>(first_row - first_key(n));
-      const float base[2] = {fmaf(slope, difference, offset[0]), fmaf(slope, difference + 8.0f, offset[1])};
+      const float base[2] = {fmaf(slope, keys.difference_float, offset[0]),
+                             fmaf(slope, keys.difference_float + 8.0f, offset[1])};
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const float term = fmaf(slope, -static_cast<float>(8 * (i / 4) + i % 2), base[i / 2 % 2]);
-        s[i] = exp2_approx(fmaf(s[i], call.score_scale, term));
+        s[i] = exponential(i, fmaf(s[i], call.score_scale, term));
       }
     } else if constexpr (Mod::kAdditive) {
-      for_each(n, [&](int i, int r, const auto& column, const auto& diagonal) {
+      for_each(keys, [&](int i, int r, const auto& column, const auto& diagonal) {
         const float term = Mod::term(call.captured, block, rows[r], column, diagonal) + offset[r];
-        s[i] = exp2_approx(fmaf(s[i], call.score_scale, term));
+        s[i] = exponential(i, fmaf(s[i], call.score_scale, term));
       });
     } else {
-      for_each(n, [&](int i, int r, const auto& column, const auto& diagonal) {
+      for_each(keys, [&](int i, int r, const auto& column, const auto& diagonal) {
         const float value = Mod::score(call.captured, s[i] * call.score_scale, block, rows[r], column, diagonal);
-        s[i] = exp2_approx(value + offset[r]);
+        s[i] = exponential(i, value + offset[r]);
       });
     }
     float sum[2] = {0.0f, 0.0f};
@@ -744,11 +760,11 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       if (step > 0) await_turn();
       multiply_qk(s, q, k_of(stage));
       if (step > 0) pass_turn();
-      const int n = load_shared(barrier(kKeys + 4 * stage));
+      const auto keys = own.keys(load_shared(barrier(kKeys + 4 * stage)));
       wait_for_scores_alone(s);
       release(barrier(kKEmpty + 8 * stage));
       if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
-      own.modify(s, n);
+      own.modify(s, keys);
       float rescale[2];
       own.exact_softmax(s, state, rescale);
       pack_all(p, s);
@@ -767,17 +783,17 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       wait(barrier(kVFull + 8 * before), before_parity);
       multiply_pv(o, p, v_of(before));
       pass_turn();
-      int n = 0;
-      if constexpr (kExact || !kIdentity) n = load_shared(barrier(kKeys + 4 * stage));
+      typename Own::Keys keys = {};
+      if constexpr (kExact || !kIdentity) keys = own.keys(load_shared(barrier(kKeys + 4 * stage)));
       wait_for_scores(s);
       release(barrier(kKEmpty + 8 * stage));
       if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
       float rescale[2];
       if constexpr (kExact) {
-        own.modify(s, n);
+        own.modify(s, keys);
         own.exact_softmax(s, state, rescale);
       } else {
-        own.frozen_softmax(s, state, n);
+        own.frozen_softmax(s, state, keys);
       }
       wait_for_all(s, o);
       release(barrier(kVEmpty + 8 * before));

@@ -20,6 +20,7 @@ template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 // As the instruction does it, which gives no 0 for NaN.

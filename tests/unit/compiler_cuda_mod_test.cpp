@@ -1,13 +1,9 @@
 // Emitted mods without a GPU: their text, and compiled for the host against the interpreter.
-#include <dlfcn.h>
 #include <gmock/gmock.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <functional>
 #include <limits>
 #include <map>
@@ -19,9 +15,8 @@
 #include "compiler/cuda_mod.h"
 #include "compiler/frontend.h"
 #include "dsl/float32_row.h"
-#include "kernels_templates/cuda/embedded.h"
+#include "tests/support/host_library.h"
 #include "tests/support/random_inputs.h"
-#include "tests/support/temporary_directory.h"
 #include "tests/unit/compiler_testing.h"
 
 namespace attnjit::compiler::testing {
@@ -52,7 +47,8 @@ Emitted emitted(const ModProblem& problem, CudaAccuracy accuracy = CudaAccuracy:
     ADD_FAILURE() << frontend.error();
     return {};
   }
-  CudaMod mod = emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks, form);
+  CudaMod mod =
+      emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks, frontend.tile_facts(), form);
   EXPECT_EQ(mod.error, "");
   return {std::move(mod.text), frontend.score_factor(), frontend.facts().mask_reads_score, mod.sink_levels.size(),
           mod.folded.value_or(FoldedFacts{})};
@@ -83,50 +79,17 @@ class HostMods {
                             const float* grads, const int* points, float* values, bool* keeps, float* dscores,
                             float* added, int* captures, long long* places, int n);
 
-  explicit HostMods(const std::vector<std::string>& mods, bool backward = false) : backward_(backward) {
-    const std::string directory = directory_.path().string();
-    const std::string source = directory + "/mods.cpp", library = directory + "/mods.so", log = directory + "/log";
-    std::ofstream(source) << text(mods);
-    // What would be undefined traps.
-    const std::string command =
-        ATTNJIT_TEST_CLANGXX
-        " -std=c++20 -O1 -shared -fPIC -Wall -Wextra -Werror -Wno-unused-parameter -Wno-unused-const-variable"
-        " -Wno-tautological-compare -Wno-bitwise-instead-of-logical -ffp-contract=fast -fno-math-errno"
-        " -fsanitize=signed-integer-overflow,integer-divide-by-zero,shift-exponent,float-cast-overflow"
-        " -fsanitize-trap=all -I" ATTNJIT_SOURCE_DIR " -o " +
-        library + " " + source + " >" + log + " 2>&1";
-    if (std::system(command.c_str()) != 0) {  // NOLINT(bugprone-command-processor)
-      std::ifstream file(log);
-      std::string line;
-      std::string message;
-      for (int i = 0; i < 40 && std::getline(file, line); ++i) message += line + "\n";
-      ADD_FAILURE() << message;
-      return;
-    }
-    library_ = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
-    EXPECT_TRUE(library_) << dlerror();
-  }
-  ~HostMods() {
-    if (library_) dlclose(library_);
-  }
-  HostMods(const HostMods&) = delete;
-  HostMods& operator=(const HostMods&) = delete;
+  explicit HostMods(const std::vector<std::string>& mods, bool backward = false)
+      : backward_(backward), library_(text(mods)) {}
 
   Forward forward(std::size_t i) const { return reinterpret_cast<Forward>(function(i)); }
   Backward backward(std::size_t i) const { return reinterpret_cast<Backward>(function(i)); }
 
  private:
-  void* function(std::size_t i) const {
-    return library_ ? dlsym(library_, ("run_" + std::to_string(i)).c_str()) : nullptr;
-  }
+  void* function(std::size_t i) const { return library_.find("run_" + std::to_string(i)); }
 
   std::string text(const std::vector<std::string>& mods) const {
-    const auto file = [](const char* path) {
-      const cuda::EmbeddedText text = cuda::template_text(path);
-      return std::string(text.data, text.size) + "\n";
-    };
-    std::string all = "#include \"tests/support/cuda_host.h\"\n" + file("cuda/params.h") + file("cuda/functions.cuh") +
-                      file("cuda/mod_defaults.cuh") + R"(
+    std::string all = test::host_prelude() + R"(
 using namespace attnjit::cuda;
 struct FoldedParts {
   float shift, term, slope;
@@ -212,8 +175,7 @@ void run_backward(const CapturedView* captured, const GradientView* gradients, c
   }
 
   const bool backward_;
-  const test::TemporaryDirectory directory_;
-  void* library_ = nullptr;
+  const test::HostLibrary library_;
 };
 
 // An expression with its captured values, ready to be emitted and judged.

@@ -102,6 +102,7 @@ class ScalarTile : public compiler::CpuGradientTile {
   }
   std::span<const dsl::DType> staged() const override { return {}; }
   cpu::RowsFn rows() const override { return nullptr; }
+  cpu::TileFacts tile_facts() const override { return {}; }
   const compiler::ModFacts& facts() const override { return facts_; }
   const compiler::PhaseTimes& phases() const override { return phases_; }
 

@@ -9,6 +9,14 @@ func.func @empty_extent() -> i64 {
 
 // -----
 
+func.func @empty_tile() -> i64 {
+  // expected-error@+1 {{needs an extent of at least 1, got 0}}
+  %0 = attnjit.tile_end first kv_idx below 0
+  return %0 : i64
+}
+
+// -----
+
 func.func @capture_number(%i: i64) -> f32 {
   // expected-error@+1 {{reads capture 16, allowed are 0 to 15}}
   %0 = attnjit.read 16[%i] extents [4] strides [1] : f32 -> f32

@@ -19,5 +19,9 @@ func.func @ops(%score: f32) -> f32 {
   %s = attnjit.read 0[] extents [] strides [] : ui8 -> i64
   // CHECK: attnjit.gelu
   %g = attnjit.gelu %r
+  // CHECK: attnjit.floor_log2 %0 : i64
+  %l = attnjit.floor_log2 %b : i64
+  // CHECK: attnjit.tile_end last h below 8{{$}}
+  %last = attnjit.tile_end last h below 8
   return %g : f32
 }

@@ -14,6 +14,33 @@ func.func @index() -> (i1, i1) {
   return %0, %1 : i1, i1
 }
 
+// CHECK-LABEL: func.func @tile_end
+// CHECK: %[[TRUE:.*]] = arith.constant true
+// CHECK: return %[[TRUE]], %[[TRUE]]
+func.func @tile_end() -> (i1, i1) {
+  %q = attnjit.tile_end last q_idx below 100
+  %c99 = arith.constant 99 : i64
+  %0 = arith.cmpi sle, %q, %c99 : i64
+  %zero = arith.constant 0 : i64
+  %1 = arith.cmpi sge, %q, %zero : i64
+  return %0, %1 : i1, i1
+}
+
+// CHECK-LABEL: func.func @floor_log2
+// CHECK-DAG: %[[TRUE:.*]] = arith.constant true
+// CHECK-DAG: %[[CMP:.*]] = arith.cmpi sge
+// CHECK: return %[[TRUE]], %[[TRUE]], %[[CMP]]
+func.func @floor_log2() -> (i1, i1, i1) {
+  %q = attnjit.tile_end last q_idx below 100
+  %n = attnjit.floor_log2 %q : i64
+  %c6 = arith.constant 6 : i64
+  %0 = arith.cmpi sle, %n, %c6 : i64
+  %zero = arith.constant 0 : i64
+  %1 = arith.cmpi sge, %n, %zero : i64
+  %2 = arith.cmpi sge, %n, %c6 : i64
+  return %0, %1, %2 : i1, i1, i1
+}
+
 // CHECK-LABEL: func.func @read
 // CHECK-DAG: %[[TRUE:.*]] = arith.constant true
 // CHECK-DAG: %[[CMP:.*]] = arith.cmpi sge

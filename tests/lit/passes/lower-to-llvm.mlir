@@ -128,3 +128,42 @@ func.func @score_mod(%s: f32) -> (f32, i1) {
   %m = arith.minimumf %q, %s : f32
   return %m, %true : f32, i1
 }
+
+// -----
+
+// What is known of tiles has functions of its own: a cpu::TileKindFn, and a cpu::TileRangeFn for the keys. Of queries
+// nothing is known.
+// CHECK-LABEL: llvm.func @attnjit_tile_kind
+// CHECK-SAME: (%[[TILE:.*]]: !llvm.ptr, %{{.*}}: !llvm.ptr {{.*}}) -> i32 attributes {passthrough = ["nounwind"]} {
+// CHECK-DAG: %[[KV:.*]] = llvm.getelementptr inbounds %[[TILE]][40]
+// CHECK-DAG: %[[Q:.*]] = llvm.getelementptr inbounds %[[TILE]][32]
+// CHECK: %[[NEVER:.*]] = llvm.icmp "sgt"
+// CHECK: %[[SKIP:.*]] = llvm.mlir.constant(0 : i32)
+// CHECK: llvm.select %[[NEVER]], %[[SKIP]]
+// CHECK: llvm.return %{{.*}} : i32
+// CHECK: llvm.func @attnjit_kv_range(%{{.*}}: !llvm.ptr, %{{.*}}: !llvm.ptr {{.*}}, %[[OUT:.*]]: !llvm.ptr {llvm.noalias}) attributes
+// CHECK: llvm.store
+// CHECK: %[[LAST:.*]] = llvm.getelementptr inbounds %[[OUT]][8]
+// CHECK: llvm.store %{{.*}}, %[[LAST]]
+// CHECK-NOT: attnjit_q_range
+// CHECK-NOT: tile_facts
+func.func @score_mod(%s: f32) -> (f32, i1) {
+  %q = attnjit.index q_idx below 1024
+  %kv = attnjit.index kv_idx below 1024
+  %c = arith.cmpi sge, %q, %kv : i64
+  return %s, %c : f32, i1
+}
+func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
+  %false = arith.constant false
+  %q_first = attnjit.tile_end first q_idx below 1024
+  %q_last = attnjit.tile_end last q_idx below 1024
+  %kv_first = attnjit.tile_end first kv_idx below 1024
+  %kv_last = attnjit.tile_end last kv_idx below 1024
+  %never = arith.cmpi sgt, %kv_first, %q_last : i64
+  %last = arith.minsi %kv_last, %q_last : i64
+  %0 = arith.trunci %kv_first : i64 to i32
+  %1 = arith.trunci %last : i64 to i32
+  %2 = arith.trunci %q_first : i64 to i32
+  %3 = arith.trunci %q_last : i64 to i32
+  return %never, %false, %0, %1, %2, %3 : i1, i1, i32, i32, i32, i32
+}

@@ -72,3 +72,29 @@ func.func @division_wraps(%i: i64) -> f32 {
   %f = arith.sitofp %d : i64 to f32
   return %f : f32
 }
+
+// What is cut to 32 bits is computed in them where it fits, and only there.
+// CHECK-LABEL: func.func @truncated
+// CHECK: %[[S:.*]] = arith.minsi %{{.*}} : i32
+// CHECK: %[[W:.*]] = arith.addi %{{.*}} : i64
+// CHECK: %[[T:.*]] = arith.trunci %[[W]] : i64 to i32
+// CHECK: return %[[S]], %[[T]]
+func.func @truncated(%wide: i64) -> (i32, i32) {
+  %q = attnjit.tile_end first q_idx below 1024
+  %kv = attnjit.tile_end last kv_idx below 1024
+  %s = arith.minsi %q, %kv : i64
+  %t = arith.trunci %s : i64 to i32
+  %w = arith.addi %q, %wide : i64
+  %u = arith.trunci %w : i64 to i32
+  return %t, %u : i32, i32
+}
+
+// CHECK-LABEL: func.func @floor_log2
+// CHECK: attnjit.floor_log2 %{{.*}} : i32
+func.func @floor_log2() -> i1 {
+  %q = attnjit.index q_idx below 1024
+  %zero = arith.constant 0 : i64
+  %n = attnjit.floor_log2 %q : i64
+  %c = arith.cmpi eq, %n, %zero : i64
+  return %c : i1
+}
