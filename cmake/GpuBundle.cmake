@@ -30,8 +30,14 @@ set(folder ${PROJECT_BINARY_DIR}/gpu_bundle/attnjit-gpu)
 set(cache ${PROJECT_BINARY_DIR}/gpu_cache)
 set(ATTNJIT_GPU_CACHE_ARCH "sm_90" CACHE STRING "Architecture whose binaries the target gpu_cache builds")
 # What the numerics suite runs on that architecture, compiled beforehand; a bundle made afterwards takes it along.
+set(warm ${PROJECT_SOURCE_DIR}/tests/warm_cache.sh $<TARGET_FILE:attnjit_numerics> ${ATTNJIT_GPU_CACHE_ARCH} ${cache})
+set(warm_sm90 ${CMAKE_COMMAND} -E true)
+if(ATTNJIT_GPU_CACHE_ARCH STREQUAL sm_90)
+  set(warm_sm90 ${warm} --backend sm90)
+endif()
 add_custom_target(gpu_cache
-  COMMAND ${PROJECT_SOURCE_DIR}/tests/warm_cache.sh $<TARGET_FILE:attnjit_numerics> ${ATTNJIT_GPU_CACHE_ARCH} ${cache}
+  COMMAND ${warm}
+  COMMAND ${warm_sm90}
   DEPENDS attnjit_numerics
   USES_TERMINAL
   VERBATIM)

@@ -4,6 +4,7 @@
 #   info      the machine, the driver, where NVRTC and cuBLAS were found
 #   warm      compiles the binaries of the numerics suite into a cache (BUNDLE_DIR/cache, where it is there, is its start)
 #   tests     streams, CUDA graphs, threads; the tests of the public interface, and its Python face
+#   sm90      the numerics suite's forwards on Hopper's fused kernels, which serve some; the others as in the next part
 #   sm80      the numerics suite on the fused kernels
 #   math      the numerics suite on the eager kernels
 #   sanitize  compute-sanitizer, memcheck and racecheck, on a small set of both
@@ -24,7 +25,7 @@ fi
 bundle=$(cd "$1" && pwd) || exit 2
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
-all=(info warm tests sm80 math sanitize repeat cache times sweep peers)
+all=(info warm tests sm90 sm80 math sanitize repeat cache times sweep peers)
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 for part in "${parts[@]}"; do
@@ -69,6 +70,9 @@ PATH=$PATH:/usr/local/cuda/bin
 arch=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d '. ')
 [ "$arch" = sm_ ] && arch=sm_90
 
+# What a backend without gradients is tested by.
+forwards='*NumericsExpression*:*NumericsRandom*:*NumericsGenerated*:*NumericsRelation*:*NumericsEdge*:*NumericsReference*-*Slow*'
+
 # The numerics suite in several processes: numerics SECONDS NAME ARGUMENT...
 numerics() {
   local limit=$1 name=$2 pids=() status=0 i code
@@ -99,8 +103,11 @@ part_info() {
 }
 
 part_warm() {
-  numerics "$1" warm --device cuda --compile-only "$arch"
-  local status=$?
+  local begin=$SECONDS status=0
+  if [ "$arch" = sm_90 ]; then
+    attempt numerics "$1" warm.sm90 --device cuda --compile-only "$arch" --backend sm90 --gtest_filter="$forwards"
+  fi
+  attempt numerics $(($1 - SECONDS + begin)) warm --device cuda --compile-only "$arch"
   cat "$logs"/warm.*.log | awk '/ problems: / {p += $1; c += $3; f += $5; x += $7}
     END {printf "%d problems: %d compiled, %d found in the cache, %d failed\n", p, c, f, x}'
   return $status
@@ -123,21 +130,33 @@ part_tests() {
   return "$status"
 }
 
+part_sm90() {
+  local status=0
+  numerics "$1" sm90 --device cuda --backend sm90 --gtest_filter="$forwards" || status=$?
+  cat "$logs"/sm90.*.log | grep '^skipped: ' | sort -u
+  cat "$logs"/sm90.*.log | awk '/^sm90 ran / {ran += $3}
+    sub(/ problems were another backend.s: /, " ") {count = $1; $1 = ""; others[$0] += count}
+    END {for (why in others) printf "%d problems were another backend\x27s:%s\n", others[why], why
+         if (ran) printf "sm90 ran %d times\n", ran}'
+  return $status
+}
 part_sm80() { numerics "$1" sm80 --device cuda --backend sm80; }
 part_math() { numerics "$1" math --device cuda --backend math; }
 
 # Each instruction is instrumented: few and small problems. Not every machine lets it at the GPU.
 sanitizer_set='*NumericsEdge.OneOfEverything*:*NumericsEdge.NoKeys*:*NumericsEdge.EveryHeadDim*:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*:*NumericsBackwardEdge.N*:*NumericsBackwardExpression*/Causal_*:*NumericsBackwardExpression*/Window_*:*NumericsBackwardExpression*/HeadPair_*:*NumericsBackwardExpression*/ElementGather_*:*NumericsBackwardExpression*/Scalars_*'
-part_sanitize() {
-  local tool tools=(memcheck racecheck) i status=0 log pids=()
-  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 77; }
+sanitizer_set_sm90='NumericsEdge.EveryAlignedHeadDim:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*:*NumericsReferenceMask*/Blocks64_*:*NumericsReferenceGrowth*/Noop_*:*NumericsReferenceLength*/129'
+# The suite under both tools: sanitized SECONDS NAME ARGUMENT...
+sanitized() {
+  local limit=$1 name=$2 tool tools=(memcheck racecheck) i status=0 log pids=()
+  shift 2
   # Both at the same time, each in several processes: no more than the tool's ten ports at a time.
   local parts=$((cores < 4 ? 1 : cores < 10 ? cores / 2 : 5))
   for tool in "${tools[@]}"; do
     for ((i = 0; i < parts; i++)); do
-      GTEST_TOTAL_SHARDS=$parts GTEST_SHARD_INDEX=$i timeout --foreground "$1" \
+      GTEST_TOTAL_SHARDS=$parts GTEST_SHARD_INDEX=$i timeout --foreground "$limit" \
         compute-sanitizer --tool "$tool" --error-exitcode 99 \
-        "$bundle/bin/attnjit_numerics" --device cuda --gtest_filter="$sanitizer_set" >"$logs/sanitize.$tool.$i.log" 2>&1 &
+        "$bundle/bin/attnjit_numerics" --device cuda "$@" >"$logs/sanitize.$name.$tool.$i.log" 2>&1 &
       pids+=($!)
     done
   done
@@ -146,9 +165,9 @@ part_sanitize() {
   for tool in "${tools[@]}"; do
     for ((i = 0; i < parts; i++)); do
       local code=${codes[of++]}
-      log=$logs/sanitize.$tool.$i.log
+      log=$logs/sanitize.$name.$tool.$i.log
       if grep -q "Device not supported" "$log"; then echo "$tool: this machine's GPU is out of its reach"; return 77; fi
-      echo "$tool, shard $i of $parts: exit status $code$(grep -hoE '(ERROR|RACECHECK) SUMMARY: .*|^\[  (PASSED|FAILED) .*' "$log" |
+      echo "$name, $tool, shard $i of $parts: exit status $code$(grep -hoE '(ERROR|RACECHECK) SUMMARY: .*|^\[  (PASSED|FAILED) .*' "$log" |
         head -6 | sed 's/^/; /' | tr -d '\n')"
       # A shard that was cut short, or whose tool said nothing, has checked nothing.
       if [ "$code" = 0 ] && ! grep -qE '(ERROR|RACECHECK) SUMMARY: ' "$log"; then code=99; fi
@@ -157,12 +176,25 @@ part_sanitize() {
       grep -E -A12 '========= +(Invalid|Error)' "$log" | head -40
     done
   done
-  cat "$logs"/sanitize.*.log | awk '/^\[==========\] .* ran\./ {ran += $2} /^\[  PASSED  \]/ {passed += $4}
-    END {printf "%d tests ran under a tool, %d passed\n", ran, passed}'
   return $status
 }
+part_sanitize() {
+  local begin=$SECONDS status=0
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 77; }
+  if [ "$arch" = sm_90 ]; then
+    attempt sanitized $(($1 * 2 / 5)) sm90 --backend sm90 --gtest_filter="$sanitizer_set_sm90"
+  fi
+  attempt sanitized $(($1 - SECONDS + begin)) others --gtest_filter="$sanitizer_set"
+  cat "$logs"/sanitize.*.log | awk '/^\[==========\] .* ran\./ {ran += $2} /^\[  PASSED  \]/ {passed += $4}
+    END {printf "%d tests ran under a tool, %d passed\n", ran, passed}'
+  return "$status"
+}
 
-part_repeat() { "$python" "$bundle/python/repeat_runs.py" "$bundle/bin/attnjit" --jobs "$cores"; }
+part_repeat() {
+  local backends=(sm80 math)
+  [ "$arch" != sm_90 ] || backends+=(sm90)
+  "$python" "$bundle/python/repeat_runs.py" "$bundle/bin/attnjit" --jobs "$cores" --backends "${backends[@]}"
+}
 
 part_cache() {
   ATTNJIT_CACHE_DIR=$work/cold "$python" "$bundle/python/binary_cache.py" "$ATTNJIT_LIBRARY" race damage
@@ -189,7 +221,7 @@ part_peers() {
     --time-limit $(($1 - 25)) --mods noop causal rel head_bias alibi --backward
 }
 
-declare -A limit=([info]=30 [warm]=150 [tests]=60 [sm80]=200 [math]=200 [sanitize]=240 [repeat]=150 [cache]=90
+declare -A limit=([info]=30 [warm]=200 [tests]=60 [sm90]=150 [sm80]=200 [math]=200 [sanitize]=240 [repeat]=150 [cache]=90
   [times]=60 [sweep]=300 [peers]=420)
 table=()
 failed=0
@@ -204,8 +236,8 @@ for part in "${parts[@]}"; do
   echo "== $part (at most $allowed s)"
   begin=$SECONDS
   # In a process group of its own, which ends as a whole; a part that keeps the limit by itself can still say what it did.
-  export -f numerics attempt "part_$part"
-  export bundle out logs work cores shards python arch sanitizer_set
+  export -f numerics attempt sanitized "part_$part"
+  export bundle out logs work cores shards python arch forwards sanitizer_set sanitizer_set_sm90
   timeout -k 5 $((allowed + 5)) bash -uo pipefail -c "part_$part $allowed" >"$logs/$part.log" 2>&1
   code=$?
   case $code in

@@ -20,6 +20,7 @@ const Names<Layout>& layouts() {
   static const Names<Layout> names = {{Layout::kPacked, "packed"},
                                       {Layout::kBshd, "bshd"},
                                       {Layout::kPadded, "padded"},
+                                      {Layout::kAligned, "aligned"},
                                       {Layout::kBroadcastBatch, "broadcast_b"},
                                       {Layout::kBroadcastHead, "broadcast_h"},
                                       {Layout::kBroadcastSeq, "broadcast_s"},
@@ -28,17 +29,20 @@ const Names<Layout>& layouts() {
 }
 
 const Names<Inputs>& inputs() {
-  static const Names<Inputs> names = {{Inputs::kNormal, "normal"},
-                                      {Inputs::kLarge, "large"},
-                                      {Inputs::kPositive, "positive"},
-                                      {Inputs::kZero, "zero"},
-                                      {Inputs::kPoisoned, "poisoned"}};
+  static const Names<Inputs> names = {
+      {Inputs::kNormal, "normal"},     {Inputs::kLarge, "large"},       {Inputs::kPositive, "positive"},
+      {Inputs::kZero, "zero"},         {Inputs::kPoisoned, "poisoned"}, {Inputs::kRising, "rising"},
+      {Inputs::kFalling, "falling"},   {Inputs::kSteep, "steep"},       {Inputs::kSteepFalling, "steep_falling"},
+      {Inputs::kOutliers, "outliers"}, {Inputs::kInfinite, "infinite"}, {Inputs::kHugeValues, "huge_values"}};
   return names;
 }
 
 const Names<Fill>& fills() {
-  static const Names<Fill> names = {
-      {Fill::kNormal, "normal"}, {Fill::kDocuments, "documents"}, {Fill::kIndex, "index"}, {Fill::kPoison, "poison"}};
+  static const Names<Fill> names = {{Fill::kNormal, "normal"},
+                                    {Fill::kDocuments, "documents"},
+                                    {Fill::kIndex, "index"},
+                                    {Fill::kPoison, "poison"},
+                                    {Fill::kBlocks, "blocks"}};
   return names;
 }
 

@@ -19,6 +19,7 @@ enum class Layout : std::uint8_t {
   kPacked,          // B, H, S, D contiguous
   kBshd,            // B, S, H, D contiguous, seen as B, H, S, D
   kPadded,          // gaps of poison after every row, head and batch
+  kAligned,         // the same in steps of eight elements: rows of 16-bit types stay aligned to 16 bytes
   kBroadcastBatch,  // stride 0 over batches; inputs only
   kBroadcastHead,   // stride 0 over heads; inputs only
   kBroadcastSeq,    // stride 0 over the sequence; inputs only
@@ -32,6 +33,15 @@ enum class Inputs : std::uint8_t {
   kPositive,  // no cancellation: every sum's rounding errors are at their largest
   kZero,      // q is zero: every score is exactly 0
   kPoisoned,  // normal; K rows that no query keeps hold NaN and infinity
+  // Scores that grow along the keys: what a softmax whose reference lags behind them cannot hold.
+  kRising,        // k grows to 8 times as large
+  kFalling,       // the same from the last key to the first
+  kSteep,         // q and k are positive, k grows to 100 times as large
+  kSteepFalling,  // the same from the last key to the first
+  kOutliers,      // three keys of each head score 200, of every other one 5000, above the rest for most queries, below
+                  // it for the others
+  kInfinite,      // rising; every 50th key has an infinite feature: its scores are infinite, of either sign
+  kHugeValues,    // rising; v is as large as its type holds, or its float32 sums can
 };
 
 // How a captured tensor is filled.
@@ -40,6 +50,7 @@ enum class Fill : std::uint8_t {
   kDocuments,  // non-decreasing from 0 along the last dimension
   kIndex,      // uniform in [-2, 200]: positions, some out of range
   kPoison,     // like kNormal, one value in four NaN, infinity or the type's extreme
+  kBlocks,     // i // 64 along the last dimension: documents as long as tiles
 };
 
 struct CaptureSpec {

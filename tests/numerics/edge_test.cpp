@@ -73,6 +73,16 @@ TEST(NumericsEdge, EveryHeadDim) {
   }
 }
 
+// The same of multiples of eight whose rows are aligned, with poison behind each.
+TEST(NumericsEdge, EveryAlignedHeadDim) {
+  for (std::int64_t head_dim = 8; head_dim <= 256; head_dim += 8) {
+    const std::string sizes = "b=1 hq=2 hkv=1 sq=35 skv=37 rows=12 d=" + std::to_string(head_dim);
+    const std::string rest = std::string(" dtype=") + (head_dim % 16 == 0 ? "bfloat16" : "float16") +
+                             " q=aligned k=aligned v=aligned o=aligned";
+    expect_accepted(sizes + " dv=" + std::to_string(264 - head_dim) + rest);
+  }
+}
+
 TEST(NumericsEdge, MoreHeadsThanSixteenBits) {
   for (const std::string& backend : target().backends) {
     expect_accepted(std::string("b=3 hq=22000 hkv=11000 sq=1 skv=2 d=2 dtype=bfloat16 score_mod=\"score + 0.001 * h\" "
@@ -166,6 +176,9 @@ TEST(NumericsEdge, ScaleAtTheEndsOfFloat) {
       {"scale=1e-30 score_mod=\"1e15 * tanh(score / 1e15)\"", 1e15},
       {"scale=-1e-30 score_mod=\"1e15 * tanh(score / 1e15)\" dtype=bfloat16", 1e15},
       {"scale=1e-30 score_mod=\"score + h\" dtype=bfloat16", 1e15},
+      {"scale=3e38 score_mod=\"noop\" dtype=bfloat16", 3e-19},
+      {"scale=-3e38 score_mod=\"causal\" dtype=bfloat16", 3e-19},
+      {"scale=1e38 score_mod=\"score + 0.5 * (q_idx - kv_idx)\" dtype=bfloat16", 1e-19},
   };
   for (const std::string& backend : target().backends) {
     for (const auto& each : problems) {

@@ -118,6 +118,7 @@ struct OutputTensors {
     call->get()->o = call->lender().lend(o);
     if (outputs == Outputs::kOnlyO) return;
     call->get()->lse = call->lender().lend(lse);
+    if (outputs == Outputs::kNoRowMax) return;
     call->get()->row_max = call->lender().lend(row_max);
   }
 
@@ -154,10 +155,8 @@ RunResult run_plan(attnjit_plan* plan, Problem& problem, Outputs outputs) {
     if (!intact) result.error = "rule 3: an input was written to";
   }
   result.outcome.o = widen(out.o);
-  if (outputs == Outputs::kAll) {
-    result.outcome.lse = widen(out.lse);
-    result.outcome.row_max = widen(out.row_max);
-  }
+  if (outputs != Outputs::kOnlyO) result.outcome.lse = widen(out.lse);
+  if (outputs == Outputs::kAll) result.outcome.row_max = widen(out.row_max);
   return result;
 }
 
@@ -195,7 +194,8 @@ RunResult compile_only(Problem& problem, attnjit_context* context, Outputs outpu
   const Case& spec = problem.spec;
   const auto rows = static_cast<std::size_t>(spec.batch * spec.num_heads * spec.seqlen_q);
   result.outcome.o.resize(rows * static_cast<std::size_t>(spec.head_dim_v));
-  if (outputs == Outputs::kAll) result.outcome.lse.resize(rows), result.outcome.row_max.resize(rows);
+  if (outputs != Outputs::kOnlyO) result.outcome.lse.resize(rows);
+  if (outputs == Outputs::kAll) result.outcome.row_max.resize(rows);
   if (result.outcome.o.empty()) return result;  // no kernel
 
   Call call(problem, Lender::Place::kNowhere);
@@ -214,6 +214,47 @@ attnjit_status prepare(attnjit_context* context, Problem& problem, Outputs outpu
   const attnjit_status status = attnjit_prepare(context, call.get(), &made);
   plan->reset(made);
   return status;
+}
+
+// Why sm90 does not serve a problem, written down apart from the code that refuses; empty where it has to.
+std::string not_of_sm90(const Problem& problem, const Tensor& o) {
+  const Case& spec = problem.spec;
+  if (o.size() == 0) return "";
+  if (spec.dtype == dsl::DType::kF32) return "float32";
+  if (spec.head_dim % 8 != 0 || spec.head_dim_v % 8 != 0) return "head dims that are no multiples of 8";
+  if (spec.seqlen_kv == 0) return "no keys";
+  for (const Tensor* const tensor : {&problem.q, &problem.k, &problem.v, &o}) {
+    if (tensor->offset(std::array<std::int64_t, 4>{}) % 8 != 0) return "rows that are not aligned";
+    for (std::size_t d = 0; d < 3; ++d) {
+      if (tensor->shape()[d] <= 1) continue;
+      if (tensor->stride()[d] == 0) return "broadcast tensors";
+      if (tensor->stride()[d] % 8 != 0) return "rows that are not aligned";
+    }
+  }
+  return "";
+}
+
+// A problem that a partial backend leaves to others gets "auto" in its place. What is wrong if it serves that, too.
+std::string settle_backend(attnjit_context* context, Problem& problem, Outputs outputs) {
+  if (problem.spec.backend != "sm90") return "";
+  static std::mutex mutex;
+  ServedCounts& counts = served_counts();
+  const std::string reason =
+      problem.spec.backward.wanted() ? "gradients" : not_of_sm90(problem, OutputTensors(problem.spec).o);
+  if (reason.empty()) {
+    const std::lock_guard lock(mutex);
+    ++counts.served;
+    return "";
+  }
+  if (!problem.spec.backward.wanted() && target().compile_only.empty()) {
+    PlanPtr plan;
+    const attnjit_status status = prepare(context, problem, outputs, &plan);
+    if (status != ATTNJIT_UNSUPPORTED) return "sm90 serves what the suite takes it not to: " + reason;
+  }
+  problem.spec.backend = "auto";
+  const std::lock_guard lock(mutex);
+  ++counts.elsewhere[reason];
+  return "";
 }
 
 // The gradients of one call, NaN and guarded, and what is given beside them.
@@ -383,6 +424,7 @@ BackwardResult run_backward_plans(const BackwardPlans& plans, BackwardCall& give
 std::vector<BackwardResult> run_backward_with_one_plan(std::span<BackwardCall> calls, attnjit_context* context) {
   if (context == nullptr) context = shared_context(calls.front().problem->spec.threads);
   if (context == nullptr) return {backward_failed("attnjit_context_create", ATTNJIT_INTERNAL)};
+  for (const BackwardCall& call : calls) settle_backend(context, *call.problem, Outputs::kAll);
   std::vector<BackwardResult> results;
   results.reserve(calls.size());
   if (!target().compile_only.empty()) {
@@ -453,6 +495,7 @@ ReferenceGradients run_reference_backward(Problem& problem) {
 RunResult run(Problem& problem, attnjit_context* context, Outputs outputs) {
   if (context == nullptr) context = shared_context(problem.spec.threads);
   if (context == nullptr) return failed("attnjit_context_create", ATTNJIT_INTERNAL);
+  if (std::string wrong = settle_backend(context, problem, outputs); !wrong.empty()) return {{}, wrong, ATTNJIT_OK};
   if (!target().compile_only.empty()) return compile_only(problem, context, outputs);
   PlanPtr plan;
   const attnjit_status status = prepare(context, problem, outputs, &plan);
@@ -463,6 +506,11 @@ RunResult run(Problem& problem, attnjit_context* context, Outputs outputs) {
 std::vector<RunResult> run_with_one_plan(std::vector<Problem*> problems) {
   attnjit_context* const context = shared_context(problems.front()->spec.threads);
   if (context == nullptr) return {failed("attnjit_context_create", ATTNJIT_INTERNAL)};
+  for (Problem* const problem : problems) {
+    if (std::string wrong = settle_backend(context, *problem, Outputs::kAll); !wrong.empty()) {
+      return {{{}, wrong, ATTNJIT_OK}};
+    }
+  }
   std::vector<RunResult> results;
   results.reserve(problems.size());
   if (!target().compile_only.empty()) {

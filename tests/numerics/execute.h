@@ -32,7 +32,11 @@ struct RunResult {
 };
 
 // Which of the optional outputs are asked for.
-enum class Outputs { kAll, kOnlyO };
+enum class Outputs {
+  kAll,
+  kNoRowMax,  // a backend may have a faster way then
+  kOnlyO,
+};
 
 // Prepares and runs `problem`: outputs, gaps and workspace are NaN before, and guards, gaps and inputs are compared
 // afterwards. `context` null: shared_context(problem.spec.threads).

@@ -36,6 +36,21 @@ constexpr const char* kPoisonedKeys =
     "b=1 hq=2 sq=40 skv=64 d=16 dtype=float32 inputs=poisoned score_mod=\"where(kv_idx < 50, score, -inf)\" rows=400";
 constexpr const char* kLogScore = "b=1 hq=2 sq=40 skv=64 d=16 dtype=float32 score_mod=\"log(score + 2)\" rows=400";
 
+// Scores that grow along the keys, whole tiles without a key, shifts that empty rows.
+constexpr const char* kRisingF16 = "b=2 hq=2 sq=40 skv=200 d=64 dtype=float16 inputs=rising rows=400";
+constexpr const char* kSteepBf16 = "b=2 hq=2 sq=40 skv=200 d=64 dtype=bfloat16 inputs=steep rows=400";
+constexpr const char* kOutliersBf16 = "b=2 hq=2 sq=40 skv=200 d=64 dtype=bfloat16 inputs=outliers rows=400";
+constexpr const char* kOutliersF16 = "b=2 hq=2 sq=40 skv=200 d=64 dtype=float16 inputs=outliers rows=400";
+constexpr const char* kHugeBf16 = "b=2 hq=2 sq=40 skv=200 d=64 dtype=bfloat16 inputs=huge_values rows=400";
+constexpr const char* kCausalOutliers =
+    "b=2 hq=2 sq=100 skv=200 d=64 dtype=bfloat16 inputs=outliers score_mod=\"causal\" rows=400";
+constexpr const char* kBlocks =
+    "b=1 hq=2 sq=130 skv=130 d=32 dtype=bfloat16 score_mod=\"document(ids)\" capture=ids:int32:130:packed:blocks "
+    "rows=400";
+constexpr const char* kShiftedRows =
+    "b=2 hq=2 sq=40 skv=64 d=16 dtype=bfloat16 score_mod=\"score + w[h, q_idx]\" "
+    "capture=w:float32:2x40:packed:poison rows=400";
+
 constexpr const char* kFewSampled = "b=2 hq=2 sq=70 skv=40 d=16 dtype=float32 score_mod=\"causal\" rows=12";
 // Most rows are rightly NaN; the few that are not are found all the same.
 constexpr const char* kFewSampledNan =
@@ -76,7 +91,15 @@ INSTANTIATE_TEST_SUITE_P(
                     FlawCase{Flaw::kNanSwallowed, kLogScore}, FlawCase{Flaw::kDroppedNan, kPoisonedKeys},
                     FlawCase{Flaw::kMaskedRowNan, kMaskedRows}, FlawCase{Flaw::kMaskedLseZero, kMaskedRows},
                     FlawCase{Flaw::kMaskIgnored, kMaskModBf16}, FlawCase{Flaw::kRowNotWritten, kFewSampled},
-                    FlawCase{Flaw::kLseNotWritten, kFewSampled}, FlawCase{Flaw::kRowNotWritten, kFewSampledNan}),
+                    FlawCase{Flaw::kLseNotWritten, kFewSampled}, FlawCase{Flaw::kRowNotWritten, kFewSampledNan},
+                    FlawCase{Flaw::kReferenceFrozen, kRisingF16}, FlawCase{Flaw::kReferenceFrozen, kSteepBf16},
+                    FlawCase{Flaw::kReferenceFrozen, kOutliersBf16}, FlawCase{Flaw::kReferenceFrozen, kHugeBf16},
+                    FlawCase{Flaw::kFrozenSaturated, kRisingF16}, FlawCase{Flaw::kFrozenSaturated, kOutliersF16},
+                    FlawCase{Flaw::kDroppedMaximum, kCausalOutliers}, FlawCase{Flaw::kMaskedTileNan, kBlocks},
+                    FlawCase{Flaw::kMaskedTileNan, kShiftedRows}, FlawCase{Flaw::kNoRescale, kRisingF16},
+                    FlawCase{Flaw::kNoSumRescale, kOutliersBf16}, FlawCase{Flaw::kMaskOffByOne, kBlocks},
+                    FlawCase{Flaw::kMaskedRowNan, kShiftedRows}, FlawCase{Flaw::kErrorHalfPercent, kHugeBf16},
+                    FlawCase{Flaw::kErrorHalfPercent, kSteepBf16}),
     [](const auto& info) { return std::string(flaw_name(info.param.flaw)) + std::to_string(info.index); });
 
 class NumericsJudgeExpression : public testing::TestWithParam<Expression> {};

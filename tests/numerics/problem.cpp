@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <stdexcept>
 
 #include "dsl/bind.h"
@@ -41,16 +42,86 @@ bool bind_one(const std::string& text, dsl::ModKind kind, const std::vector<Name
   return true;
 }
 
-void fill_normal(Tensor* tensor, Random* random, double factor, bool positive) {
-  // Dimensions of stride 0 hold one value: set it once.
-  std::vector<std::int64_t> shape = tensor->shape();
+// Calls `body` with every index but those that dimensions of stride 0 repeat.
+template <typename Body>
+void for_each_distinct(const Tensor& tensor, Body&& body) {
+  std::vector<std::int64_t> shape = tensor.shape();
   for (std::size_t i = 0; i < shape.size(); ++i) {
-    if (tensor->stride()[i] == 0) shape[i] = std::min<std::int64_t>(shape[i], 1);
+    if (tensor.stride()[i] == 0) shape[i] = std::min<std::int64_t>(shape[i], 1);
   }
-  for_each_index(shape, [&](auto index) {
+  for_each_index(shape, body);
+}
+
+void fill_normal(Tensor* tensor, Random* random, double factor, bool positive) {
+  for_each_distinct(*tensor, [&](auto index) {
     const double value = factor * random->normal();
     tensor->set(index, positive ? std::fabs(value) : value);
   });
+}
+
+void multiply(Tensor* tensor, std::span<const std::int64_t> index, double factor) {
+  tensor->set(index, tensor->at(index) * factor);
+}
+
+// k_j of `size` keys times a ramp up to `most`, forwards or backwards.
+void ramp_keys(Tensor* k, double most, bool falling) {
+  const auto size = static_cast<double>(k->shape()[2]);
+  for_each_distinct(*k, [&](auto index) {
+    const auto j = static_cast<double>(index[2]);
+    multiply(k, index, most * (falling ? size - j : j + 1.0) / size);
+  });
+}
+
+// The first feature of q is 8 for two rows of three and -8 for the third; that of k is 0 but for the outliers, and what
+// makes their scores differ there.
+void set_outliers(Problem* problem, Random* random) {
+  const Case& spec = problem->spec;
+  for_each_distinct(problem->q, [&](auto index) {
+    if (index[3] == 0) problem->q.set(index, index[2] % 3 == 2 ? -8.0 : 8.0);
+  });
+  for_each_distinct(problem->k, [&](auto index) {
+    if (index[3] == 0) problem->k.set(index, 0.0);
+  });
+  if (spec.seqlen_kv == 0 || spec.head_dim == 0) return;
+  for (std::int64_t b = 0; b < spec.batch; ++b) {
+    for (std::int64_t h = 0; h < spec.num_heads_kv; ++h) {
+      const double above = (b + h) % 2 == 0 ? 200.0 : 5000.0;
+      // Anywhere, late, and last.
+      for (const std::int64_t from : {std::int64_t{0}, spec.seqlen_kv / 2, spec.seqlen_kv - 1}) {
+        problem->k.set({b, h, random->between(from, spec.seqlen_kv - 1), 0}, above / (8.0 * problem->scale()));
+      }
+    }
+  }
+}
+
+// The first feature of every 50th key of a head, which begin elsewhere in each, is infinite; no q there is zero.
+void set_infinite_keys(Problem* problem) {
+  for_each_distinct(problem->q, [&](auto index) {
+    if (index[3] == 0 && problem->q.at(index) == 0.0) problem->q.set(index, 1.0);
+  });
+  for_each_distinct(problem->k, [&](auto index) {
+    if (index[3] != 0 || (index[2] + 7 * index[1] + 3) % 50 != 0) return;
+    problem->k.set(
+        index, index[2] % 2 == 0 ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity());
+  });
+}
+
+void set_huge_values(Tensor* v) {
+  const double most = v->dtype() == dsl::DType::kF16 ? 3e4 : 1e30;
+  for_each_distinct(*v, [&](auto index) { v->set(index, most * std::clamp(v->at(index) / 2.0, -1.0, 1.0)); });
+}
+
+void shape_inputs(Problem* problem, Random* random) {
+  const Inputs inputs = problem->spec.inputs;
+  if (inputs == Inputs::kRising || inputs == Inputs::kInfinite || inputs == Inputs::kHugeValues) {
+    ramp_keys(&problem->k, 8.0, false);
+  }
+  if (inputs == Inputs::kFalling) ramp_keys(&problem->k, 8.0, true);
+  if (inputs == Inputs::kSteep) ramp_keys(&problem->k, 100.0, false);
+  if (inputs == Inputs::kSteepFalling) ramp_keys(&problem->k, 100.0, true);
+  if (inputs == Inputs::kOutliers) set_outliers(problem, random);
+  if (inputs == Inputs::kInfinite) set_infinite_keys(problem);
+  if (inputs == Inputs::kHugeValues) set_huge_values(&problem->v);
 }
 
 // NaN and infinity in every key row that no query row keeps, whatever its score is.
@@ -105,16 +176,15 @@ const NamedTensor& Problem::capture(std::string_view name) const {
 void fill_capture(Tensor* tensor, Fill fill, Random* random) {
   const bool is_float = dsl::value_type(tensor->dtype()) == dsl::Type::kFloat;
   const bool is_bool = tensor->dtype() == dsl::DType::kBool;
-  std::vector<std::int64_t> shape = tensor->shape();
-  for (std::size_t i = 0; i < shape.size(); ++i) {
-    if (tensor->stride()[i] == 0) shape[i] = 1;
-  }
   std::int64_t document = 0;
-  for_each_index(shape, [&](auto index) {
-    if (fill == Fill::kDocuments && !index.empty()) {
-      const std::int64_t at = index.back();
-      document =
-          at == 0 ? 0 : document + (random->between(0, std::max<std::int64_t>(shape.back() / 3, 1)) == 0 ? 1 : 0);
+  for_each_distinct(*tensor, [&](auto index) {
+    if ((fill == Fill::kDocuments || fill == Fill::kBlocks) && !index.empty()) {
+      const std::int64_t at = index.back(), length = tensor->shape().back();
+      if (fill == Fill::kBlocks) {
+        document = at / 64;
+      } else {
+        document = at == 0 ? 0 : document + (random->between(0, std::max<std::int64_t>(length / 3, 1)) == 0 ? 1 : 0);
+      }
       if (is_float) {
         tensor->set(index, static_cast<double>(document));
       } else {
@@ -171,11 +241,13 @@ bool make_problem(const Case& spec, Problem* problem, std::string* error) {
   problem->q = Tensor(spec.dtype, {spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim}, spec.layout_q, shift);
   problem->k = Tensor(spec.dtype, {spec.batch, spec.num_heads_kv, spec.seqlen_kv, spec.head_dim}, spec.layout_k, shift);
   problem->v = Tensor(spec.dtype, {spec.batch, spec.num_heads_kv, spec.seqlen_kv, spec.head_dim_v}, spec.layout_v, 0);
-  const bool positive = spec.inputs == Inputs::kPositive;
+  const bool positive =
+      spec.inputs == Inputs::kPositive || spec.inputs == Inputs::kSteep || spec.inputs == Inputs::kSteepFalling;
   const double factor_q = spec.inputs == Inputs::kLarge ? 8.0 : spec.inputs == Inputs::kZero ? 0.0 : 1.0;
   fill_normal(&problem->q, &random, factor_q, positive);
   fill_normal(&problem->k, &random, 1.0, positive);
   fill_normal(&problem->v, &random, 1.0, positive);
+  shape_inputs(problem, &random);
   problem->captures.clear();
   for (const CaptureSpec& capture : spec.captures) {
     Tensor tensor(capture.dtype, capture.extent, capture.layout);

@@ -47,6 +47,18 @@ Case random_case(std::uint64_t seed) {
   return spec;
 }
 
+Case served_case(const Case& spec) {
+  if (!target().is_partial() || spec.seed % 8 == 0) return spec;
+  Case result = spec;
+  if (spec.dtype == dsl::DType::kF32) result.dtype = spec.seed % 2 == 0 ? dsl::DType::kBF16 : dsl::DType::kF16;
+  for (std::int64_t* const head_dim : {&result.head_dim, &result.head_dim_v}) *head_dim = (*head_dim + 7) / 8 * 8;
+  for (Layout* const layout : {&result.layout_q, &result.layout_k, &result.layout_v, &result.layout_o}) {
+    const bool served = *layout == Layout::kPacked || *layout == Layout::kBshd;
+    if (!served) *layout = Layout::kAligned;
+  }
+  return result;
+}
+
 Case random_case_of(std::int64_t scores, std::uint64_t seed) {
   Case result = random_case(seed);
   const auto count = [&] { return result.batch * result.num_heads * result.seqlen_q * result.seqlen_kv; };

@@ -19,12 +19,13 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 }  // namespace
 
 std::string_view flaw_name(Flaw flaw) {
-  static constexpr std::array<std::string_view, 28> kNames = {
-      "None",          "ScaleDropped",   "ScaleTwice",     "MaskOffByOne",    "QueryOffByOne", "WrongHead",
-      "WrongBatch",    "IndicesSwapped", "SwappedKvHead",  "LastTileSkipped", "PaddingScored", "ErrorHalfPercent",
-      "OneElement",    "NoRescale",      "NoSumRescale",   "RowsExchanged",   "HeadDimCut",    "ScoresRounded",
-      "LseInLog2",     "LseWithoutMax",  "RowMaxOfScores", "NanSwallowed",    "DroppedNan",    "MaskedRowNan",
-      "MaskedLseZero", "MaskIgnored",    "RowNotWritten",  "LseNotWritten"};
+  static constexpr std::array<std::string_view, 32> kNames = {
+      "None",           "ScaleDropped",   "ScaleTwice",     "MaskOffByOne",    "QueryOffByOne",   "WrongHead",
+      "WrongBatch",     "IndicesSwapped", "SwappedKvHead",  "LastTileSkipped", "PaddingScored",   "ErrorHalfPercent",
+      "OneElement",     "NoRescale",      "NoSumRescale",   "RowsExchanged",   "HeadDimCut",      "ScoresRounded",
+      "LseInLog2",      "LseWithoutMax",  "RowMaxOfScores", "NanSwallowed",    "DroppedNan",      "MaskedRowNan",
+      "MaskedLseZero",  "MaskIgnored",    "RowNotWritten",  "LseNotWritten",   "ReferenceFrozen", "FrozenSaturated",
+      "DroppedMaximum", "MaskedTileNan"};
   return kNames[static_cast<std::size_t>(flaw)];
 }
 
@@ -36,6 +37,7 @@ Outcome simulate(const Problem& problem, Flaw flaw) {
     mask_mod.emplace(problem.mask_mod->expr, problem.mask_mod->views());
   }
   const auto scale = static_cast<float>(problem.scale());
+  const float largest = spec.dtype == dsl::DType::kF16 ? 65504.0f : std::numeric_limits<float>::max();
   const std::int64_t features = spec.head_dim_v;
   const std::int64_t used = spec.head_dim - (flaw == Flaw::kHeadDimCut ? 1 : 0);
   const std::int64_t tiles = (spec.seqlen_kv + kTile - 1) / kTile - (flaw == Flaw::kLastTileSkipped ? 1 : 0);
@@ -87,9 +89,12 @@ Outcome simulate(const Problem& problem, Flaw flaw) {
               }
             }
             next = std::max(next, value);
+            if (flaw == Flaw::kDroppedMaximum) next = std::max(next, score);
           }
+          const bool frozen = flaw == Flaw::kReferenceFrozen || flaw == Flaw::kFrozenSaturated;
+          if (frozen && maximum != -kInfinity) next = maximum;
           if (has_nan) next = std::numeric_limits<float>::quiet_NaN();
-          if (next == -kInfinity) continue;
+          if (next == -kInfinity && flaw != Flaw::kMaskedTileNan) continue;
           const float rescale = std::exp(maximum - next);
           if (flaw != Flaw::kNoSumRescale) sum *= rescale;
           if (flaw != Flaw::kNoRescale) {
@@ -101,7 +106,8 @@ Outcome simulate(const Problem& problem, Flaw flaw) {
             const float p = std::exp(m[static_cast<std::size_t>(c)] - maximum);
             sum += p;
             if (j >= spec.seqlen_kv) continue;
-            const auto narrow = static_cast<float>(round_to(spec.dtype, p));
+            auto narrow = static_cast<float>(round_to(spec.dtype, p));
+            if (flaw == Flaw::kFrozenSaturated) narrow = std::min(narrow, largest);
             for (std::int64_t d = 0; d < features; ++d) {
               accumulated[static_cast<std::size_t>(d)] += narrow * static_cast<float>(problem.v.at({b, head, j, d}));
             }

@@ -36,6 +36,10 @@ enum class Flaw {
   kMaskIgnored,       // the mask_mod is not applied
   kRowNotWritten,     // a row of o that no sampled row is stays as it was: NaN
   kLseNotWritten,     // its lse does
+  kReferenceFrozen,   // the exponentials' reference stays at the first tile's maximum, whatever comes
+  kFrozenSaturated,   // the same, and P stops at its type's largest value
+  kDroppedMaximum,    // the maximum is of dropped elements, too
+  kMaskedTileNan,     // a wholly masked tile before any kept element gives -inf less -inf
 };
 
 // The name of a flaw as it appears in a test's name.

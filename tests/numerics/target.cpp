@@ -16,6 +16,11 @@ CompileCounts& compile_counts() {
   return counts;
 }
 
+ServedCounts& served_counts() {
+  static ServedCounts counts;
+  return counts;
+}
+
 std::string take_target(int* argc, char** argv) {
   Target& wanted = target();
   std::string backend;
@@ -40,9 +45,9 @@ std::string take_target(int* argc, char** argv) {
   wanted.backends = {wanted.on_gpu() ? "sm80" : "cpu", "math"};
   if (backend.empty()) return "";
   // On a GPU, each case may be the best backend's that serves it.
-  const bool best = wanted.on_gpu() && backend == "auto";
-  if (!best && std::ranges::find(wanted.backends, backend) == wanted.backends.end()) {
-    return "--backend: allowed are " + wanted.backends.front() + (wanted.on_gpu() ? ", auto" : "") + " and math";
+  const bool others = wanted.on_gpu() && (backend == "auto" || backend == "sm90");
+  if (!others && std::ranges::find(wanted.backends, backend) == wanted.backends.end()) {
+    return "--backend: allowed are " + wanted.backends.front() + (wanted.on_gpu() ? ", sm90, auto" : "") + " and math";
   }
   wanted.backends = {backend};
   return "";

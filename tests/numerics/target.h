@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,6 +17,8 @@ struct Target {
   std::string compile_only;
 
   bool on_gpu() const { return device == "cuda"; }
+  // Whether it is a backend that serves some problems only; the best that serves takes the others.
+  bool is_partial() const { return fused() == "sm90"; }
   const std::string& fused() const { return backends.front(); }
   // "math" where `eager` and it is tested, else the first.
   const std::string& pick(bool eager) const { return eager ? backends.back() : backends.front(); }
@@ -34,5 +37,12 @@ struct CompileCounts {
   std::vector<std::string> failures;  // the first few, with their cases
 };
 CompileCounts& compile_counts();
+
+// How often a partial backend ran, and the problems that it was right to leave to others, by reason.
+struct ServedCounts {
+  std::int64_t served = 0;
+  std::map<std::string, std::int64_t> elsewhere;
+};
+ServedCounts& served_counts();
 
 }  // namespace attnjit::numerics

@@ -68,6 +68,7 @@ std::vector<std::int64_t> strides_of(const std::vector<std::int64_t>& shape, Lay
     stride[dimension] = next;
     next *= std::max<std::int64_t>(shape[dimension], 1);
     if (layout == Layout::kPadded && rank == 4) next += dimension == 3 ? 5 : 16;
+    if (layout == Layout::kAligned) next += 8 + (8 - next % 8) % 8;
   }
   if (layout == Layout::kBroadcastBatch && rank > 0) stride[0] = 0;
   if (layout == Layout::kBroadcastHead && rank == 4) stride[1] = 0;

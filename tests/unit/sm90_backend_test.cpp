@@ -3,6 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <random>
 #include <set>
 #include <string>
 #include <vector>
@@ -49,6 +54,40 @@ void expect_possible(const sm90::ForwardConfig& config, const Sm90Problem& probl
   EXPECT_EQ(config.frozen, !problem.has_row_max);
 }
 
+constexpr int kMaxInt = std::numeric_limits<int>::max();
+
+void expect_exact(int divisor, int dividend) {
+  const sm90::Divisor by = sm90::make_divisor(divisor);
+  ASSERT_EQ(static_cast<int>(by.divisor), divisor);
+  ASSERT_LE(by.shift, 62) << divisor;
+  ASSERT_EQ(sm90::quotient(dividend, by), dividend / divisor) << dividend << " / " << divisor;
+}
+
+// The ends, and both sides of every multiple are where a rounded multiplier shows.
+TEST(Sm90Backend, QuotientsAreExact) {
+  std::mt19937 generator(1);
+  const auto divide = [&](int divisor) {
+    for (const int dividend : {0, 1, divisor - 1, kMaxInt - 1, kMaxInt}) expect_exact(divisor, dividend);
+    const int most = kMaxInt / divisor;
+    const auto around = [&](int multiple) {
+      for (const int step : {-1, 0, 1}) {
+        const auto dividend = static_cast<long long>(multiple) * divisor + step;
+        if (dividend >= 0 && dividend <= kMaxInt) expect_exact(divisor, static_cast<int>(dividend));
+      }
+    };
+    around(1);
+    around(most);
+    for (int i = 0; i < 20; ++i) around(std::uniform_int_distribution(0, most)(generator));
+    for (int i = 0; i < 20; ++i) expect_exact(divisor, std::uniform_int_distribution(0, kMaxInt)(generator));
+  };
+  for (int divisor = 1; divisor <= 3000; ++divisor) divide(divisor);
+  for (int bit = 12; bit < 31; ++bit) {
+    for (const int step : {-1, 0, 1}) divide((1 << bit) + step);
+  }
+  for (const int divisor : {kMaxInt, kMaxInt - 1, kMaxInt / 2, kMaxInt / 3}) divide(divisor);
+  for (int i = 0; i < 20000; ++i) divide(std::uniform_int_distribution(1, kMaxInt)(generator) >> generator() % 31 | 1);
+}
+
 TEST(Sm90Backend, ConfigurationsFitForEveryHeadDim) {
   for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
     for (int head_dim_v = 8; head_dim_v <= 256; head_dim_v += 8) {
@@ -91,20 +130,56 @@ TEST(Sm90Backend, WhatAConfigurationIsChosenBy) {
   problem.seqlen_q = 257;
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 256);
 
-  // A mask, as far as the compiler sees one.
-  EXPECT_TRUE(chosen(problem).ping_pong);
+  problem.max_shared_memory = 1000;
+  EXPECT_FALSE(choose_config(problem));
+}
+
+// Less shared memory gives a configuration that fits it, or none; never one that does not.
+TEST(Sm90Backend, SharedMemoryIsKeptTo) {
+  for (int head_dim = 16; head_dim <= 256; head_dim += 16) {
+    Sm90Problem problem = problem_of(head_dim, head_dim);
+    bool had = false;
+    for (std::size_t limit = 0; limit <= max_shared_memory(90); limit += 4096) {
+      problem.max_shared_memory = limit;
+      const std::optional<sm90::ForwardConfig> config = choose_config(problem);
+      EXPECT_TRUE(config || !had) << head_dim << ' ' << limit;
+      had = config.has_value();
+      if (!config) continue;
+      EXPECT_LE(static_cast<std::size_t>(sm90::forward_shared_memory(*config)), limit) << head_dim;
+      expect_possible(*config, problem);
+    }
+    EXPECT_TRUE(had) << head_dim;
+  }
+}
+
+// The reference of the exponentials stays where it is unless the row maximum is asked for, the mod drifts along the
+// keys, or a row of f16 is so long that its sum would be too high in any case.
+TEST(Sm90Backend, WhatMakesTheReferenceStay) {
+  Sm90Problem problem = problem_of(128, 128);
+  const auto with = [&](Element element, std::int64_t seqlen_kv) {
+    problem.element = element;
+    problem.seqlen_kv = seqlen_kv;
+    return chosen(problem).frozen;
+  };
+  EXPECT_TRUE(with(Element::kF16, 16384));
+  EXPECT_FALSE(with(Element::kF16, 16385));
+  EXPECT_TRUE(with(Element::kBF16, 1 << 20));
+  problem.has_row_max = true;
+  EXPECT_FALSE(with(Element::kBF16, 100));
+  problem.has_row_max = false;
+
+  // A mask, as far as the compiler sees one, is no reason; drift is.
   compiler::EmittedCuda emitted;
   emitted.facts.has_mask = true;
   learn(emitted, &problem);
-  EXPECT_FALSE(chosen(problem).ping_pong);
-  problem.head_dim = 128;
-  EXPECT_TRUE(chosen(problem).ping_pong);
-
-  EXPECT_TRUE(chosen(problem).frozen);
-  problem.has_row_max = true;
-  EXPECT_FALSE(chosen(problem).frozen);
-  problem.max_shared_memory = 1000;
-  EXPECT_FALSE(choose_config(problem));
+  EXPECT_TRUE(problem.has_mask);
+  EXPECT_TRUE(with(Element::kBF16, 100));
+  emitted.facts.folded = compiler::FoldedFacts{.additive = true, .drifts = true};
+  learn(emitted, &problem);
+  EXPECT_FALSE(with(Element::kBF16, 100));
+  emitted.facts.folded->drifts = false;
+  learn(emitted, &problem);
+  EXPECT_TRUE(with(Element::kBF16, 100));
 }
 
 TEST(Sm90Backend, CandidatesToTime) {
@@ -126,7 +201,7 @@ TEST(Sm90Backend, CandidatesToTime) {
   Sm90Problem nothing = problem_of(64, 64);
   nothing.max_shared_memory = 1000;
   EXPECT_TRUE(candidate_configs(nothing).empty());
-  EXPECT_EQ(config_name(chosen(problem_of(64, 64))), "256 x 64, 4 warpgroups, 3 stages, O apart, ping-pong");
+  EXPECT_EQ(config_name(chosen(problem_of(64, 64))), "256 x 64, 4 warpgroups, 4 stages, O apart, ping-pong");
 }
 
 }  // namespace
