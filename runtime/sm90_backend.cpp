@@ -335,8 +335,9 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
   const compiler::ModFacts& facts = emitted.facts;
   problem->has_mask = facts.has_mask;
   problem->drifts = facts.folded && facts.folded->drifts;
-  const bool computes = facts.score_class == compiler::ScoreClass::kNonlinear || (facts.folded && facts.folded->linear);
-  problem->arithmetic = computes && !facts.has_mask && emitted.demand == compiler::ModDemand::kNone;
+  const bool computes =
+      facts.score_class == compiler::ScoreClass::kNonlinear && emitted.demand == compiler::ModDemand::kNone;
+  problem->arithmetic = !facts.has_mask && (computes || (facts.folded && facts.folded->linear));
 }
 
 std::string config_name(const sm90::ForwardConfig& config) {
