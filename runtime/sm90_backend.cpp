@@ -27,14 +27,16 @@ struct Tiling {
   int warpgroups, tile_n, stages;
   bool o_buffer;
   bool ping_pong = true, masked_ping_pong = true;  // without and with a mask
+  bool busy_mask = true, dense_mask = true;        // whether such a mod finds registers: Sm90Problem
 };
 
 // By rising head_dim, and of one head_dim the best first: the first that fits is taken, or a smaller tile of queries
 // where its tiles would be fewer than the multiprocessors.
 constexpr Tiling kTilings[] = {
-    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .o_buffer = true},
+    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .o_buffer = true, .busy_mask = false},
     {.head_dim = 64, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
-    {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
+    {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true, .dense_mask = false},
+    {.head_dim = 128, .warpgroups = 2, .tile_n = 112, .stages = 2, .o_buffer = true},
     {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .o_buffer = false},
     {.head_dim = 256, .warpgroups = 2, .tile_n = 64, .stages = 2, .o_buffer = false},
 };
@@ -71,6 +73,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
   int bracket = 0;  // the smallest one that holds the head dim
   for (const Tiling& row : kTilings) {
     if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
+    if ((problem.has_busy_mask && !row.busy_mask) || (problem.has_dense_mask && !row.dense_mask)) continue;
     const sm90::ForwardConfig config{.element = problem.element,
                                      .head_dim = problem.head_dim,
                                      .head_dim_v = problem.head_dim_v,
@@ -320,8 +323,12 @@ std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
 }
 
 void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
-  problem->has_mask = emitted.facts.has_mask;
-  problem->drifts = emitted.facts.folded && emitted.facts.folded->drifts;
+  const compiler::ModFacts& facts = emitted.facts;
+  problem->has_mask = facts.has_mask;
+  problem->has_busy_mask = facts.has_mask && facts.score_class == compiler::ScoreClass::kNonlinear &&
+                           facts.reads_proven + facts.reads_clamped > 0;
+  problem->has_dense_mask = facts.has_mask && emitted.demand == compiler::ModDemand::kDense;
+  problem->drifts = facts.folded && facts.folded->drifts;
 }
 
 std::string config_name(const sm90::ForwardConfig& config) {

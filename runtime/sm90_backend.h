@@ -27,6 +27,8 @@ struct Sm90Problem {
   bool has_row_max = false;
   bool has_mask = false;  // some element may be dropped
   bool drifts = false;    // compiler::FoldedFacts::drifts
+  // What takes registers beside a mask: captured reads in a nonlinear mod, an element of its own for each score.
+  bool has_busy_mask = false, has_dense_mask = false;
 };
 // Nothing where no configuration fits the shared memory.
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem);
