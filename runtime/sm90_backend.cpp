@@ -26,18 +26,20 @@ struct Tiling {
   int head_dim;
   int warpgroups, tile_n, stages;
   bool o_buffer;
-  bool for_arithmetic = false;  // only for what Sm90Problem::arithmetic says, and long sequences
+  bool busy_mask = true, dense_mask = true;  // whether such a mod finds registers: Sm90Problem
+  bool for_arithmetic = false;               // only for what Sm90Problem::arithmetic says, and long sequences
 };
 
 // By rising head_dim, and of one head_dim the best first: the first that fits and serves is taken, or a smaller tile of
 // queries where its tiles would leave multiprocessors without work. Measured on an H200, bf16 (bench/notes.md, "The
 // sm90 family's forward kernel").
 constexpr Tiling kTilings[] = {
-    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .o_buffer = true},
+    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .o_buffer = true, .busy_mask = false},
     {.head_dim = 64, .warpgroups = 2, .tile_n = 64, .stages = 4, .o_buffer = true},
     // Three warpgroups hide a mod's arithmetic that two do not.
     {.head_dim = 128, .warpgroups = 3, .tile_n = 80, .stages = 3, .o_buffer = true, .for_arithmetic = true},
-    {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
+    {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true, .dense_mask = false},
+    {.head_dim = 128, .warpgroups = 2, .tile_n = 112, .stages = 2, .o_buffer = true},
     {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .o_buffer = false},
     {.head_dim = 256, .warpgroups = 2, .tile_n = 64, .stages = 2, .o_buffer = false},
 };
@@ -81,6 +83,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
   for (const Tiling& row : kTilings) {
     if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
     if (row.for_arithmetic && !(problem.arithmetic && wastes_little(problem.seqlen_q, row.warpgroups))) continue;
+    if ((problem.has_busy_mask && !row.busy_mask) || (problem.has_dense_mask && !row.dense_mask)) continue;
     const sm90::ForwardConfig config{.element = problem.element,
                                      .head_dim = problem.head_dim,
                                      .head_dim_v = problem.head_dim_v,
@@ -334,6 +337,9 @@ std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
 void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
   const compiler::ModFacts& facts = emitted.facts;
   problem->has_mask = facts.has_mask;
+  problem->has_busy_mask = facts.has_mask && facts.score_class == compiler::ScoreClass::kNonlinear &&
+                           facts.reads_proven + facts.reads_clamped > 0;
+  problem->has_dense_mask = facts.has_mask && emitted.demand == compiler::ModDemand::kDense;
   problem->drifts = facts.folded && facts.folded->drifts;
   const bool computes =
       facts.score_class == compiler::ScoreClass::kNonlinear && emitted.demand == compiler::ModDemand::kNone;

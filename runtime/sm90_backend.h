@@ -27,6 +27,8 @@ struct Sm90Problem {
   bool has_row_max = false;
   bool has_mask = false;  // some element may be dropped
   bool drifts = false;    // compiler::FoldedFacts::drifts
+  // What takes registers beside a mask: captured reads in a nonlinear mod, an element of its own for each score.
+  bool has_busy_mask = false, has_dense_mask = false;
   // The mod computes something of each score, drops none and reads nothing: registers are not what it is short of.
   bool arithmetic = false;
 };

@@ -2,14 +2,18 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
+#include <regex>
 #include <thread>
 
 #include "runtime/sm80_backend.h"
 #include "runtime/sm80_backward.h"
+#include "runtime/sm90_backend.h"
 #include "tests/unit/compiler_testing.h"
 
 namespace attnjit::compiler::testing {
@@ -22,6 +26,8 @@ struct Compiled {
   std::string what;
   std::function<CompileResult<EmittedCuda>()> emit;
   CudaArch arch;
+  // Of a kernel whose warpgroups hand each other registers: how many there are, one of which loads.
+  int warpgroups = 0;
 };
 
 constexpr std::string_view kDense = "score + dense[h, q_idx, kv_idx]";
@@ -108,6 +114,53 @@ Compiled sm80_backward_case(const std::string& expression, sm80::Element element
           .arch = arch};
 }
 
+// Of Hopper's forward. `by` lacks what does not depend on the row of the matrix.
+Compiled sm90_case(const std::string& expression, runtime::Sm90Problem by) {
+  by.seqlen_q = by.seqlen_kv = 4096;
+  by.max_shared_memory = runtime::max_shared_memory(90);
+  const Mod mod(expression, tensors(), {.batch = 2, .num_heads = 16, .seqlen_q = 4096, .seqlen_kv = 4096});
+  std::optional<sm90::ForwardConfig> config;
+  CompileResult<EmittedCuda> emitted;
+  // As the backend does it: whether there is a mask and whether it drifts is known once the mod is emitted.
+  for (int round = 0; round < 2; ++round) {
+    config = runtime::choose_config(by);
+    if (!config) {
+      emitted.error = CompileError{"no configuration"};
+      break;
+    }
+    ModProblem problem = mod.problem;
+    problem.seqlen_q = runtime::round_up(problem.seqlen_q, sm90::tile_m(*config));
+    problem.seqlen_kv = runtime::round_up(problem.seqlen_kv, config->tile_n);
+    emitted = emit_sm90_forward(problem, *config);
+    if (emitted.error) break;
+    runtime::learn(emitted.value, &by);
+  }
+  if (config && static_cast<std::size_t>(sm90::forward_shared_memory(*config)) > by.max_shared_memory)
+    emitted.error = CompileError{"the configuration does not fit the shared memory"};
+  std::string what = "sm90 " + expression + (by.element == sm90::Element::kF16 ? " float16" : " bfloat16") +
+                     " d=" + std::to_string(by.head_dim) + " dv=" + std::to_string(by.head_dim_v);
+  if (config) what += ", " + runtime::config_name(*config) + (config->frozen ? "" : ", exact");
+  return {.what = std::move(what),
+          .emit = [emitted = std::move(emitted)] { return emitted; },
+          .arch = {90, true},
+          .warpgroups = config ? config->warpgroups + 1 : 0};
+}
+
+// What is wrong with the registers of a kernel whose warpgroups hand them on; empty where nothing is. More than it
+// starts with, and setmaxnreg waits for ever.
+std::string wrong_registers(const CudaResources& kernel, const std::string& ptx, int warpgroups) {
+  static const std::regex pattern(R"(setmaxnreg\.(inc|dec)\.sync\.aligned\.u32\s+(\d+))");
+  int loads = 0, computes = 0;
+  for (std::sregex_iterator at(ptx.begin(), ptx.end(), pattern), end; at != end; ++at) {
+    ((*at)[1] == "dec" ? loads : computes) = std::stoi((*at)[2]);
+  }
+  if (loads == 0 || computes == 0) return "the text has no setmaxnreg\n";
+  constexpr int kRegisterFile = 65536, kThreads = 128;
+  if (kernel.registers * kThreads * warpgroups > kRegisterFile) return "it cannot be launched\n";
+  if (loads + (warpgroups - 1) * computes > kernel.registers * warpgroups) return "setmaxnreg asks for too much\n";
+  return "";
+}
+
 // Compiles all of `cases`, on every core.
 void expect_clean(std::vector<Compiled> cases) {
   const Nvrtc* const nvrtc = load_nvrtc(ATTNJIT_TEST_NVRTC, nullptr);
@@ -124,7 +177,12 @@ void expect_clean(std::vector<Compiled> cases) {
         problems = emitted.error->message;
       } else {
         PhaseTimes phases = emitted.value.phases;
-        const auto binary = compile_cuda(*nvrtc, emitted.value.source, c.arch, {}, &phases);
+        std::string ptx;
+        CompileOptions options;
+        options.dump = [&](std::string_view kind, std::string_view text) {
+          if (kind == "ptx") ptx = text;
+        };
+        const auto binary = compile_cuda(*nvrtc, emitted.value.source, c.arch, options, &phases);
         if (binary.error) problems = binary.error->message;
         for (const std::string& warning : binary.value.warnings) problems += warning + "\n";
         std::vector<std::string> entries;
@@ -132,6 +190,7 @@ void expect_clean(std::vector<Compiled> cases) {
           entries.push_back(r.entry);
           facts += " " + r.entry + ": " + std::to_string(r.registers) + " registers";
           if (r.stack_bytes != 0) facts += ", stack " + std::to_string(r.stack_bytes);
+          if (c.warpgroups != 0) problems += wrong_registers(r, ptx, c.warpgroups);
         }
         std::sort(entries.begin(), entries.end());
         std::vector<std::string> expected = emitted.value.source.entries;
@@ -187,6 +246,55 @@ TEST(CompileMatrix, OtherMods) {
   for (const char* expression : kOthers)
     for (const int head_dim : {64, 128})
       all.push_back(sm80_case(expression, sm80::Element::kBF16, head_dim, {.number = 80}));
+  expect_clean(std::move(all));
+}
+
+constexpr sm90::Element kHalves[] = {sm90::Element::kF16, sm90::Element::kBF16};
+constexpr const char* kCausalSoftcap = "where(q_idx >= kv_idx, softcap(30), -inf)";
+constexpr const char* kCausalAlibi = "where(q_idx >= kv_idx, score + alibi_slopes[h] * (q_idx - kv_idx), -inf)";
+constexpr const char* kCausalDense = "where(q_idx >= kv_idx, score + dense[h, q_idx, kv_idx], -inf)";
+constexpr const char* kClampedRead = "score + table[h, q_idx - kv_idx]";
+
+// Every row of the table: many heads fill the multiprocessors, one takes the smaller tiles.
+std::vector<Compiled> sm90_cases(std::initializer_list<const char*> expressions,
+                                 std::initializer_list<std::array<int, 2>> head_dims,
+                                 std::initializer_list<bool> exact) {
+  std::vector<Compiled> all;
+  for (const char* expression : expressions)
+    for (const auto& [head_dim, head_dim_v] : head_dims)
+      for (const bool has_row_max : exact)
+        for (const std::int64_t heads : {256, 1}) {
+          const sm90::Element element = kHalves[all.size() % 2];
+          Compiled added = sm90_case(expression, {.element = element,
+                                                  .head_dim = head_dim,
+                                                  .head_dim_v = head_dim_v,
+                                                  .heads = heads,
+                                                  .has_row_max = has_row_max});
+          if (heads > 1 || added.warpgroups != all.back().warpgroups) all.push_back(std::move(added));
+        }
+  return all;
+}
+
+TEST(CompileMatrix, Sm90) {
+  expect_clean(sm90_cases({"noop", kSoftcapDocument}, {{64, 64}, {96, 128}, {192, 192}, {256, 256}}, {false}));
+}
+
+TEST(CompileMatrix, Sm90OtherMods) {
+  expect_clean(sm90_cases({"causal", "alibi", kCausalDense}, {{64, 64}, {128, 128}}, {false, true}));
+}
+
+TEST(CompileMatrix, SlowSm90Everything) {
+  std::vector<Compiled> all;
+  std::vector<const char*> expressions(std::begin(kOthers), std::end(kOthers));
+  expressions.insert(expressions.end(), {"noop", "softcap(30)", kSoftcapDocument, kCausalSoftcap, kCausalAlibi,
+                                         kCausalDense, kClampedRead, "score * score + gelu(score)"});
+  for (const char* expression : expressions) {
+    std::vector<Compiled> of_mod = sm90_cases(
+        {expression},
+        {{40, 40}, {64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 192}, {256, 256}, {192, 128}, {64, 256}, {8, 128}},
+        {false, true});
+    std::move(of_mod.begin(), of_mod.end(), std::back_inserter(all));
+  }
   expect_clean(std::move(all));
 }
 
