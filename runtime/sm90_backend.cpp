@@ -92,7 +92,8 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      .stages = row.stages,
                                      .o_buffer = row.o_buffer,
                                      .ping_pong = true,
-                                     .frozen = freezes(problem)};
+                                     .frozen = freezes(problem),
+                                     .fma_exponentials = row.head_dim == 64 && problem.nonlinear ? 1 : 0};
     if (!fits(config, problem)) continue;
     bracket = row.head_dim;
     serving.push_back(config);
@@ -308,7 +309,8 @@ Json describe(const sm90::ForwardConfig& c) {
           {"stages", c.stages},
           {"o_buffer", c.o_buffer},
           {"ping_pong", c.ping_pong},
-          {"frozen", c.frozen}};
+          {"frozen", c.frozen},
+          {"fma_exponentials", c.fma_exponentials}};
 }
 
 FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config, bool has_mask) {
@@ -341,14 +343,19 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
                            facts.reads_proven + facts.reads_clamped > 0;
   problem->has_dense_mask = facts.has_mask && emitted.demand == compiler::ModDemand::kDense;
   problem->drifts = facts.folded && facts.folded->drifts;
-  const bool computes =
+  problem->nonlinear =
       facts.score_class == compiler::ScoreClass::kNonlinear && emitted.demand == compiler::ModDemand::kNone;
-  problem->arithmetic = !facts.has_mask && (computes || (facts.folded && facts.folded->linear));
+  problem->arithmetic = !facts.has_mask && (problem->nonlinear || (facts.folded && facts.folded->linear));
 }
 
 std::string config_name(const sm90::ForwardConfig& config) {
-  return fmt::format("{} x {}, {} warpgroups, {} stages{}{}", sm90::tile_m(config), config.tile_n, config.warpgroups,
-                     config.stages, config.o_buffer ? ", O apart" : "", config.ping_pong ? ", ping-pong" : "");
+  std::string name = fmt::format("{} x {}, {} warpgroups, {} stages", sm90::tile_m(config), config.tile_n,
+                                 config.warpgroups, config.stages);
+  if (config.o_buffer) name += ", O apart";
+  if (config.ping_pong) name += ", ping-pong";
+  if (!config.frozen) name += ", exact";
+  if (config.fma_exponentials > 0) name += fmt::format(", {} of 4 exponentials by FMAs", config.fma_exponentials);
+  return name;
 }
 
 std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
@@ -447,7 +454,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
     learn(emitted.value, &by);
     const std::optional<sm90::ForwardConfig> other = choose_config(by);
     if (!other) return no_configuration(target);
-    if (config_name(*other) != config_name(*config) || other->frozen != config->frozen) {
+    if (config_name(*other) != config_name(*config)) {
       config = other;
       emitted = emit(request, *config, {});
     }

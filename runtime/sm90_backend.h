@@ -29,7 +29,9 @@ struct Sm90Problem {
   bool drifts = false;    // compiler::FoldedFacts::drifts
   // What takes registers beside a mask: captured reads in a nonlinear mod, an element of its own for each score.
   bool has_busy_mask = false, has_dense_mask = false;
-  // The mod computes something of each score, drops none and reads nothing: registers are not what it is short of.
+  // The mod is more than a product and a sum of each score, as a soft cap: special functions, and nothing read.
+  bool nonlinear = false;
+  // Nonlinear or linear along the keys, and no score is dropped: registers are not what the mod is short of.
   bool arithmetic = false;
 };
 // Nothing where no configuration fits the shared memory.
