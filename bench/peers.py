@@ -44,7 +44,7 @@ class Mod:
         self.text, self.score, self.mask, self.captures = text, score, mask, captures or {}
 
 
-def make_mod(torch, name, heads, seqlen, dtype):
+def make_mod(torch, name, batch, heads, seqlen, dtype):
     device, inf = "cuda", float("inf")
 
     def masked(keep, text, captures=None):
@@ -68,8 +68,11 @@ def make_mod(torch, name, heads, seqlen, dtype):
         return Mod("score + slopes[h] * (kv_idx - q_idx)", lambda s, b, h, i, j: s + slopes[h] * (j - i),
                    captures={"slopes": slopes})
     if name == "document":
-        ids = torch.arange(seqlen, device=device, dtype=torch.int32) * 8 // seqlen
-        return masked(lambda b, h, i, j: ids[i] == ids[j], "ids[q_idx] == ids[kv_idx]", {"ids": ids})
+        # Eight documents of random lengths in each batch.
+        generator = torch.Generator(device).manual_seed(1)
+        starts = torch.rand(batch, seqlen, device=device, generator=generator).argsort(1) < 7
+        ids = starts.to(torch.int32).cumsum(1, dtype=torch.int32)
+        return masked(lambda b, h, i, j: ids[b, i] == ids[b, j], "ids[b, q_idx] == ids[b, kv_idx]", {"ids": ids})
     if name == "rel_table":
         table = torch.randn(heads, 2 * seqlen, device=device, dtype=dtype)
         return Mod(f"score + table[h, q_idx - kv_idx + {seqlen}]", lambda s, b, h, i, j: s + table[h, i - j + seqlen],
@@ -277,7 +280,7 @@ def measure(torch, library, problem, mod_name, args):
     grad_out = normal(heads) if args.backward else None
     repeat = heads // heads_kv  # PyTorch's contestants get K and V repeated
     k_peer, v_peer = [t if repeat == 1 else t.repeat_interleave(repeat, dim=1) for t in (k, v)]
-    mod = make_mod(torch, mod_name, heads, seqlen, dtype)
+    mod = make_mod(torch, mod_name, batch, heads, seqlen, dtype)
     torch._dynamo.reset()
     contestants, rows = {}, []
 
@@ -381,6 +384,11 @@ def print_tables(rows, names, base, field="us"):
                 ratios = [t[name] / t[base] for key, t in cells.items() if key[:2] == (mod, d) and name in t and base in t]
                 fields.append(f"{geometric_mean(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]" if ratios else "-")
             print(f"| {mod} | {d} | " + " | ".join(fields) + " |")
+        fields = []
+        for name in (n for n in names if n != base):
+            ratios = [t[name] / t[base] for t in cells.values() if name in t and base in t]
+            fields.append(f"{geometric_mean(ratios):.3f} [{min(ratios):.2f}..{max(ratios):.2f}]" if ratios else "-")
+        print("| all | | " + " | ".join(fields) + " |")
     if "noop" in mods and len(mods) > 1:
         print("\nTime over noop of the same shape, geometric mean\n")
         print("| mod | " + " | ".join(names) + " |")

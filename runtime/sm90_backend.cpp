@@ -26,15 +26,18 @@ struct Tiling {
   int head_dim;
   int warpgroups, tile_n, stages;
   bool o_buffer;
-  bool ping_pong = true, masked_ping_pong = true;  // without and with a mask
-  bool busy_mask = true, dense_mask = true;        // whether such a mod finds registers: Sm90Problem
+  bool busy_mask = true, dense_mask = true;  // whether such a mod finds registers: Sm90Problem
+  bool for_arithmetic = false;               // only for what Sm90Problem::arithmetic says, and long sequences
 };
 
-// By rising head_dim, and of one head_dim the best first: the first that fits is taken, or a smaller tile of queries
-// where its tiles would be fewer than the multiprocessors.
+// By rising head_dim, and of one head_dim the best first: the first that fits and serves is taken, or a smaller tile of
+// queries where its tiles would leave multiprocessors without work. Measured on an H200, bf16 (bench/notes.md, "The
+// sm90 family's forward kernel").
 constexpr Tiling kTilings[] = {
     {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .o_buffer = true, .busy_mask = false},
-    {.head_dim = 64, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true},
+    {.head_dim = 64, .warpgroups = 2, .tile_n = 64, .stages = 4, .o_buffer = true},
+    // Three warpgroups hide a mod's arithmetic that two do not.
+    {.head_dim = 128, .warpgroups = 3, .tile_n = 80, .stages = 3, .o_buffer = true, .for_arithmetic = true},
     {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true, .dense_mask = false},
     {.head_dim = 128, .warpgroups = 2, .tile_n = 112, .stages = 2, .o_buffer = true},
     {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .o_buffer = false},
@@ -66,6 +69,12 @@ std::int64_t tiles_of(const Signature& s, const sm90::ForwardConfig& config) {
   return query_tiles(s.batch * s.num_heads, s.seqlen_q, sm90::tile_m(config));
 }
 
+// Whether few rows of the tiles lie beyond the queries.
+bool wastes_little(std::int64_t seqlen_q, int warpgroups) {
+  const std::int64_t rows = round_up(seqlen_q, sm90::kRowsOfWarpgroup * warpgroups);
+  return rows - seqlen_q <= seqlen_q / 16;
+}
+
 // The configurations of the table that serve a problem, the best first.
 std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
   const int head_dim = std::max(sm90::padded(problem.head_dim), sm90::padded(problem.head_dim_v));
@@ -73,6 +82,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
   int bracket = 0;  // the smallest one that holds the head dim
   for (const Tiling& row : kTilings) {
     if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
+    if (row.for_arithmetic && !(problem.arithmetic && wastes_little(problem.seqlen_q, row.warpgroups))) continue;
     if ((problem.has_busy_mask && !row.busy_mask) || (problem.has_dense_mask && !row.dense_mask)) continue;
     const sm90::ForwardConfig config{.element = problem.element,
                                      .head_dim = problem.head_dim,
@@ -81,7 +91,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      .tile_n = row.tile_n,
                                      .stages = row.stages,
                                      .o_buffer = row.o_buffer,
-                                     .ping_pong = problem.has_mask ? row.masked_ping_pong : row.ping_pong,
+                                     .ping_pong = true,
                                      .frozen = freezes(problem)};
     if (!fits(config, problem)) continue;
     bracket = row.head_dim;
@@ -313,8 +323,10 @@ FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config,
 
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
   std::optional<sm90::ForwardConfig> found;
+  // A mask's tiles are of different lengths: one of each multiprocessor is too few to even that out.
   const auto idles = [&](const sm90::ForwardConfig& config) {
-    return query_tiles(problem.heads, problem.seqlen_q, sm90::tile_m(config)) < problem.num_sms;
+    const std::int64_t tiles = query_tiles(problem.heads, problem.seqlen_q, sm90::tile_m(config));
+    return problem.has_mask ? tiles < problem.num_sms : 4 * tiles < 3 * problem.num_sms;
   };
   for (const sm90::ForwardConfig& config : serving_configs(problem)) {
     if (!found || (config.warpgroups < found->warpgroups && idles(*found))) found = config;
@@ -329,6 +341,9 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
                            facts.reads_proven + facts.reads_clamped > 0;
   problem->has_dense_mask = facts.has_mask && emitted.demand == compiler::ModDemand::kDense;
   problem->drifts = facts.folded && facts.folded->drifts;
+  const bool computes =
+      facts.score_class == compiler::ScoreClass::kNonlinear && emitted.demand == compiler::ModDemand::kNone;
+  problem->arithmetic = !facts.has_mask && (computes || (facts.folded && facts.folded->linear));
 }
 
 std::string config_name(const sm90::ForwardConfig& config) {

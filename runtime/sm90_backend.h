@@ -29,6 +29,8 @@ struct Sm90Problem {
   bool drifts = false;    // compiler::FoldedFacts::drifts
   // What takes registers beside a mask: captured reads in a nonlinear mod, an element of its own for each score.
   bool has_busy_mask = false, has_dense_mask = false;
+  // The mod computes something of each score, drops none and reads nothing: registers are not what it is short of.
+  bool arithmetic = false;
 };
 // Nothing where no configuration fits the shared memory.
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem);

@@ -806,7 +806,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 
     if constexpr (kConfig.frozen) {
       // A linear term may leave the tiles before behind by any amount: one step more shows where it starts.
-      int exact_steps = exact ? steps : max(step, partial_steps + (Mod::kLinear && Mod::kHasMask));
+      int exact_steps = exact ? steps : max(step, partial_steps + (Mod::kLinear ? 1 : 0));
 #pragma unroll 1
       while (true) {
 #pragma unroll 1

@@ -118,10 +118,14 @@ TEST(Sm90Backend, WhatAConfigurationIsChosenBy) {
   EXPECT_EQ(chosen(problem_of(64, 256)).tile_n, 64);
   EXPECT_FALSE(chosen(problem_of(256, 256)).o_buffer);
 
-  // As few tiles of 256 queries as leave multiprocessors idle: smaller ones.
+  // As few tiles of 256 queries as leave a quarter of the multiprocessors idle: smaller ones. With a mask, any of them.
   Sm90Problem problem = problem_of(64, 64);
-  problem.heads = 131;
+  problem.heads = 98;
   problem.seqlen_q = 256;
+  EXPECT_EQ(sm90::tile_m(chosen(problem)), 128);
+  problem.heads = 99;
+  EXPECT_EQ(sm90::tile_m(chosen(problem)), 256);
+  problem.has_mask = true;
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 128);
   problem.heads = 132;
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 256);
@@ -129,6 +133,14 @@ TEST(Sm90Backend, WhatAConfigurationIsChosenBy) {
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 128);
   problem.seqlen_q = 257;
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 256);
+
+  // Arithmetic in every score takes three warpgroups, where their tiles reach little beyond the queries.
+  problem = problem_of(128, 128);
+  problem.arithmetic = true;
+  problem.seqlen_q = 4096;
+  EXPECT_EQ(sm90::tile_m(chosen(problem)), 192);
+  problem.seqlen_q = 1024;
+  EXPECT_EQ(sm90::tile_m(chosen(problem)), 128);
 
   problem.max_shared_memory = 1000;
   EXPECT_FALSE(choose_config(problem));
