@@ -845,6 +845,24 @@ TEST_F(CudaSm90, Explain) {
   EXPECT_EQ(ampere["backend"], "sm80");
   EXPECT_EQ(ampere["unsupported"], Json::parse(R"([{"backend": "sm90",
       "reason": "it needs compute capability 9.0, and not sm_80"}])"));
+
+  // What the folded form makes of a mod, and what follows from it: of this family only.
+  EXPECT_FALSE(ampere["facts"].contains("drifts"));
+  g.attention.row_max = nullptr;
+  g.attention.backend = ATTNJIT_BACKEND_SM90;
+  const auto folded = [&](const char* score_mod) {
+    g.attention.score_mod = score_mod;
+    const Json of = explain("sm_90");
+    Json facts;
+    for (const char* const name : {"has_shift", "additive", "linear", "drifts"}) facts.push_back(of["facts"][name]);
+    facts.push_back(of["kernels"][0]["frozen"]);
+    return facts;
+  };
+  EXPECT_EQ(folded("score - 0.5 * (q_idx - kv_idx) + h"), Json({true, true, true, false, true}));
+  EXPECT_EQ(folded("score - abs(q_idx - kv_idx)"), Json({false, true, false, true, false}));
+  EXPECT_EQ(folded("softcap(30) + q_idx"), Json({true, false, false, false, true}));
+  g.attention.backend = ATTNJIT_BACKEND_AUTO;
+
   options.gradients = &g.gradients;
   const Json backward = explain("sm_90");
   EXPECT_EQ(backward["backend"], "sm80");

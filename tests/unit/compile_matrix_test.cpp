@@ -275,6 +275,14 @@ std::vector<Compiled> sm90_cases(std::initializer_list<const char*> expressions,
   return all;
 }
 
+TEST(CompileMatrix, RegistersThatAreHandedOn) {
+  const std::string ptx = "setmaxnreg.dec.sync.aligned.u32  40;\nsetmaxnreg.inc.sync.aligned.u32  232;\n";
+  EXPECT_EQ(wrong_registers({.registers = 168}, ptx, 3), "");
+  EXPECT_EQ(wrong_registers({.registers = 160}, ptx, 3), "setmaxnreg asks for too much\n");
+  EXPECT_EQ(wrong_registers({.registers = 176}, ptx, 3), "it cannot be launched\n");
+  EXPECT_EQ(wrong_registers({.registers = 168}, "ret;", 3), "the text has no setmaxnreg\n");
+}
+
 TEST(CompileMatrix, Sm90) {
   expect_clean(sm90_cases({"noop", kSoftcapDocument}, {{64, 64}, {96, 128}, {192, 192}, {256, 256}}, {false}));
 }

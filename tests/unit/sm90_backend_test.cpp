@@ -10,6 +10,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace attnjit::runtime {
@@ -88,6 +89,73 @@ TEST(Sm90Backend, QuotientsAreExact) {
   for (int i = 0; i < 20000; ++i) divide(std::uniform_int_distribution(1, kMaxInt)(generator) >> generator() % 31 | 1);
 }
 
+int draw(std::mt19937& generator, int most) { return std::uniform_int_distribution(1, most)(generator); }
+
+// With a mask and without, every tile of every head has one number; with one, a section's last queries come first.
+TEST(Sm90Backend, TilesArePlacedOnce) {
+  std::mt19937 generator(2);
+  for (int i = 0; i < 300; ++i) {
+    sm90::ForwardParams params = {};
+    params.m_tiles = draw(generator, 40);
+    params.section = draw(generator, 6);
+    const int heads = params.section * draw(generator, 8);
+    params.tiles = heads * params.m_tiles;
+    params.by_m_tiles = sm90::make_divisor(params.m_tiles);
+    params.by_section_tiles = sm90::make_divisor(params.section * params.m_tiles);
+    params.by_section = sm90::make_divisor(params.section);
+    for (const auto place_of : {sm90::plain_place, sm90::masked_place}) {
+      std::set<std::pair<int, int>> seen;
+      int last_section = 0, last_m = params.m_tiles;
+      for (int tile = 0; tile < params.tiles; ++tile) {
+        const sm90::TilePlace place = place_of(tile, params);
+        ASSERT_TRUE(place.head >= 0 && place.head < heads && place.m >= 0 && place.m < params.m_tiles);
+        ASSERT_TRUE(seen.emplace(place.head, place.m).second) << tile;
+        if (place_of != sm90::masked_place) continue;
+        const int section = place.head / params.section;
+        ASSERT_GE(section, last_section);
+        if (section == last_section) ASSERT_LE(place.m, last_m);
+        last_section = section;
+        last_m = place.m;
+      }
+    }
+  }
+}
+
+// Every tile is some block's, in the list's order; and no block starts one while another is free.
+TEST(Sm90Backend, SchedulesHoldEveryTileOnce) {
+  std::mt19937 generator(3);
+  for (int i = 0; i < 300; ++i) {
+    const int blocks = draw(generator, 140);
+    std::vector<int> costs(static_cast<std::size_t>(draw(generator, 900)));
+    for (int& cost : costs) cost = draw(generator, i % 2 == 0 ? 3 : 100);
+    const std::vector<int> schedule = make_schedule(costs, blocks);
+    ASSERT_EQ(schedule.size() % static_cast<std::size_t>(blocks), 0u);
+    const std::size_t rounds = schedule.size() / static_cast<std::size_t>(blocks);
+    std::vector<long long> begins(costs.size(), -1), ends(static_cast<std::size_t>(blocks), 0);
+    for (std::size_t block = 0; block < ends.size(); ++block) {
+      int last = -1;
+      bool done = false;
+      for (std::size_t round = 0; round < rounds; ++round) {
+        const int tile = schedule[round * ends.size() + block];
+        done = done || tile < 0;
+        ASSERT_EQ(tile < 0, done) << "a block goes on after its end";
+        if (done) continue;
+        ASSERT_GT(tile, last);
+        last = tile;
+        long long& begin = begins.at(static_cast<std::size_t>(tile));
+        ASSERT_EQ(begin, -1) << "tile " << tile << " is there twice";
+        begin = ends[block];
+        ends[block] += costs[static_cast<std::size_t>(tile)];
+      }
+    }
+    for (std::size_t tile = 0; tile < costs.size(); ++tile) {
+      ASSERT_GE(begins[tile], tile == 0 ? 0 : begins[tile - 1]) << tile;
+      // Whoever ends first is free for what comes last.
+      for (const long long end : ends) ASSERT_LE(begins[tile], end) << tile;
+    }
+  }
+}
+
 TEST(Sm90Backend, ConfigurationsFitForEveryHeadDim) {
   for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
     for (int head_dim_v = 8; head_dim_v <= 256; head_dim_v += 8) {
@@ -96,6 +164,8 @@ TEST(Sm90Backend, ConfigurationsFitForEveryHeadDim) {
           Sm90Problem problem = problem_of(head_dim, head_dim_v);
           problem.element = flag ? Element::kF16 : Element::kBF16;
           problem.has_mask = problem.has_row_max = flag;
+          problem.has_busy_mask = flag && head_dim % 16 == 0;
+          problem.has_dense_mask = flag && head_dim_v % 16 == 0;
           problem.heads = heads;
           ASSERT_GT(chosen(problem).warpgroups, 0) << head_dim << ' ' << head_dim_v;
           expect_possible(chosen(problem), problem);
@@ -141,6 +211,25 @@ TEST(Sm90Backend, WhatAConfigurationIsChosenBy) {
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 192);
   problem.seqlen_q = 1024;
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 128);
+
+  // Masks beside what takes registers, as far as the compiler sees them.
+  const auto with = [](int head_dim, compiler::ScoreClass score_class, int reads, compiler::ModDemand demand) {
+    Sm90Problem of = problem_of(head_dim, head_dim);
+    compiler::EmittedCuda emitted;
+    emitted.demand = demand;
+    emitted.facts.has_mask = true;
+    emitted.facts.score_class = score_class;
+    emitted.facts.reads_clamped = reads;
+    learn(emitted, &of);
+    const sm90::ForwardConfig config = chosen(of);
+    return std::pair(sm90::tile_m(config), config.tile_n);
+  };
+  using compiler::ModDemand, compiler::ScoreClass;
+  EXPECT_EQ(with(64, ScoreClass::kIdentity, 2, ModDemand::kBusy), std::pair(256, 64));
+  EXPECT_EQ(with(64, ScoreClass::kNonlinear, 0, ModDemand::kBusy), std::pair(256, 64));
+  EXPECT_EQ(with(64, ScoreClass::kNonlinear, 2, ModDemand::kBusy), std::pair(128, 64));
+  EXPECT_EQ(with(128, ScoreClass::kNonlinear, 2, ModDemand::kBusy), std::pair(128, 128));
+  EXPECT_EQ(with(128, ScoreClass::kAffine, 1, ModDemand::kDense), std::pair(128, 112));
 
   problem.max_shared_memory = 1000;
   EXPECT_FALSE(choose_config(problem));
