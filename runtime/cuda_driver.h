@@ -101,8 +101,9 @@ class CudaKernel {
   virtual Check launch(Grid grid, unsigned threads, const void* params, CudaStream stream) const = 0;
 };
 
-// For trying kernels out: a stream of its own, memory to run over and a clock. What it does is allowed while a stream
-// is captured, which goes on undisturbed. For one thread at a time; keeps the device alive.
+// For trying kernels out, and for memory that a plan's kernels read: a stream of its own, memory and a clock. What it
+// does is allowed while a stream is captured, which goes on undisturbed. For one thread at a time; keeps the device
+// alive.
 class CudaWorkbench {
  public:
   static Result<std::unique_ptr<CudaWorkbench>> create(std::shared_ptr<CudaDevice> device);

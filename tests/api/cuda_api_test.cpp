@@ -615,7 +615,7 @@ TEST_F(CudaSm90, Launch) {
   EXPECT_EQ(launch.stream, &stream);
   const Json description = kernel(plan);
   EXPECT_EQ(description["arch"], "sm_90a");
-  EXPECT_EQ(description["tile"], "128 x 128");
+  EXPECT_EQ(description["tile"], "128 x 64");
   EXPECT_EQ(description["frozen"], true);
   EXPECT_EQ(launch.shared, description["shared_bytes"].get<unsigned>());
   // Two warpgroups that compute and one that loads; fewer tiles than multiprocessors.
@@ -639,8 +639,8 @@ TEST_F(CudaSm90, Launch) {
     std::uint64_t features, sequence, heads;
     std::uint32_t rows;
   } maps[] = {{params.q, p_.q_data.data(), 16, 40, 4, 64},
-              {params.k, p_.k_data.data(), 16, 50, 2, 128},
-              {params.v, p_.v_data.data(), 24, 50, 2, 128},
+              {params.k, p_.k_data.data(), 16, 50, 2, 64},
+              {params.v, p_.v_data.data(), 24, 50, 2, 64},
               {params.o, p_.o_data.data(), 24, 40, 4, 64}};
   for (const auto& [map, data, features, sequence, heads, rows] : maps) {
     const FakeCuda::TensorMap& of = encoded(map);
