@@ -5,12 +5,14 @@
 
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "tests/numerics/check.h"
+#include "tests/numerics/target.h"
 #include "tests/numerics/testing.h"
 
 namespace attnjit::numerics {
@@ -95,6 +97,31 @@ TEST_F(NumericsDevice, AKernelThatDoesNothingIsRejected) {
   if (check.message.find("NVRTC") != std::string::npos) GTEST_SKIP() << check.message;
   EXPECT_FALSE(check.accepted);
   EXPECT_NE(check.message.find("nan"), std::string::npos) << check.message;
+}
+
+// A problem that a partial backend does not serve is another's, and counted; one that it serves stays its own.
+TEST_F(NumericsDevice, WhatSm90LeavesToOthersIsCounted) {
+  const std::string line = "b=1 hq=2 sq=8 skv=8 device=cuda backend=sm90";
+  const std::pair<const char*, const char*> others[] = {
+      {" d=16 dtype=float32", "float32"},
+      {" d=12 dtype=bfloat16", "head dims that are no multiples of 8"},
+      {" d=16 dtype=bfloat16 k=broadcast_h", "broadcast tensors"},
+      {" d=16 dtype=float16 o=padded", "rows that are not aligned"}};
+  const auto ran = [&](const std::string& fields) {
+    Problem problem = make(line + fields);
+    const RunResult result = run(problem);
+    EXPECT_TRUE(result.error.empty() || result.error.find("NVRTC") != std::string::npos) << result.error;
+    return problem.spec.backend;
+  };
+  ServedCounts& counts = served_counts();
+  for (const auto& [fields, reason] : others) {
+    const std::int64_t before = counts.elsewhere[reason];
+    EXPECT_EQ(ran(fields), "auto") << fields;
+    EXPECT_EQ(counts.elsewhere[reason], before + 1);
+  }
+  const std::int64_t before = counts.served;
+  EXPECT_EQ(ran(" d=16 dtype=bfloat16 k=aligned v=bshd o=aligned"), "sm90");
+  EXPECT_EQ(counts.served, before + 1);
 }
 
 }  // namespace

@@ -288,7 +288,7 @@ TEST(CompileMatrix, Sm90) {
 }
 
 TEST(CompileMatrix, Sm90OtherMods) {
-  expect_clean(sm90_cases({"causal", "alibi", kCausalDense}, {{64, 64}, {128, 128}}, {false, true}));
+  expect_clean(sm90_cases({"causal", "alibi", "softcap(30)", kCausalDense}, {{64, 64}, {128, 128}}, {false, true}));
 }
 
 TEST(CompileMatrix, SlowSm90Everything) {
