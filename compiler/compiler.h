@@ -235,6 +235,9 @@ CudaSource cuda_math_kernels(dsl::DType dtype);
 // Gradients of captured tensors from sums to their types, kernels_templates/cuda/finish_gradients.cuh; entry
 // `attnjit_finish_gradient(cuda::FinishParams)`. One binary for all.
 CudaSource cuda_finish_gradients();
+// The tables of captured values' extremes, kernels_templates/cuda/summaries.cuh; entry
+// `attnjit_summarize(cuda::SummaryParams)`. One binary for all.
+CudaSource cuda_summaries();
 // Runs NVRTC. Nothing is cached here. Appends its phases to `phases` where given.
 CompileResult<CudaBinary> compile_cuda(const Nvrtc& nvrtc, const CudaSource& source, CudaArch arch,
                                        const CompileOptions& options = {}, PhaseTimes* phases = nullptr);

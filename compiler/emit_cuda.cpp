@@ -326,4 +326,13 @@ CudaSource cuda_finish_gradients() {
   return source;
 }
 
+CudaSource cuda_summaries() {
+  CudaSource source;
+  source.header = comment("extremes of captured tensors' values");
+  source.text = template_file("cuda/params.h") + "\n" + template_file("cuda/summaries.h") + "\n" +
+                template_file("cuda/summaries.cuh");
+  source.entries = entries(source.text);
+  return source;
+}
+
 }  // namespace attnjit::compiler

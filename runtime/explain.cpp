@@ -85,7 +85,7 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
         failure = built.failure();
       }
     };
-    const auto kernel_of = [](const FusedBinary& binary) { return Json::array({kernel_json(binary)}); };
+    const auto kernel_of = [](const FusedBinary& binary) { return kernels_json(binary); };
     const bool backward = request.call.signature.backward != 0;
     if (backend == ATTNJIT_BACKEND_SM90 && backward) {
       failure = refuse_sm90_backward();

@@ -17,6 +17,16 @@ constexpr int kMaxTile = 256;  // of queries or keys
 
 constexpr std::size_t kib(std::size_t n) { return n * 1024; }
 
+// Null where the mod asks for none.
+Result<std::shared_ptr<const CudaSummaries>> load_summaries(const Request& request, const FusedTarget& target,
+                                                            const compiler::ModFacts& facts) {
+  compiler::PhaseTimes phases;
+  const Result<std::optional<FoundBinary>> found = find_summary_kernel(request, facts, target.arch, &phases);
+  if (!found) return found.failure();
+  if (!*found) return std::shared_ptr<const CudaSummaries>();
+  return CudaSummaries::load(target.device, **found, tiled_problem(request, 1, 1), facts.summaries);
+}
+
 // A candidate other than the usual configuration: one that spills is slower than its tile promises, and left out.
 Result<Contestant::Launch> load_candidate(const Request& request, const FusedTarget& target, const FusedKernel& kernel,
                                           bool usual) {
@@ -33,7 +43,25 @@ Result<Contestant::Launch> load_candidate(const Request& request, const FusedTar
       return unsupported(fmt::format("it spills {} bytes of registers", spilled));
     }
   }
-  return kernel.load(target.device, {found->binary->cubin, entry, source.score_factor});
+  Result<std::shared_ptr<const CudaSummaries>> summaries = load_summaries(request, target, emitted.value.facts);
+  if (!summaries) return summaries.failure();
+  std::shared_ptr<CudaWorkbench> bench;
+  void* workspace = nullptr;
+  if (*summaries) {
+    Result<std::unique_ptr<CudaWorkbench>> created = CudaWorkbench::create(target.device);
+    if (!created) return created.failure();
+    bench = std::move(*created);
+    Result<void*> memory = bench->allocate((*summaries)->size());
+    if (!memory) return memory.failure();
+    workspace = *memory;
+  }
+  Result<FusedLaunch> launch =
+      kernel.load(target.device, {found->binary->cubin, entry, source.score_factor, std::move(*summaries)});
+  if (!launch) return launch.failure();
+  return Contestant::Launch(
+      [bench = std::move(bench), workspace, launch = std::move(*launch)](const ForwardCall& call, CudaStream stream) {
+        return launch(call, workspace, stream);
+      });
 }
 
 // `usual`: the text of the usual configuration, which tells mods, element types and alignments apart.
@@ -141,15 +169,21 @@ Result<FusedBinary> build_fused(const Request& request, const FusedTarget& targe
   binary.phases = std::move(usual.phases);
   if (tuned.spent_ms > 0) binary.phases.emplace_back("autotune", tuned.spent_ms);
   binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
+  Result<std::optional<FoundBinary>> summaries =
+      find_summary_kernel(request, binary.facts, target.arch, &binary.phases);
+  if (!summaries) return summaries.failure();
+  binary.summaries = std::move(*summaries);
   return binary;
 }
 
-Json kernel_json(const FusedBinary& binary) {
+Json kernels_json(const FusedBinary& binary) {
   Json json = binary_json(binary.found, binary.entry);
   json.update(binary.kernel.description);
   if (!binary.autotune.is_null()) json["autotune"] = binary.autotune;
   json["phases_ms"] = phases_json(binary.phases);
-  return json;
+  Json kernels = Json::array({std::move(json)});
+  if (binary.summaries) kernels.push_back(summary_kernel_json(*binary.summaries));
+  return kernels;
 }
 
 Result<ReadyBackend> prepare_fused(const Request& request,
@@ -159,17 +193,23 @@ Result<ReadyBackend> prepare_fused(const Request& request,
   if (!target) return target.failure();
   Result<FusedBinary> binary = build(request, *target, nullptr);
   if (!binary) return binary.failure();
-  Result<Contestant::Launch> launch =
-      binary->kernel.load(target->device, {binary->found.binary->cubin, binary->entry, binary->score_factor});
+  std::shared_ptr<const CudaSummaries> summaries;
+  if (binary->summaries) {
+    auto loaded =
+        CudaSummaries::load(target->device, *binary->summaries, tiled_problem(request, 1, 1), binary->facts.summaries);
+    if (!loaded) return loaded.failure();
+    summaries = std::move(*loaded);
+  }
+  Result<FusedLaunch> launch = binary->kernel.load(
+      target->device, {binary->found.binary->cubin, binary->entry, binary->score_factor, summaries});
   if (!launch) return launch.failure();
   ReadyBackend ready;
-  ready.forward.run = [launch = std::move(*launch)](const ForwardCall& call, void*, CudaStream stream) {
-    return launch(call, stream);
-  };
+  ready.forward.workspace_size = summaries ? summaries->size() : 0;
+  ready.forward.run = std::move(*launch);
   ready.description = {{"device", target->device->name()},
                        {"hash", hash_text(binary->facts)},
                        {"facts", facts_json(binary->facts)},
-                       {"kernels", Json::array({kernel_json(*binary)})}};
+                       {"kernels", kernels_json(*binary)}};
   ready.phases = std::move(binary->phases);
   return ready;
 }

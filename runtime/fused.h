@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "runtime/backends.h"
 #include "runtime/cuda_binaries.h"
 #include "runtime/cuda_driver.h"
+#include "runtime/cuda_summaries.h"
 
 namespace attnjit::runtime {
 
@@ -53,7 +55,11 @@ struct KernelCode {
   const std::string& cubin;
   const std::string& entry;
   double score_factor;
+  std::shared_ptr<const CudaSummaries> summaries;  // what the mod reads beside captures; null: nothing
 };
+
+// One call. `workspace`: what the code's summaries need.
+using FusedLaunch = std::function<Check(const ForwardCall&, void* workspace, CudaStream)>;
 
 // One way to compute a forward: a configuration of a family. The functions may refer to the request.
 struct FusedKernel {
@@ -61,7 +67,7 @@ struct FusedKernel {
   Json description;  // of the configuration: the resources it asks for, and how it cuts the work
   std::function<compiler::CompileResult<compiler::EmittedCuda>(const compiler::CompileOptions&)> emit;
   // Ready to launch for calls of the request's signature.
-  std::function<Result<Contestant::Launch>(const std::shared_ptr<CudaDevice>&, const KernelCode&)> load;
+  std::function<Result<FusedLaunch>(const std::shared_ptr<CudaDevice>&, const KernelCode&)> load;
 };
 
 // The kernel of a call as compiled for an architecture.
@@ -71,8 +77,9 @@ struct FusedBinary {
   double score_factor = 1.0;
   std::string entry;
   FoundBinary found;
-  compiler::PhaseTimes phases;  // of all it took
-  Json autotune;                // how it was chosen, where that was asked for
+  std::optional<FoundBinary> summaries;  // the kernel that runs before
+  compiler::PhaseTimes phases;           // of all it took
+  Json autotune;                         // how it was chosen, where that was asked for
 };
 
 // Compiles, or finds, the best of `kernels`: the first one, emitted as `usual` without dumps, unless the call asks for
@@ -82,8 +89,8 @@ Result<FusedBinary> build_fused(const Request& request, const FusedTarget& targe
                                 std::vector<FusedKernel> kernels, compiler::EmittedCuda usual,
                                 const CollectText& collect);
 
-// Its row of a description: resources, configuration, where it was found.
-Json kernel_json(const FusedBinary& binary);
+// The rows of a description: resources, configuration, where it was found; then the kernel of its summaries.
+Json kernels_json(const FusedBinary& binary);
 
 // Builds for the call's device and loads the kernel there.
 Result<ReadyBackend> prepare_fused(const Request& request,

@@ -105,14 +105,14 @@ compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, cons
   return compiler::emit_sm80_forward(tiled_problem(request, config.tile_m, config.tile_n), config, options);
 }
 
-Result<Contestant::Launch> load(const std::shared_ptr<CudaDevice>& device, const KernelCode& code,
-                                const Signature& signature, const sm80::ForwardConfig& config) {
+Result<FusedLaunch> load(const std::shared_ptr<CudaDevice>& device, const KernelCode& code, const Signature& signature,
+                         const sm80::ForwardConfig& config) {
   Result<std::shared_ptr<const CudaKernel>> kernel =
       CudaKernel::load(device, code.cubin, code.entry, static_cast<std::size_t>(sm80::forward_shared_memory(config)));
   if (!kernel) return kernel.failure();
   const CudaKernel::Grid grid{.x = static_cast<unsigned>(blocks_of(signature, config))};
-  return Contestant::Launch([kernel = std::move(*kernel), grid, threads = 32u * static_cast<unsigned>(config.warps),
-                             score_factor = code.score_factor](const ForwardCall& call, CudaStream stream) {
+  return FusedLaunch([kernel = std::move(*kernel), grid, threads = 32u * static_cast<unsigned>(config.warps),
+                      score_factor = code.score_factor](const ForwardCall& call, void*, CudaStream stream) {
     const cuda::ForwardParams params = forward_params(call, score_factor);
     return kernel->launch(grid, threads, &params, stream);
   });

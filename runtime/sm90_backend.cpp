@@ -149,7 +149,21 @@ std::string refuse(const CheckedCall& call, const FusedTarget& target) {
 
 compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm90::ForwardConfig& config,
                                                     const compiler::CompileOptions& options) {
-  return compiler::emit_sm90_forward(tiled_problem(request, sm90::tile_m(config), config.tile_n), config, options);
+  compiler::ModProblem problem = tiled_problem(request, sm90::tile_m(config), config.tile_n);
+  problem.summaries = true;
+  auto emitted = compiler::emit_sm90_forward(problem, config, options);
+  // A tensor of many rows may be read at few of them, and is summarised whole.
+  constexpr std::int64_t kMostElements = 1 << 24;
+  std::int64_t elements = 0;
+  for (const compiler::TileSummary& summary : emitted.value.facts.summaries) {
+    std::int64_t own = 1;
+    const auto& capture = problem.captures[static_cast<std::size_t>(summary.capture)];
+    for (const std::int64_t extent : compiler::summary_extents(capture, summary.dimension)) own *= extent;
+    elements += own;
+  }
+  if (emitted.error || elements <= kMostElements) return emitted;
+  problem.summaries = false;
+  return compiler::emit_sm90_forward(problem, config, options);
 }
 
 // ---- The launch
@@ -266,39 +280,45 @@ Result<std::shared_ptr<CudaWorkbench>> place_schedule(const Request& request, co
   return std::shared_ptr<CudaWorkbench>(std::move(*memory));
 }
 
-Result<Contestant::Launch> load(const Request& request, const std::shared_ptr<CudaDevice>& device,
-                                const KernelCode& code, const sm90::ForwardConfig& config, bool has_mask) {
+Result<FusedLaunch> load(const Request& request, const std::shared_ptr<CudaDevice>& device, const KernelCode& code,
+                         const sm90::ForwardConfig& config, bool has_mask) {
   Result<std::shared_ptr<const CudaKernel>> kernel =
       CudaKernel::load(device, code.cubin, code.entry, static_cast<std::size_t>(sm90::forward_shared_memory(config)));
   if (!kernel) return kernel.failure();
   sm90::ForwardParams fixed = launch_params(request.call.signature, config);
   std::shared_ptr<CudaWorkbench> schedule;
-  if (has_mask) {
+  // What summarised values decide, the host does not know: blocks take turns.
+  if (has_mask && !code.summaries) {
     Result<std::shared_ptr<CudaWorkbench>> placed = place_schedule(request, device, config, &fixed);
     if (!placed) return placed.failure();
     schedule = std::move(*placed);
   }
   const CudaKernel::Grid grid{.x = static_cast<unsigned>(std::min(fixed.tiles, device->num_sms()))};
-  return Contestant::Launch([device, kernel = std::move(*kernel), grid, fixed, schedule = std::move(schedule),
-                             tile_n = config.tile_n, threads = static_cast<unsigned>(sm90::threads(config)),
-                             score_factor = code.score_factor](const ForwardCall& call, CudaStream stream) -> Check {
-    const CudaScope scope(*device);
-    if (scope.failure()) return scope.failure();
-    sm90::ForwardParams params = fixed;
-    const struct {
-      const TensorView& tensor;
-      int rows;
-      sm90::TensorMap* map;
-    } maps[] = {{call.q, sm90::kRowsOfWarpgroup, &params.q},
-                {call.k, tile_n, &params.k},
-                {call.v, tile_n, &params.v},
-                {call.o, sm90::kRowsOfWarpgroup, &params.o}};
-    for (const auto& [tensor, rows, map] : maps) {
-      if (Check failure = encode(*device, tensor, rows, map)) return failure;
-    }
-    params.call = forward_params(call, score_factor);
-    return kernel->launch(grid, threads, &params, stream);
-  });
+  return FusedLaunch(
+      [device, kernel = std::move(*kernel), grid, fixed, schedule = std::move(schedule), tile_n = config.tile_n,
+       threads = static_cast<unsigned>(sm90::threads(config)), score_factor = code.score_factor,
+       summaries = code.summaries](const ForwardCall& call, void* workspace, CudaStream stream) -> Check {
+        const CudaScope scope(*device);
+        if (scope.failure()) return scope.failure();
+        sm90::ForwardParams params = fixed;
+        const struct {
+          const TensorView& tensor;
+          int rows;
+          sm90::TensorMap* map;
+        } maps[] = {{call.q, sm90::kRowsOfWarpgroup, &params.q},
+                    {call.k, tile_n, &params.k},
+                    {call.v, tile_n, &params.v},
+                    {call.o, sm90::kRowsOfWarpgroup, &params.o}};
+        for (const auto& [tensor, rows, map] : maps) {
+          if (Check failure = encode(*device, tensor, rows, map)) return failure;
+        }
+        params.call = forward_params(call, score_factor);
+        if (summaries) {
+          summaries->fill_views(call, workspace, params.call.captured);
+          if (Check failure = summaries->fill(call, workspace, stream)) return failure;
+        }
+        return kernel->launch(grid, threads, &params, stream);
+      });
 }
 
 Json describe(const sm90::ForwardConfig& c) {

@@ -23,6 +23,7 @@
 
 #include "allocation_count.h"
 #include "kernels_templates/cuda/params.h"
+#include "kernels_templates/cuda/summaries.h"
 #include "kernels_templates/sm90/config.h"
 #include "support/fake_cublas/fake_cublas.h"
 #include "support/fake_cuda/fake_cuda.h"
@@ -777,6 +778,69 @@ TEST_F(CudaSm90, RunAllocatesNothingAndIsCaptured) {
   for (int i = 0; i < 10; ++i) ASSERT_EQ(run(plan, &stream), ATTNJIT_OK);
   if (counts_allocations()) EXPECT_EQ(allocation_count(), before);
   EXPECT_EQ(fake_->launched, 11);
+}
+
+TEST_F(CudaSm90, AutotuneWithSummaries) {
+  std::vector<std::int32_t> ids(50);
+  p_.capture("ids", ids.data(), {50}, {kDLInt, 32, 1}).dl.device = p_.q.dl.device;
+  p_.attention.score_mod = "document(ids)";
+  p_.attention.max_autotune = 1;
+  fake_->parameter_bytes = 0;
+  PREPARE_OR_SKIP(plan);
+  EXPECT_THAT(kernel(plan)["autotune"]["why"].get<std::string>(), HasSubstr("the fastest of "));
+  ASSERT_GE(fake_->launches.size(), 2u);
+  for (std::size_t i = 0; i < fake_->launches.size(); ++i) {
+    ASSERT_EQ(fake_->launches[i].entry, i % 2 == 0 ? "attnjit_summarize" : "attnjit_forward");
+  }
+}
+
+// A kernel of its own fills tables in the workspace before the forward, which finds them behind its captures.
+TEST_F(CudaSm90, Summaries) {
+  constexpr DLDataType kInt32 = {kDLInt, 32, 1};
+  std::vector<std::int32_t> ids(100);
+  p_.capture("ids", ids.data(), {2, 50}, kInt32).dl.device = p_.q.dl.device;
+  p_.attention.mask_mod = "ids[b, q_idx] == ids[b, kv_idx]";
+  fake_->parameter_bytes_of["attnjit_summarize"] = sizeof(cuda::SummaryParams);
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_SM90);
+  const Json kernels = Json::parse(attnjit_plan_description(plan.get()))["kernels"];
+  ASSERT_EQ(kernels.size(), 2u);
+  EXPECT_EQ(kernels[1]["entry"], "attnjit_summarize");
+  // (2, 4, 2 levels, 2 blocks) of int32.
+  ASSERT_EQ(attnjit_plan_workspace_size(plan.get()), 256u);
+  alignas(256) char workspace[256];
+  int stream = 0;
+  EXPECT_EQ(run(plan, &stream), ATTNJIT_INVALID_ARGUMENT);
+  ASSERT_EQ(attnjit_run(plan.get(), &p_.attention, workspace, sizeof workspace, &stream), ATTNJIT_OK)
+      << attnjit_last_error();
+  ASSERT_EQ(fake_->launches.size(), 2u);
+  const FakeCuda::Launch& launch = fake_->launches[0];
+  EXPECT_EQ(launch.entry, "attnjit_summarize");
+  EXPECT_EQ(launch.stream, &stream);
+  EXPECT_EQ(launch.grid[0], 2u);
+  EXPECT_EQ(launch.block, static_cast<unsigned>(cuda::kSummaryThreads));
+  cuda::SummaryParams tables;
+  std::memcpy(&tables, launch.parameters.data(), sizeof tables);
+  ASSERT_EQ(tables.count, 1);
+  const cuda::SummaryTable& table = tables.tables[0];
+  EXPECT_EQ(table.data, ids.data());
+  EXPECT_EQ(table.table, workspace);
+  EXPECT_EQ(table.type, cuda::SummaryType::kInt32);
+  EXPECT_EQ(table.stride, 1);
+  EXPECT_EQ(table.row_stride[1], 50);
+  EXPECT_EQ(table.inner, 2);
+  EXPECT_EQ(table.extent, 50);
+  EXPECT_EQ(table.blocks, 2);
+  EXPECT_EQ(table.levels, 2);
+  EXPECT_EQ(fake_->launches[1].entry, "attnjit_forward");
+  EXPECT_EQ(fake_->launches[1].stream, &stream);
+  const sm90::ForwardParams params = last_sm90_params();
+  EXPECT_EQ(params.schedule, nullptr);
+  EXPECT_EQ(params.call.captured[0].data, ids.data());
+  const cuda::CapturedView& view = params.call.captured[1];
+  EXPECT_EQ(view.data, workspace);
+  EXPECT_THAT(view.extent, testing::ElementsAre(2, 4, 2, 2, 1));
+  EXPECT_THAT(view.stride, testing::ElementsAre(16, 4, 2, 1, 0));
 }
 
 TEST_F(CudaSm90, RunFailures) {

@@ -358,6 +358,14 @@ TEST(CompileMatrix, Math) {
                          return result;
                        },
                    .arch = arch});
+    all.push_back({.what = "summaries " + cuda_arch_name(arch),
+                   .emit =
+                       [] {
+                         CompileResult<EmittedCuda> result;
+                         result.value.source = cuda_summaries();
+                         return result;
+                       },
+                   .arch = arch});
     for (const char* expression : {"noop", kSoftcapDocument, kGradients})
       for (const bool deterministic : {false, true})
         all.push_back({.what = std::string("math backward ") + expression + " " + cuda_arch_name(arch),

@@ -246,7 +246,9 @@ FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsign
                           .parameters = {},
                           .captured = captured};
   const auto* bytes = static_cast<const unsigned char*>(parameters[0]);
-  launch.parameters.assign(bytes, bytes + state.parameter_bytes);
+  const auto own = state.parameter_bytes_of.find(launch.entry);
+  launch.parameters.assign(bytes,
+                           bytes + (own != state.parameter_bytes_of.end() ? own->second : state.parameter_bytes));
   state.launches.push_back(std::move(launch));
   return 0;
 }

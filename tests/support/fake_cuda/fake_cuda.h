@@ -27,8 +27,9 @@ struct FakeCuda {
   // GPU, unless the thread's capture mode is relaxed.
   bool capturing = false;
   void* captured_stream = nullptr;
-  std::size_t parameter_bytes = 0;  // of each launch, to write down
-  bool record = true;               // false: launches are counted only
+  std::size_t parameter_bytes = 0;                        // of each launch, to write down
+  std::map<std::string, std::size_t> parameter_bytes_of;  // of entries that differ
+  bool record = true;                                     // false: launches are counted only
 
   // Milliseconds of a launch's kernel, by threads and shared memory of a block: what events measure. Without it every
   // event is a millisecond after the last.
@@ -68,7 +69,7 @@ struct FakeCuda {
   // Back to a fresh driver; no attnjit object may be alive that uses it.
   void reset() {
     devices = 1, major = 9, minor = 0, sms = 132, shared_memory = 232448, lazy = true;
-    failing.clear();
+    failing.clear(), parameter_bytes_of.clear();
     capturing = false, captured_stream = nullptr, parameter_bytes = 0, record = true;
     kernel_ms = nullptr, before_load = nullptr, events_recorded = memory_allocated = memory_freed = 0;
     launches.clear(), maps.clear();
