@@ -238,7 +238,10 @@ class Analysis {
       mlir::Operation* const op = needed[i];
       for (const Value operand : op->getOperands()) {
         need(operand);
-        result &= !(llvm::isa<arith::AddFOp, arith::SubFOp>(op) && operand.getDefiningOp<arith::MulFOp>());
+        // Behind a negation or a choice, too.
+        const bool is_product = operand.getDefiningOp<arith::MulFOp>() || operand.getDefiningOp<arith::NegFOp>() ||
+                                operand.getDefiningOp<arith::SelectOp>();
+        result &= !(llvm::isa<arith::AddFOp, arith::SubFOp>(op) && is_product);
       }
       const bool is_float = op->getResult(0).getType().isF32();
       result &=
@@ -464,10 +467,10 @@ class Analysis {
       return std::nullopt;
     }
     if (auto index = llvm::dyn_cast<IndexOp>(op)) return of_coordinate(index.getRole());
-    if (varies_.lookup(result) == 0) return uniform(result);
+    if (varies_.lookup(result) == 0) return is_reproducible(result) ? uniform(result) : between_literals(result);
     std::optional<Form> form = followed(op);
     if (form && range_of(*form).within(kLargestTerm)) return form;
-    if (is_uniform(result)) return uniform(result);
+    if (is_uniform(result)) return is_reproducible(result) ? uniform(result) : between_literals(result);
     if (auto read = llvm::dyn_cast<ReadOp>(op))
       if (std::optional<Form> summary = summarised_form(read)) return summary;
     return between_literals(result);

@@ -53,7 +53,7 @@ int accumulators(const sm90::ForwardConfig& config) {
   return config.tile_n / 2 + config.tile_n / 4 + sm90::padded(config.head_dim_v) / 2;
 }
 
-// How many they may be for all else to find room in what setmaxnreg leaves a thread: 240, 160 or 112.
+// How many they may be for all else to find room in what setmaxnreg leaves a thread: 232, 160 or 112.
 int max_accumulators(int warpgroups) { return warpgroups == 2 ? 200 : warpgroups == 3 ? 128 : 88; }
 
 // A reference that stays where it is does for scores that do not rise without bound along the keys, and gives no
@@ -227,6 +227,9 @@ std::vector<int> tile_costs(const Request& request, const sm90::ForwardConfig& c
   const std::int64_t n_tiles = round_up(s.seqlen_kv, config.tile_n) / config.tile_n;
   // Of many heads the first stands for all: a schedule is as good as its costs, and never wrong.
   constexpr std::int64_t kMostQuestions = 1 << 21;
+  constexpr int kMostTiles = 1 << 22;
+  // What is known of one head is asked for in any case, and a schedule that took long to make would not pay.
+  if (n_tiles * params.m_tiles > kMostQuestions || params.tiles > kMostTiles) return {};
   const bool each_head = n_tiles * params.tiles <= kMostQuestions;
   std::vector<int> of_first(each_head ? 0 : static_cast<std::size_t>(params.m_tiles), 0);
   const auto steps = [&](std::int64_t b, std::int64_t h, std::int64_t m) {
@@ -464,9 +467,11 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
       .has_mask = request.mods.mask_mod.has_value()};
   std::optional<sm90::ForwardConfig> config = choose_config(by);
   if (!config) return no_configuration(target);
-  const auto too_many = [&](const sm90::ForwardConfig& of) { return tiles_of(s, of) > kMaxGrid; };
+  // A block asks for the tile of its next round before it knows that there is none.
+  const std::int64_t most = kMaxGrid - 2 * by.num_sms;
+  const auto too_many = [&](const sm90::ForwardConfig& of) { return tiles_of(s, of) > most; };
   if (too_many(*config)) {
-    return unsupported(fmt::format("{} tiles of queries are beyond {}", tiles_of(s, *config), kMaxGrid));
+    return unsupported(fmt::format("{} tiles of queries are beyond {}", tiles_of(s, *config), most));
   }
 
   auto emitted = emit(request, *config, {});

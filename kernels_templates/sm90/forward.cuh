@@ -207,7 +207,7 @@ struct Loader {
   Address shared;
   int jobs = 0;     // so far
   int loads = 0;    // of K
-  int queries = 0;  // jobs that loaded Q
+  int queries = 0;  // jobs that took Q's memory
 
   __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
 
@@ -243,7 +243,7 @@ struct Loader {
   // Which of tiles 32 * group to 32 * group + 31 are of a kind: one to a lane.
   __device__ __forceinline__ void kinds(const Plan& plan, int group, unsigned& partial, unsigned& full) const {
     // Also of lanes beyond the last tile: what is asked about exists.
-    const int number = min(32 * group + static_cast<int>(threadIdx.x), max(plan.count - 1, 0));
+    const int number = min(32 * group + static_cast<int>(threadIdx.x), plan.count - 1);
     const int n = plan.ascending ? plan.first_tile + number : plan.first_tile - number;
     Tile tile = whole_tile(plan.job);
     tile.kv_first += n * kTileN;
@@ -277,6 +277,11 @@ struct Loader {
     }
     plan.first_tile = plan.ascending ? first : end - 1;
     plan.count = end - first;
+    if (plan.count == 0) {
+      plan.partial_0 = plan.full_0 = 0;
+      job.partial = job.full = 0;
+      return plan;
+    }
     kinds(plan, 0, plan.partial_0, plan.full_0);
     job.partial = __popc(plan.partial_0);
     job.full = __popc(plan.full_0);
@@ -311,6 +316,12 @@ struct Loader {
                              job.h, job.b);
       }
     }
+    ++queries;
+  }
+  // For a job without steps: its O passes through Q's memory all the same, and no Q may come meanwhile.
+  __device__ __forceinline__ void leave_q() {
+    wait(barrier(kQEmpty), queries % 2 ^ 1);
+    if (elected()) arrive(barrier(kQFull));
     ++queries;
   }
   // Of the load of K number `load`.
@@ -372,7 +383,11 @@ struct Loader {
         next = tile_of_round(params, round);
         plan = plan_of(tile, !exists(next));
       }
-      if (last_tile >= 0) load_v(job, h_kv, loads - 1, last_tile);
+      if (last_tile >= 0) {
+        load_v(job, h_kv, loads - 1, last_tile);
+      } else if (!kConfig.o_buffer) {
+        leave_q();
+      }
       if (!job.last) continue;
       if constexpr (!kConfig.frozen) break;
       if (redone == 0) wait(barrier(kDrained), 0);
@@ -692,7 +707,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   if (kConfig.ping_pong && warpgroup == 0) arrive_threads(kTurnBarrier, 256);
 
   int base = 0;     // loads of K of the jobs before
-  int queries = 0;  // jobs with steps
+  int queries = 0;  // jobs that took Q's memory
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
   bool exact = !kConfig.frozen || call.score_prescale != 1.0f;
   bool drained = false;  // all jobs but those that are done again are behind
@@ -727,7 +742,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 
     const int partial_steps = uniform(job.partial);
     const int steps = partial_steps + uniform(job.full);
-    if (steps > 0) wait(barrier(kQFull), queries % 2);
+    const bool takes_q = steps > 0 || !kConfig.o_buffer;
+    if (takes_q) wait(barrier(kQFull), queries % 2);
     int step = 0;
     // Tiles of keys that this warpgroup's part of the queries does not see, as long as nothing is under way.
     if constexpr (Mod::kKnowsTiles && kWarpgroups > 1) {
@@ -860,12 +876,12 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         for (int c = 0; c < kVColumns; ++c) store_column(params.o, o_tile + c * kRows * 128, 64 * c, row, h, b);
       }
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-      if (!kConfig.o_buffer && steps > 0) {
+      if (!kConfig.o_buffer) {
         asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
         arrive(barrier(kQEmpty));
       }
     }
-    if (steps > 0) ++queries;
+    if (takes_q) ++queries;
   }
   if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
