@@ -91,6 +91,7 @@ struct Pass {
   Layout layout;
   float* workspace;
   const cpu::CapturedView* captured;
+  cpu::TileFacts facts;
   std::span<const dsl::DType> staged;
   cpu::RowsFn rows;  // where there are staged reads
   cpu::Storage storage;
@@ -127,6 +128,38 @@ void store_panel(const Pass& pass, std::int64_t b, std::int64_t h, const Panel& 
                             pass.storage, call.o.stride[2]);
 }
 
+// A task's head, and its panels of that. Where there is a mask the last queries, which see most keys where masks look
+// back, come first of all heads: what is left at the end, for some threads to wait for, is short.
+struct TaskPlace {
+  std::int64_t head, first_panel, panels;
+};
+
+TaskPlace place_of(const Pass& pass, std::int64_t task) {
+  const Schedule& s = pass.schedule;
+  std::int64_t head = task / s.tasks_per_head, part = task % s.tasks_per_head;
+  if (pass.facts.kind) {
+    const std::int64_t heads = s.tasks / s.tasks_per_head;
+    head = task % heads;
+    part = s.tasks_per_head - 1 - task / heads;
+  }
+  const std::int64_t first_panel = part * s.panels_per_task;
+  return {head, first_panel, std::min(s.panels_per_task, s.panels - first_panel)};
+}
+
+// The blocks of keys that some panel of a task may see: from a multiple of kTileRows on.
+KeySpan blocks_of(const Pass& pass, const TaskPlace& place, std::int64_t b, std::int64_t h) {
+  const std::int64_t seqlen_q = pass.call.q.shape[2], seqlen_kv = pass.call.k.shape[2];
+  if (!pass.facts.kv_range || seqlen_kv == 0) return {0, seqlen_kv};
+  const std::int64_t first = place.first_panel * kPanelLanes;
+  const std::int64_t end = std::min(seqlen_q, (place.first_panel + place.panels) * kPanelLanes);
+  const cpu::Tile tile = tile_of(b, h, first, end - first, 0, seqlen_kv);
+  cpu::IndexRange range;
+  pass.facts.kv_range(&tile, pass.captured, &range);
+  if (range.first > range.last) return {0, 0};
+  const std::int64_t start = range.first / kTileRows * kTileRows;
+  return {start, range.last + 1 - start};
+}
+
 void run_task(const Pass& pass, std::int64_t task, int thread) {
   const ForwardCall& call = pass.call;
   const cpu::Products& products = pass.products;
@@ -136,11 +169,11 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
   const std::int64_t head_dim = call.q.shape[3];
   const std::int64_t seqlen_kv = call.k.shape[2];
   const std::int64_t head_dim_v = call.v.shape[3];
-  const std::int64_t head = task / pass.schedule.tasks_per_head;
-  const std::int64_t b = head / num_heads;
-  const std::int64_t h = head % num_heads;
-  const std::int64_t first_panel = task % pass.schedule.tasks_per_head * pass.schedule.panels_per_task;
-  const std::int64_t panels = std::min(pass.schedule.panels_per_task, pass.schedule.panels - first_panel);
+  const TaskPlace place = place_of(pass, task);
+  const std::int64_t b = place.head / num_heads;
+  const std::int64_t h = place.head % num_heads;
+  const std::int64_t first_panel = place.first_panel;
+  const std::int64_t panels = place.panels;
 
   float* const scratch = pass.workspace + thread * l.size;
   for (std::int64_t p = 0; p < panels; ++p) {
@@ -160,8 +193,17 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
   const std::int64_t head_kv = h / (num_heads / call.k.shape[1]);
   const bool widen = pass.storage != cpu::Storage::kF32 && !pass.bf16;
   const bool pack_values = widen || strides_collide(call.v.stride[2]);
-  for (std::int64_t kv = 0; kv < seqlen_kv; kv += kTileRows) {
+  const KeySpan blocks = blocks_of(pass, place, b, h);
+  for (std::int64_t kv = blocks.first; kv < blocks.first + blocks.count; kv += kTileRows) {
     const std::int64_t rows = std::min<std::int64_t>(kTileRows, seqlen_kv - kv);
+    std::array<KeySpan, kMaxPanels> needed;
+    bool needs = false;
+    for (std::int64_t p = 0; p < panels; ++p) {
+      KeySpan& span = needed[static_cast<std::size_t>(p)];
+      span = needed_keys(pass.facts, pass.captured, b, h, panel_at(first_panel + p, seqlen_q), kv, rows);
+      needs = needs || span.count > 0;
+    }
+    if (!needs) continue;
     const void* const k = at(call.k, b, head_kv, kv);
     const void* const v = at(call.v, b, head_kv, kv);
     const float* keys = static_cast<const float*>(k);
@@ -183,6 +225,8 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
       products.widen(v, pass.storage, call.v.stride[2], rows, head_dim_v, scratch + l.values, head_dim_v);
     }
     for (std::int64_t p = 0; p < panels; ++p) {
+      const KeySpan span = needed[static_cast<std::size_t>(p)];
+      if (span.count == 0) continue;
       const cpu::TileParams params{.scores = scratch + l.scores,
                                    .row_max = scratch + l.row_max + p * kPanelLanes,
                                    .row_sum = scratch + l.row_sum + p * kPanelLanes,
@@ -190,14 +234,15 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
                                    .b = b,
                                    .h = h,
                                    .q_idx = panel_at(first_panel + p, seqlen_q).start,
-                                   .kv_idx = kv,
-                                   .rows = rows,
+                                   .kv_idx = kv + span.first,
+                                   .rows = span.count,
                                    .captured = pass.captured,
                                    .staged = scratch + l.staged};
       const float* const queries = scratch + l.queries + p * head_dim * kPanelLanes;
       float* const out = scratch + l.out + p * head_dim_v * kPanelLanes;
       const auto score_keys = [&](std::int64_t first, std::int64_t count) {
         float* const scores = params.scores + first * kPanelLanes;
+        first += span.first;
         if (pass.bf16) {
           products.qk_bf16(static_cast<const std::uint16_t*>(k) + first * call.k.stride[2], call.k.stride[2], count,
                            head_dim, queries, pass.factor.main, scores);
@@ -211,9 +256,11 @@ void run_task(const Pass& pass, std::int64_t task, int thread) {
       score_and_stage(products, pass.staged, pass.rows, params, scratch + l.staged, score_keys);
       pass.tile(&params);
       if (pass.bf16) {
-        products.pv_bf16(values, rows, head_dim_v, params.scores, params.rescale, out);
+        products.pv_bf16(values + span.first / 2 * head_dim_v, span.count, head_dim_v, params.scores, params.rescale,
+                         out);
       } else {
-        products.pv(values, values_stride, rows, head_dim_v, params.scores, params.rescale, out);
+        products.pv(values + span.first * values_stride, values_stride, span.count, head_dim_v, params.scores,
+                    params.rescale, out);
       }
     }
   }
@@ -248,6 +295,7 @@ void cpu_forward(const ForwardCall& call, const compiler::CpuTile& tile, compile
                   .layout = layout(call, tile, s),
                   .workspace = static_cast<float*>(workspace),
                   .captured = captured.data(),
+                  .facts = tile.tile_facts(),
                   .staged = tile.staged(),
                   .rows = tile.rows(),
                   .storage = storage,

@@ -58,7 +58,8 @@ bool is_packed_f32(const dsl::CaptureView& capture, const CaptureGradient& gradi
 }
 
 // How one call is cut. A task has the keys of one split of one (batch, key/value head), and all queries of the head's
-// group: dK and dV are its own. Splits have a buffer of dQ each, which are added up in their order.
+// group: dK and dV are its own. Splits have a buffer of dQ each, which are added up in their order. Of masks that look
+// back the first keys are seen by most queries: the first splits of all heads are the first tasks.
 struct Schedule {
   std::int64_t panels = 0;  // of one query head
   std::int64_t group = 1;   // query heads of a key/value head
@@ -66,10 +67,15 @@ struct Schedule {
   std::int64_t split_rows = 0;  // keys of a split; the last may have fewer
   std::int64_t chunk_rows = 0;  // keys of a chunk, likewise
   std::int64_t tasks = 0;
-  // Runs of tasks that one thread takes in order. Where captured gradients are added up, each run has accumulators of
-  // its own, and there are no more runs than threads.
+  // Runs of tasks that one thread takes in order, see task_of_run. Where captured gradients are added up, each run has
+  // accumulators of its own, and there are no more runs than threads.
   std::int64_t runs = 0;
 };
+
+// The task that a run does in its round: there and back, so that long and short ones add up to much the same.
+std::int64_t task_of_run(const Schedule& s, std::int64_t run, std::int64_t round) {
+  return round * s.runs + (round % 2 == 0 ? run : s.runs - 1 - run);
+}
 
 // Where a captured tensor's gradient is added up.
 struct Accumulator {
@@ -122,14 +128,18 @@ WantedGradients wanted(const ForwardCall& call, const Gradients& gradients) {
 // Rows that add_lanes takes.
 std::int64_t padded(std::int64_t width) { return round_up(width, 16); }
 
-Schedule schedule(const ForwardCall& call, bool accumulates, int threads) {
+// `uneven`: splits may have different amounts of work.
+Schedule schedule(const ForwardCall& call, bool accumulates, bool uneven, int threads) {
   Schedule s;
   s.panels = ceil_div(call.q.shape[2], kPanelLanes);
   const std::int64_t heads_kv = call.k.shape[0] * call.k.shape[1];
   s.group = call.q.shape[1] / call.k.shape[1];
   const std::int64_t tiles = ceil_div(call.k.shape[2], kTileRows);
   double best = std::numeric_limits<double>::infinity();
-  for (std::int64_t splits = 1; splits <= std::min<std::int64_t>(tiles, 2 * std::int64_t{threads}); ++splits) {
+  // A short task goes with a long one.
+  const std::int64_t least = uneven ? std::min(tiles, ceil_div(2 * std::int64_t{threads}, heads_kv)) : 1;
+  for (std::int64_t splits = std::max<std::int64_t>(least, 1);
+       splits <= std::min<std::int64_t>(tiles, 2 * std::int64_t{threads}); ++splits) {
     const auto rounds = static_cast<double>(ceil_div(heads_kv * splits, threads));
     const double time = rounds * (static_cast<double>(ceil_div(tiles, splits)) + kSplitCost);
     if (time >= best) continue;
@@ -232,6 +242,7 @@ struct Pass {
   const Gradients& gradients;
   const cpu::Products& products;
   const compiler::CpuGradientTile& tile;
+  cpu::TileFacts facts;
   std::span<const SinkFacts> sinks;
   WantedGradients wants;
   Schedule schedule;
@@ -476,6 +487,17 @@ void transposed_product(const Pass& pass, const TensorView& t, const Place& plac
   }
 }
 
+// A panel's number in all heads.
+std::int64_t panel_number(const Pass& pass, const Place& place, std::int64_t index) {
+  return (place.b * pass.call.q.shape[1] + place.h) * pass.schedule.panels + index;
+}
+
+// Where a panel's dQ of a split is summed.
+float* dq_of(const Pass& pass, const Place& place, std::int64_t index, std::int64_t split) {
+  return pass.workspace + pass.layout.dq_sum + split * pass.layout.dq_split +
+         panel_number(pass, place, index) * pass.call.q.shape[3] * kPanelLanes;
+}
+
 // One panel of queries of a head against a chunk of keys.
 void run_panel(const Pass& pass, const Place& place, std::int64_t index, std::int64_t split) {
   const ForwardCall& call = pass.call;
@@ -485,16 +507,22 @@ void run_panel(const Pass& pass, const Place& place, std::int64_t index, std::in
   const std::int64_t head_dim = call.q.shape[3];
   const std::int64_t head_dim_v = call.v.shape[3];
   const Panel panel = panel_at(index, call.q.shape[2]);
-  const std::int64_t number = (place.b * call.q.shape[1] + place.h) * pass.schedule.panels + index;
+  const std::int64_t number = panel_number(pass, place, index);
   const bool scores_matter = pass.wants.dq || pass.wants.dk || !pass.sinks.empty();
 
-  load_lanes(pass, call.q, place, panel, scratch + l.queries, scratch + l.query_rows);
-  load_lanes(pass, pass.gradients.grad_out, place, panel, scratch + l.grad_out, scratch + l.grad_out_rows);
-  float* const dq = pass.workspace + l.dq_sum + split * l.dq_split + number * head_dim * kPanelLanes;
-  if (pass.wants.dq && place.chunk == split * pass.schedule.split_rows) std::fill_n(dq, head_dim * kPanelLanes, 0.0f);
+  float* const dq = dq_of(pass, place, index, split);
+  bool loaded = false;
 
-  for (std::int64_t kv = 0; kv < place.chunk_rows; kv += kTileRows) {
-    const std::int64_t rows = std::min<std::int64_t>(kTileRows, place.chunk_rows - kv);
+  for (std::int64_t block = 0; block < place.chunk_rows; block += kTileRows) {
+    const KeySpan span = needed_keys(pass.facts, pass.captured, place.b, place.h, panel, place.chunk + block,
+                                     std::min<std::int64_t>(kTileRows, place.chunk_rows - block));
+    if (span.count == 0) continue;
+    const std::int64_t kv = block + span.first, rows = span.count;
+    if (!loaded) {
+      load_lanes(pass, call.q, place, panel, scratch + l.queries, scratch + l.query_rows);
+      load_lanes(pass, pass.gradients.grad_out, place, panel, scratch + l.grad_out, scratch + l.grad_out_rows);
+      loaded = true;
+    }
     const cpu::GradientTileParams params{.scores = scratch + l.scores,
                                          .gradients = scratch + l.gradients,
                                          .lse = pass.workspace + l.row_lse + number * kPanelLanes,
@@ -561,14 +589,25 @@ void run_panel(const Pass& pass, const Place& place, std::int64_t index, std::in
   }
 }
 
+// The queries of a head that may see some key of a chunk.
+cpu::IndexRange queries_of(const Pass& pass, const Place& place) {
+  const std::int64_t seqlen_q = pass.call.q.shape[2];
+  cpu::IndexRange range = {0, seqlen_q - 1};
+  if (!pass.facts.q_range || seqlen_q == 0) return range;
+  const cpu::Tile tile = tile_of(place.b, place.h, 0, seqlen_q, place.chunk, place.chunk_rows);
+  pass.facts.q_range(&tile, pass.captured, &range);
+  return range;
+}
+
 void run_task(const Pass& pass, std::int64_t task, std::int64_t run, int thread) {
   const ForwardCall& call = pass.call;
   const Schedule& s = pass.schedule;
   const Layout& l = pass.layout;
   const std::int64_t head_dim = call.q.shape[3];
   const std::int64_t head_dim_v = call.v.shape[3];
-  const std::int64_t split = task % s.splits;
-  const std::int64_t head = task / s.splits;
+  const std::int64_t heads_kv = s.tasks / s.splits;
+  const std::int64_t split = task / heads_kv;
+  const std::int64_t head = task % heads_kv;
   const std::int64_t b = head / call.k.shape[1], head_kv = head % call.k.shape[1];
   const std::int64_t end = std::min((split + 1) * s.split_rows, call.k.shape[2]);
   float* const scratch = pass.workspace + l.threads + thread * l.thread_size;
@@ -593,7 +632,14 @@ void run_task(const Pass& pass, std::int64_t task, std::int64_t run, int thread)
       const Place place{
           .b = b, .h = head_kv * s.group + i, .chunk = chunk, .chunk_rows = rows, .run = run, .scratch = scratch};
       std::fill_n(scratch + l.level_sums, l.level_size, 0.0f);
-      for (std::int64_t panel = 0; panel < s.panels; ++panel) run_panel(pass, place, panel, split);
+      const cpu::IndexRange queries = queries_of(pass, place);
+      for (std::int64_t index = 0; index < s.panels; ++index) {
+        if (pass.wants.dq && chunk == split * s.split_rows)
+          std::fill_n(dq_of(pass, place, index, split), head_dim * kPanelLanes, 0.0f);
+        const Panel panel = panel_at(index, call.q.shape[2]);
+        if (panel.start + panel.first <= queries.last && panel.start + panel.lanes > queries.first)
+          run_panel(pass, place, index, split);
+      }
       add_levels(pass, place);
       if (chunk == 0) add_row_shifts(pass, place);
     }
@@ -634,7 +680,7 @@ void store_dq(const Pass& pass, std::int64_t head, std::int64_t index) {
 
 std::size_t cpu_backward_workspace_size(const ForwardCall& call, const WantedGradients& wants,
                                         const compiler::CpuGradientTile& tile, int threads) {
-  const Schedule s = schedule(call, accumulates(tile.facts().sinks), threads);
+  const Schedule s = schedule(call, accumulates(tile.facts().sinks), tile.facts().knows_tiles, threads);
   return static_cast<std::size_t>(layout(call, wants, tile, s, threads).size) * sizeof(float);
 }
 
@@ -642,7 +688,7 @@ void cpu_backward(const ForwardCall& call, const Gradients& gradients, const com
                   compiler::CpuIsa isa, void* workspace, ThreadPool& pool) {
   const CapturedTable captured = captured_table(call);
   const std::span<const SinkFacts> sinks = tile.facts().sinks;
-  const Schedule s = schedule(call, accumulates(sinks), pool.size());
+  const Schedule s = schedule(call, accumulates(sinks), tile.facts().knows_tiles, pool.size());
   const WantedGradients wants = wanted(call, gradients);
   const cpu::Products& products = cpu::products(static_cast<int>(isa));
   const cpu::Storage storage = storage_of(call.q.dtype);
@@ -657,6 +703,7 @@ void cpu_backward(const ForwardCall& call, const Gradients& gradients, const com
                   .gradients = gradients,
                   .products = products,
                   .tile = tile,
+                  .facts = tile.tile_facts(),
                   .sinks = sinks,
                   .wants = wants,
                   .schedule = s,
@@ -681,8 +728,8 @@ void cpu_backward(const ForwardCall& call, const Gradients& gradients, const com
     });
   }
   pool.parallel_for(s.runs, [&](std::int64_t run, int thread) {
-    for (std::int64_t task = run * s.tasks / s.runs; task < (run + 1) * s.tasks / s.runs; ++task)
-      run_task(pass, task, run, thread);
+    for (std::int64_t round = 0; round * s.runs < s.tasks; ++round)
+      if (const std::int64_t task = task_of_run(s, run, round); task < s.tasks) run_task(pass, task, run, thread);
   });
   if (pass.wants.dq)
     pool.parallel_for(rows, [&](std::int64_t task, int) { store_dq(pass, task / s.panels, task % s.panels); });

@@ -78,6 +78,42 @@ inline CapturedTable captured_table(const ForwardCall& call) {
   return table;
 }
 
+// ---- What the mask leaves
+
+// Keys that a panel takes are trimmed to a multiple of these: whole steps of every product.
+constexpr std::int64_t kKeyGrain = 16;
+
+// A part of a block of keys, from the block's start.
+struct KeySpan {
+  std::int64_t first, count;
+};
+
+// Logical positions are places: a call on the CPU has no origins.
+inline cpu::Tile tile_of(std::int64_t b, std::int64_t h, std::int64_t q, std::int64_t queries, std::int64_t kv,
+                         std::int64_t keys) {
+  return {.b = b,
+          .h_first = h,
+          .h_last = h,
+          .q_first = q,
+          .q_last = q + queries - 1,
+          .kv_first = kv,
+          .kv_last = kv + keys - 1};
+}
+
+// What the queries of a panel that are its own need of the keys [kv, kv + rows); none where the mask drops them all.
+inline KeySpan needed_keys(const cpu::TileFacts& facts, const cpu::CapturedView* captured, std::int64_t b,
+                           std::int64_t h, const Panel& panel, std::int64_t kv, std::int64_t rows) {
+  const cpu::Tile tile = tile_of(b, h, panel.start + panel.first, panel.lanes - panel.first, kv, rows);
+  if (facts.kind && facts.kind(&tile, captured) == cpu::TileKind::kSkip) return {0, 0};
+  if (!facts.kv_range) return {0, rows};
+  cpu::IndexRange range;
+  facts.kv_range(&tile, captured, &range);
+  if (range.first > range.last) return {0, 0};
+  const std::int64_t first = (range.first - kv) / kKeyGrain * kKeyGrain;
+  const std::int64_t end = std::min<std::int64_t>(rows, (range.last - kv + kKeyGrain) / kKeyGrain * kKeyGrain);
+  return {first, end - first};
+}
+
 // ---- Staged reads
 
 constexpr std::int64_t kStagedSize = kTileRows * kPanelLanes;

@@ -33,6 +33,7 @@ using Mod = double (*)(double score, std::int64_t b, std::int64_t h, std::int64_
 Mod g_mod = nullptr;  // of the calls in progress
 bool g_log2 = true;
 std::atomic<std::int64_t> g_largest_q = 0;  // query position that any lane had
+std::atomic<std::int64_t> g_rows = 0;       // keys of all tiles
 
 // The contract of TileParams, one element at a time.
 void scalar_tile(const cpu::TileParams* p) {
@@ -40,6 +41,7 @@ void scalar_tile(const cpu::TileParams* p) {
   std::int64_t seen = g_largest_q;
   while (seen < last_q && !g_largest_q.compare_exchange_weak(seen, last_q)) {
   }
+  g_rows += p->rows;
   for (int lane = 0; lane < cpu::kPanelLanes; ++lane) {
     const auto at = [&](long long row) -> float& { return p->scores[row * cpu::kPanelLanes + lane]; };
     float max = p->row_max[lane];
@@ -61,21 +63,23 @@ void scalar_tile(const cpu::TileParams* p) {
 
 class ScalarTile : public compiler::CpuTile {
  public:
-  ScalarTile(Mod mod, bool log2) : log2_(log2) {
+  ScalarTile(Mod mod, bool log2, const cpu::TileFacts& tiles = {}) : log2_(log2), tiles_(tiles) {
     g_mod = mod;
     g_log2 = log2;
     g_largest_q = 0;
+    g_rows = 0;
   }
   cpu::TileFn function() const override { return scalar_tile; }
   double score_factor() const override { return log2_ ? std::numbers::log2e : 1.0; }
   std::span<const dsl::DType> staged() const override { return {}; }
   cpu::RowsFn rows() const override { return nullptr; }
-  cpu::TileFacts tile_facts() const override { return {}; }
+  cpu::TileFacts tile_facts() const override { return tiles_; }
   const compiler::ModFacts& facts() const override { return facts_; }
   const compiler::PhaseTimes& phases() const override { return phases_; }
 
  private:
   bool log2_;
+  cpu::TileFacts tiles_;
   compiler::ModFacts facts_;
   compiler::PhaseTimes phases_;
 };
@@ -85,6 +89,9 @@ double noop(double score, std::int64_t, std::int64_t, std::int64_t, std::int64_t
 }
 double causal(double score, std::int64_t, std::int64_t, std::int64_t q, std::int64_t kv, const cpu::CapturedView*) {
   return q >= kv ? score : -kInf;
+}
+double window(double score, std::int64_t, std::int64_t, std::int64_t q, std::int64_t kv, const cpu::CapturedView*) {
+  return test::in_window(q, kv) ? score : -kInf;
 }
 // Every index matters, each in its own way.
 double indexed(double score, std::int64_t b, std::int64_t h, std::int64_t q, std::int64_t kv,
@@ -313,6 +320,32 @@ TEST_F(CpuBackend, ManyPanelsAndThreadsGiveTheSameBits) {
   b.run(three);
   EXPECT_EQ(a.o.bytes, b.o.bytes);
   EXPECT_EQ(a.lse, b.lse);
+}
+
+TEST_F(CpuBackend, KeysThatTheMaskDropsAreNotComputed) {
+  for (const int isa : test::host_isas()) {
+    for (const dsl::DType dtype : {dsl::DType::kF32, dsl::DType::kF16, dsl::DType::kBF16}) {
+      // With more queries than keys the last rows see nothing.
+      for (const auto& [seqlen_q, seqlen_kv] : {std::pair{1, 300}, {170, 170}, {260, 101}, {97, 400}}) {
+        std::vector<std::uint8_t> o;
+        for (const int threads : {1, 3}) {
+          Case c{.num_heads = 2, .num_heads_kv = 1, .seqlen_q = seqlen_q, .seqlen_kv = seqlen_kv};
+          c.dtype = dtype;
+          c.mod = window;
+          c.isa = isa;
+          c.threads = threads;
+          ThreadPool pool(threads);
+          Problem problem(c);
+          problem.run(pool, ScalarTile(c.mod, c.log2, test::window_facts()));
+          EXPECT_EQ(g_rows, c.batch * c.num_heads * test::window_rows(seqlen_q, seqlen_kv)) << describe(c);
+          problem.check();
+          if (threads == 1) o = problem.o.bytes;
+          EXPECT_EQ(problem.o.bytes, o) << describe(c);
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
 }
 
 TEST_F(CpuBackend, NoKeysGiveZeroAndMinusInfinity) {

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -44,10 +45,13 @@ struct TestMod {
   double (*value)(double score, const Element& e) = [](double score, const Element&) { return score; };
   double (*derivative)(double score, const Element& e) = [](double, const Element&) { return 1.0; };
   std::vector<TestSink> sinks;
+  cpu::TileFacts tiles = {};
 };
-const TestMod* g_mod = nullptr;  // of the call in progress
+const TestMod* g_mod = nullptr;        // of the call in progress
+std::atomic<std::int64_t> g_rows = 0;  // keys of all tiles
 
 void scalar_tile(const cpu::GradientTileParams* p) {
+  g_rows += p->rows;
   for (int lane = 0; lane < cpu::kPanelLanes; ++lane) {
     for (long long row = 0; row < p->rows; ++row) {
       const long long at = row * cpu::kPanelLanes + lane;
@@ -74,6 +78,8 @@ class ScalarTile : public compiler::CpuGradientTile {
  public:
   explicit ScalarTile(const TestMod& mod) {
     g_mod = &mod;
+    g_rows = 0;
+    facts_.knows_tiles = mod.tiles.kind;
     for (const TestSink& sink : mod.sinks) {
       facts_.sinks.push_back(sink.facts);
       places_.push_back(sink.places);
@@ -102,7 +108,7 @@ class ScalarTile : public compiler::CpuGradientTile {
   }
   std::span<const dsl::DType> staged() const override { return {}; }
   cpu::RowsFn rows() const override { return nullptr; }
-  cpu::TileFacts tile_facts() const override { return {}; }
+  cpu::TileFacts tile_facts() const override { return g_mod->tiles; }
   const compiler::ModFacts& facts() const override { return facts_; }
   const compiler::PhaseTimes& phases() const override { return phases_; }
 
@@ -116,6 +122,7 @@ class ScalarTile : public compiler::CpuGradientTile {
 // ---- Mods
 
 double causal(double score, const Element& e) { return e.q >= e.kv ? score : -kInf; }
+double window(double score, const Element& e) { return test::in_window(e.q, e.kv) ? score : -kInf; }
 // Not monotone, and every index matters. Rows 1, 4, 7, ... keep nothing.
 double curved(double score, const Element& e) {
   if (e.q % 3 == 1 || e.kv % 5 == 2) return -kInf;
@@ -582,6 +589,37 @@ TEST_F(CpuBackward, SplitsAndChunksOfKeys) {
          .seqlen_kv = 300,
          .mod = {curved, curved_derivative, every_level()},
          .threads = 2});
+}
+
+TEST_F(CpuBackward, KeysThatTheMaskDropsAreNotComputed) {
+  const TestMod mod{.value = window, .sinks = every_level(), .tiles = test::window_facts()};
+  for (const int isa : test::host_isas()) {
+    for (const dsl::DType dtype : {dsl::DType::kF32, dsl::DType::kBF16}) {
+      for (const auto& [seqlen_q, seqlen_kv] : {std::pair{150, 390}, {159, 45}}) {
+        // The larger head dim has a chunk for each tile.
+        for (const auto& [head_dim, threads] : {std::pair{24, 3}, {136, 1}}) {
+          Case c{.num_heads = 2, .num_heads_kv = 1, .seqlen_q = seqlen_q, .seqlen_kv = seqlen_kv};
+          c.head_dim = c.head_dim_v = head_dim;
+          c.dtype = dtype;
+          c.mod = mod;
+          c.isa = isa;
+          c.threads = threads;
+          ThreadPool pool(threads);
+          Problem first(c), again(c);
+          first.run(pool);
+          EXPECT_EQ(g_rows, c.num_heads * test::window_rows(seqlen_q, seqlen_kv)) << describe(c);
+          first.check();
+          again.run(pool);
+          EXPECT_EQ(first.dq.bytes, again.dq.bytes);
+          EXPECT_EQ(first.dk.bytes, again.dk.bytes);
+          EXPECT_EQ(first.dv.bytes, again.dv.bytes);
+          for (std::size_t t = 0; t < first.captured.size(); ++t)
+            EXPECT_EQ(first.captured[t].bytes, again.captured[t].bytes) << t;
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
 }
 
 TEST_F(CpuBackward, EveryRunGivesTheSameBits) {

@@ -1,6 +1,7 @@
 // What the tests of the CPU kernels and of the CPU backend share.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "kernels_templates/cpu/products.h"
+#include "kernels_templates/cpu/tile_abi.h"
 
 namespace attnjit::test {
 
@@ -91,5 +93,42 @@ class PanelBuffer {
   std::int64_t count_;
   std::vector<float> storage_;
 };
+
+// ---- A mask of which all is known over a tile: each query sees itself and some keys before it
+
+constexpr long long kWindow = 70;
+inline bool in_window(long long q, long long kv) { return q >= kv && q - kv < kWindow; }
+
+inline cpu::TileFacts window_facts() {
+  return {.kind =
+              [](const cpu::Tile* t, const cpu::CapturedView*) {
+                if (t->q_last < t->kv_first || t->q_first - t->kv_last >= kWindow) return cpu::TileKind::kSkip;
+                const bool all = in_window(t->q_first, t->kv_last) && in_window(t->q_last, t->kv_first);
+                return all ? cpu::TileKind::kFull : cpu::TileKind::kPartial;
+              },
+          .kv_range =
+              [](const cpu::Tile* t, const cpu::CapturedView*, cpu::IndexRange* out) {
+                *out = {std::max(t->kv_first, t->q_first - kWindow + 1), std::min(t->kv_last, t->q_last)};
+              },
+          .q_range =
+              [](const cpu::Tile* t, const cpu::CapturedView*, cpu::IndexRange* out) {
+                *out = {std::max(t->q_first, t->kv_first), std::min(t->q_last, t->kv_last + kWindow - 1)};
+              }};
+}
+
+// Keys that all panels of one head take together: groups of 16 of which some query of the panel sees one.
+inline std::int64_t window_rows(std::int64_t seqlen_q, std::int64_t seqlen_kv) {
+  std::int64_t rows = 0;
+  for (std::int64_t q = 0; q < seqlen_q; q += cpu::kPanelLanes) {
+    for (std::int64_t group = 0; group < seqlen_kv; group += 16) {
+      const std::int64_t end = std::min<std::int64_t>(group + 16, seqlen_kv);
+      bool seen = false;
+      for (std::int64_t i = q; i < std::min<std::int64_t>(q + cpu::kPanelLanes, seqlen_q); ++i)
+        for (std::int64_t j = group; j < end; ++j) seen = seen || in_window(i, j);
+      if (seen) rows += end - group;
+    }
+  }
+  return rows;
+}
 
 }  // namespace attnjit::test
