@@ -389,6 +389,9 @@ Json facts_json(const compiler::ModFacts& facts) {
   Json json = {{"score_class", score_class_name(facts.score_class)},
                {"has_mask", facts.has_mask},
                {"mask_reads_score", facts.mask_reads_score},
+               {"knows_tiles", facts.knows_tiles},
+               {"knows_kv_range", facts.knows_kv_range},
+               {"knows_q_range", facts.knows_q_range},
                {"reads_proven", facts.reads_proven},
                {"reads_clamped", facts.reads_clamped},
                {"indices_fit_32", facts.indices_fit_32}};

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdio>
 #include <memory>
 #include <optional>
 #include <system_error>
@@ -118,6 +119,31 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
                              compiler::cuda_arch_name(arch), reasons)};
 }
 
+// How many tiles of the forward's kernel the mask drops, keeps and divides, over all heads; null where that is not
+// known, or not without captured values.
+Json tiles_json(const Request& request, int tile_m, int tile_n) {
+  const Signature& s = request.call.signature;
+  const std::optional<KnownTiles> known = KnownTiles::find(request, tile_m, tile_n);
+  constexpr std::int64_t kMost = 1 << 24;  // else explaining takes seconds
+  if (!known || known->m_tiles() * known->n_tiles() > kMost / std::max<std::int64_t>(s.batch * s.num_heads, 1)) {
+    return nullptr;
+  }
+  KnownTiles::Counts sum;
+  for (std::int64_t head = 0; head < s.batch * s.num_heads; ++head) {
+    for (std::int64_t m = 0; m < known->m_tiles(); ++m) {
+      const KnownTiles::Counts counts = known->count(head / s.num_heads, head % s.num_heads, m);
+      sum.full += counts.full;
+      sum.partial += counts.partial;
+    }
+  }
+  const std::int64_t all = s.batch * s.num_heads * known->m_tiles() * known->n_tiles();
+  return {{"queries", tile_m},
+          {"keys", tile_n},
+          {"skipped", all - sum.full - sum.partial},
+          {"full", sum.full},
+          {"partial", sum.partial}};
+}
+
 Json captures_json(const CheckedCall& call) {
   Json captures = Json::array();
   for (std::size_t i = 0; i < call.forward.num_captures; ++i) {
@@ -213,6 +239,15 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
     json["host"] = host_json(context);
   }
   json["hash"] = hash_text(findings.facts);
+  if (!gradients && findings.facts.knows_tiles) {
+    // Of the kernel that the call would take; the CPU's panels by its blocks of keys.
+    int tile_m = cpu::kPanelLanes, tile_n = cpu::kTileRows;
+    if (arch) {
+      const std::string tile = json["kernels"][0].value("tile", "");
+      if (std::sscanf(tile.c_str(), "%d x %d", &tile_m, &tile_n) != 2) tile_m = tile_n = cpu::kTileRows;
+    }
+    json["tiles"] = tiles_json(request, tile_m, tile_n);
+  }
   json["facts"] = gradients ? gradient_facts_json(findings.facts, call) : facts_json(findings.facts);
   json["phases_ms"] = phases_json(findings.phases);
   json.update(findings.dumps);

@@ -144,6 +144,46 @@ compiler::ModProblem tiled_problem(const Request& request, int tile_m, int tile_
   return mod_problem(request.mods, request.call, round_up(s.seqlen_q, tile_m), round_up(s.seqlen_kv, tile_n));
 }
 
+std::optional<KnownTiles> KnownTiles::find(const Request& request, int tile_m, int tile_n) {
+  auto compiled = compiler::compile_cpu_tile(tiled_problem(request, tile_m, tile_n),
+                                             {.isa = request.context.cpu_isa(), .dump = nullptr});
+  if (compiled.error) return std::nullopt;
+  KnownTiles tiles;
+  tiles.code_ = std::move(compiled.value);
+  tiles.facts_ = tiles.code_->tile_facts();
+  if (!tiles.facts_.kind || tiles.code_->facts().tiles_read_captured) return std::nullopt;
+  const Signature& s = request.call.signature;
+  tiles.tile_m_ = tile_m;
+  tiles.tile_n_ = tile_n;
+  tiles.m_tiles_ = round_up(s.seqlen_q, tile_m) / tile_m;
+  tiles.n_tiles_ = round_up(s.seqlen_kv, tile_n) / tile_n;
+  tiles.seqlen_q_ = s.seqlen_q;
+  tiles.seqlen_kv_ = s.seqlen_kv;
+  return tiles;
+}
+
+KnownTiles::Counts KnownTiles::count(std::int64_t b, std::int64_t h, std::int64_t m) const {
+  const std::int64_t first = m * tile_m_;
+  cpu::Tile tile = {.b = b,
+                    .h_first = h,
+                    .h_last = h,
+                    .q_first = first,
+                    .q_last = std::min(first + tile_m_, seqlen_q_) - 1,
+                    .kv_first = 0,
+                    .kv_last = seqlen_kv_ - 1};
+  cpu::IndexRange range = {tile.kv_first, tile.kv_last};
+  if (facts_.kv_range) facts_.kv_range(&tile, nullptr, &range);
+  Counts counts;
+  for (std::int64_t n = range.first / tile_n_; range.first <= range.last && n <= range.last / tile_n_; ++n) {
+    tile.kv_first = n * tile_n_;
+    tile.kv_last = tile.kv_first + tile_n_ - 1;
+    const cpu::TileKind kind = facts_.kind(&tile, nullptr);
+    counts.full += kind == cpu::TileKind::kFull;
+    counts.partial += kind == cpu::TileKind::kPartial;
+  }
+  return counts;
+}
+
 Result<FusedBinary> build_fused(const Request& request, const FusedTarget& target, std::string_view family,
                                 std::vector<FusedKernel> kernels, compiler::EmittedCuda usual,
                                 const CollectText& collect) {

@@ -50,6 +50,29 @@ std::int64_t query_tiles(std::int64_t heads, std::int64_t seqlen_q, int tile_m);
 // The request's problem as far as tiles reach.
 compiler::ModProblem tiled_problem(const Request& request, int tile_m, int tile_n);
 
+// What a call's mask is over tiles of queries and keys: the native form of what its kernels ask.
+class KnownTiles {
+ public:
+  // Nothing where the mask does not tell, or only with captured values.
+  static std::optional<KnownTiles> find(const Request& request, int tile_m, int tile_n);
+
+  std::int64_t m_tiles() const { return m_tiles_; }
+  std::int64_t n_tiles() const { return n_tiles_; }
+  struct Counts {
+    std::int64_t full = 0, partial = 0;
+  };
+  // Of the tiles of keys that tile number `m` of a head's queries meets; the others are skipped.
+  Counts count(std::int64_t b, std::int64_t h, std::int64_t m) const;
+
+ private:
+  KnownTiles() = default;
+
+  std::shared_ptr<const compiler::CpuTile> code_;
+  cpu::TileFacts facts_;
+  std::int64_t tile_m_ = 0, tile_n_ = 0, m_tiles_ = 0, n_tiles_ = 0;
+  std::int64_t seqlen_q_ = 0, seqlen_kv_ = 0;
+};
+
 // What a kernel is loaded from.
 struct KernelCode {
   const std::string& cubin;

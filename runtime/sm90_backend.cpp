@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <queue>
 #include <tuple>
 #include <utility>
@@ -217,40 +218,18 @@ constexpr int kJobCost = 1;
 std::vector<int> tile_costs(const Request& request, const sm90::ForwardConfig& config,
                             const sm90::ForwardParams& params) {
   const Signature& s = request.call.signature;
-  // The same function that the kernel has, in native code.
-  const auto compiled = compiler::compile_cpu_tile(tiled_problem(request, sm90::tile_m(config), config.tile_n),
-                                                   {.isa = request.context.cpu_isa(), .dump = nullptr});
-  if (compiled.error) return {};
-  const compiler::ModFacts& facts = compiled.value->facts();
-  const cpu::TileFacts known = compiled.value->tile_facts();
-  if (!known.kind || facts.tiles_read_captured) return {};
-  const std::int64_t n_tiles = round_up(s.seqlen_kv, config.tile_n) / config.tile_n;
+  const std::optional<KnownTiles> known = KnownTiles::find(request, sm90::tile_m(config), config.tile_n);
+  if (!known) return {};
   // Of many heads the first stands for all: a schedule is as good as its costs, and never wrong.
   constexpr std::int64_t kMostQuestions = 1 << 21;
   constexpr int kMostTiles = 1 << 22;
   // What is known of one head is asked for in any case, and a schedule that took long to make would not pay.
-  if (n_tiles * params.m_tiles > kMostQuestions || params.tiles > kMostTiles) return {};
-  const bool each_head = n_tiles * params.tiles <= kMostQuestions;
+  if (known->n_tiles() * known->m_tiles() > kMostQuestions || params.tiles > kMostTiles) return {};
+  const bool each_head = known->n_tiles() * params.tiles <= kMostQuestions;
   std::vector<int> of_first(each_head ? 0 : static_cast<std::size_t>(params.m_tiles), 0);
   const auto steps = [&](std::int64_t b, std::int64_t h, std::int64_t m) {
-    const std::int64_t first = m * sm90::tile_m(config);
-    cpu::Tile tile = {.b = b,
-                      .h_first = h,
-                      .h_last = h,
-                      .q_first = first,
-                      .q_last = std::min(first + sm90::tile_m(config), s.seqlen_q) - 1,
-                      .kv_first = 0,
-                      .kv_last = s.seqlen_kv - 1};
-    cpu::IndexRange range = {tile.kv_first, tile.kv_last};
-    if (known.kv_range) known.kv_range(&tile, nullptr, &range);
-    int count = 0;
-    for (std::int64_t n = range.first / config.tile_n; range.first <= range.last && n <= range.last / config.tile_n;
-         ++n) {
-      tile.kv_first = n * config.tile_n;
-      tile.kv_last = tile.kv_first + config.tile_n - 1;
-      count += known.kind(&tile, nullptr) != cpu::TileKind::kSkip;
-    }
-    return count;
+    const KnownTiles::Counts counts = known->count(b, h, m);
+    return static_cast<int>(counts.full + counts.partial);
   };
   for (std::size_t m = 0; m < of_first.size(); ++m) of_first[m] = steps(0, 0, static_cast<std::int64_t>(m));
   std::vector<int> costs;

@@ -380,6 +380,19 @@ class Explain(Tool):
         self.assertTrue(partial["gradients"]["partial_keys"])
         self.assertEqual([s["row_shift"] for s in partial["facts"]["sinks"]], [False])
 
+    def test_explain_counts_tiles(self):
+        def tiles(expression, *arguments):
+            return json.loads(self.tool("explain", expression, "--shape", "2,3,256,3,384,64", "--format", "json",
+                                        *arguments)).get("tiles", "none")
+
+        # Panels of 32 queries, blocks of 128 keys: of a head's 24 tiles, 8 x 3, those below, above and on the diagonal.
+        self.assertEqual(tiles("causal"), {"queries": 32, "keys": 128, "skipped": 6 * 12, "full": 6 * 4, "partial": 6 * 8})
+        self.assertEqual(tiles("where(kv_idx < 128 * h, score, -inf)"),
+                         {"queries": 32, "keys": 128, "skipped": 2 * 8 * 6, "full": 2 * 8 * 3, "partial": 0})
+        self.assertEqual(tiles("score * 2"), "none")
+        self.assertEqual(tiles("where(score > 0, score, -inf)"), "none")
+        self.assertIsNone(tiles("where(kv_idx < ends[b], score, -inf)", "--captures", "ends:int32:B"))
+
     def test_errors(self):
         for arguments, expected in [
                 (["score + x[h]", "--grad", "x"], "--backward"),
