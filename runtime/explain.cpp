@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstdio>
 #include <memory>
 #include <optional>
 #include <system_error>
@@ -243,8 +242,12 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
     // Of the kernel that the call would take; the CPU's panels by its blocks of keys.
     int tile_m = cpu::kPanelLanes, tile_n = cpu::kTileRows;
     if (arch) {
+      tile_m = tile_n = cpu::kTileRows;
+      // "128 x 64", of kernels that have tiles.
       const std::string tile = json["kernels"][0].value("tile", "");
-      if (std::sscanf(tile.c_str(), "%d x %d", &tile_m, &tile_n) != 2) tile_m = tile_n = cpu::kTileRows;
+      const char* const end = tile.data() + tile.size();
+      const auto [behind_m, error] = std::from_chars(tile.data(), end, tile_m);
+      if (error == std::errc() && end - behind_m > 3) std::from_chars(behind_m + 3, end, tile_n);
     }
     json["tiles"] = tiles_json(request, tile_m, tile_n);
   }
