@@ -160,19 +160,24 @@ sanitized() {
       pids+=($!)
     done
   done
-  local codes=() of=0
+  local codes=() of
   for i in "${pids[@]}"; do wait "$i"; codes+=($?); done
-  for tool in "${tools[@]}"; do
+  for of in "${!tools[@]}"; do
+    tool=${tools[of]}
     for ((i = 0; i < parts; i++)); do
-      local code=${codes[of++]}
+      local code=${codes[of * parts + i]}
       log=$logs/sanitize.$name.$tool.$i.log
-      if grep -q "Device not supported" "$log"; then echo "$tool: this machine's GPU is out of its reach"; return 77; fi
+      if grep -q "Device not supported" "$log"; then
+        echo "$tool: this machine's GPU is out of its reach"
+        [ $status != 0 ] || status=77
+        continue 2
+      fi
       echo "$name, $tool, shard $i of $parts: exit status $code$(grep -hoE '(ERROR|RACECHECK) SUMMARY: .*|^\[  (PASSED|FAILED) .*' "$log" |
         head -6 | sed 's/^/; /' | tr -d '\n')"
       # A shard that was cut short, or whose tool said nothing, has checked nothing.
       if [ "$code" = 0 ] && ! grep -qE '(ERROR|RACECHECK) SUMMARY: ' "$log"; then code=99; fi
       [ "$code" = 0 ] && continue
-      status=$code
+      status=$code  # also where 77 stood
       grep -E -A12 '========= +(Invalid|Error)' "$log" | head -40
     done
   done
@@ -186,14 +191,14 @@ part_sanitize() {
   fi
   attempt sanitized $(($1 - SECONDS + begin)) others --gtest_filter="$sanitizer_set"
   cat "$logs"/sanitize.*.log | awk '/^\[==========\] .* ran\./ {ran += $2} /^\[  PASSED  \]/ {passed += $4}
-    END {printf "%d tests ran under a tool, %d passed\n", ran, passed}'
+    END {printf "%d tests ran under a tool, %d passed\n", ran, passed; exit ran == 0}' || [ "$status" != 0 ] || status=1
   return "$status"
 }
 
 part_repeat() {
   local backends=(sm80 math)
   [ "$arch" != sm_90 ] || backends+=(sm90)
-  "$python" "$bundle/python/repeat_runs.py" "$bundle/bin/attnjit" --jobs "$cores" --backends "${backends[@]}"
+  "$python" "$bundle/python/repeat_runs.py" "$bundle/bin/attnjit" --jobs "$shards" --backends "${backends[@]}"
 }
 
 part_cache() {
