@@ -111,7 +111,7 @@ class Backward {
       : on_gpu_(on_gpu),
         grad_out_(read_named(file, "grad_out", "gradient of o (B, Hq, Sq, Dv)"), on_gpu),
         grad_out_dl_(lend(grad_out_)),
-        grad_lse_dl_(grad_out_dl_) {
+        grad_lse_dl_{} {
     if (file.find("grad_lse")) grad_lse_.emplace(read_named(file, "grad_lse", ""), on_gpu);
     gradients_.deterministic = deterministic ? 1 : 0;
     gradients_.grad_out = &grad_out_dl_;
