@@ -188,7 +188,8 @@ class Sums {
       gradient_.value[at + d] += term.value * factor;
       gradient_.ideal[at + d] += term.ideal * factor;
       magnitude_[at + d] += term.magnitude * std::fabs(factor);
-      gradient_.bound[at + d] += product(term.error, std::fabs(factor));
+      // A term that may be NaN is NaN times 0, too.
+      gradient_.bound[at + d] += std::isnan(term.value) ? term.error : product(term.error, std::fabs(factor));
     }
   }
 
@@ -406,14 +407,17 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   score_row(head, row, worker);
   const std::vector<ModifiedScore>& reach = worker->reach;
   const Float32Row decision(worker->exact ? worker->exact_reach : reach, options.approximation);
-  result->decided[index_of(row)] = !decision.undecided;
-  // NaN in double precision, where float32 need not be.
-  const bool infinite = !decision.poisoned && std::any_of(reach.begin(), reach.end(), [](const ModifiedScore& score) {
-    return score.keep && (std::isnan(score.value) || score.value == kInfinity);
-  });
+  // NaN in double precision, or infinite; float32 need not be where `poison` is false.
+  const auto is_nan = [&](std::size_t j) {
+    return reach[j].keep && (std::isnan(reach[j].value) || reach[j].value == kInfinity);
+  };
+  // A given lse is of all keys, and says alone what becomes of the row; `decision` is of a part of them. Each element
+  // has its own bounds: a P that is recomputed from lse knows nothing of the others.
   const bool is_given = !head.lse.empty();
   const double given_lse = is_given ? head.lse[index_of(row)] : 0.0;
-  const bool poisoned = decision.poisoned || infinite || std::isnan(given_lse) || given_lse == kInfinity;
+  bool infinite = false;
+  for (std::size_t j = 0; j < keys && !is_given && !decision.poisoned; ++j) infinite = infinite || is_nan(j);
+  const bool poisoned = is_given ? !(given_lse < kInfinity) : decision.poisoned || infinite;
   const bool empty = !poisoned && (is_given ? given_lse : decision.maximum) == -kInfinity;
 
   // ---- What the forward gives, and what of it the kernel is given.
@@ -460,10 +464,13 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
 
   // ---- The elements.
   const auto unspecified = [](Term* term) { term->error = term->scatter = kInfinity; };
+  // No forward gives an lse that is not NaN to a row of such a score: P may be what is computed from the two, or 0.
+  const auto contradicts = [&](std::size_t j) { return is_given && !std::isnan(given_lse) && is_nan(j); };
   // What is surely -infinity has a P of exactly 0.
   const auto contributes = [&](std::size_t j) {
-    return !nothing && (reach[j].hi != -kInfinity || (poisoned && reach[j].keep));
+    return nothing ? contradicts(j) : reach[j].hi != -kInfinity || (poisoned && reach[j].keep);
   };
+  bool decided = is_given || !decision.undecided;
   dot_rows(grad_out, head.v, contributes, &worker->dots);
   for (std::size_t j = 0; j < keys; ++j) {
     if (!contributes(j)) continue;
@@ -471,11 +478,13 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     Cell& cell = cells[j];
     Term dm;
     const auto [dp, dp_magnitude] = worker->dots[j];
-    if (poisoned) {
+    if (poisoned || contradicts(j)) {
       // NaN, whatever is computed from it.
       if (score.keep) cell.p.value = cell.p.ideal = dm.value = dm.ideal = kNan;
-      // An element of -infinity counts as a dropped one to some; a forward's own lse may be +infinity here.
-      if (infinite || !score.keep || score.value == -kInfinity || options.own_forward || is_given) {
+      // An element that may be -infinity or dropped counts as a dropped one to some; an lse of +infinity, which a
+      // forward of its own may give here, too, makes nothing of P, or NaN. An lse of NaN leaves no choice.
+      const bool may_be_infinite = options.own_forward || (is_given && !std::isnan(given_lse));
+      if (infinite || !score.keep || score.lo == -kInfinity || may_be_infinite) {
         unspecified(&cell.p);
         unspecified(&dm);
       }
@@ -487,6 +496,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
           score.hi == kInfinity || lse_error == kInfinity
               ? kInfinity
               : std::max(std::exp(score.hi - lse + lse_error) - p, p - std::exp(score.lo - lse - lse_error)) + 0x1p-126;
+      decided = decided && (!is_given || change != kInfinity);
       cell.p = {.value = p, .ideal = rounded_to(options.dtype, ideal_p), .scatter = change, .error = change};
       const double difference = dp - delta;
       // 16-bit products may be added 16 at a time, and what does not fit the sum cut off.
@@ -522,6 +532,8 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     }
   }
 
+  result->decided[index_of(row)] = decided;
+
   // ---- dQ of the row.
   std::vector<Factored>& terms = worker->terms[0];
   std::vector<double>& magnitudes = worker->magnitudes[0];
@@ -540,7 +552,8 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   dq->add(at, index_of(head.head_dim), terms);
   const double roundoffs = total > 0.0 ? summation_roundoffs(magnitudes, total) : 0.0;
   for (std::size_t d = 0; d < index_of(head.head_dim); ++d) {
-    if (decision.undecided) dq->unspecified(at + d);
+    // The normalisation, which a given lse does not leave open, may move all of such a row.
+    if (!is_given && decision.undecided) dq->unspecified(at + d);
     dq->finish(at + d, roundoffs, options.scale, options.dtype, true);
   }
 }

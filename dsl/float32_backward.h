@@ -46,7 +46,8 @@ struct HeadGradients {
   // What the forward gives, (num_heads, seqlen_q, head_dim_v) and (num_heads, seqlen_q): NaN in poisoned rows, 0 and
   // -inf in those without a kept element.
   std::vector<double> o, lse;
-  std::vector<char> decided;  // (num_heads, seqlen_q): float32 decides the row (rule 5); else its dq has no bound
+  std::vector<char> decided;  // (num_heads, seqlen_q): float32 decides the row (rule 5); else its dq has no bound. With
+                              // a given lse: all P of the row have a bound
   bool agree = true;          // false: two evaluations of an expression or of its derivative differ, a fault of one
 };
 

@@ -18,17 +18,13 @@
 namespace attnjit::numerics {
 namespace {
 
-struct Given {
-  Tensor o, lse;
-};
-
 // Gold, rounded to their types.
-Given given_of(const Problem& problem) {
+GivenForward given_of(const Problem& problem) {
   const GoldGradients gold = compute_gold_gradients(problem);
   return {gold.o, gold.lse};
 }
 
-Gradients run_or_fail(Problem& problem, const Given& given, attnjit_context* context = nullptr) {
+Gradients run_or_fail(Problem& problem, const GivenForward& given, attnjit_context* context = nullptr) {
   BackwardResult result = run_backward(problem, given.o, given.lse, context);
   EXPECT_EQ(result.error, "") << to_line(problem.spec);
   return std::move(result.gradients);
@@ -110,7 +106,7 @@ TEST(NumericsBackwardRelation, SpellingsAgree) {
         const std::string line =
             with_backend(backend, std::string(shape) + " backward=dq,dk,dv deterministic=1") + " score_mod=\"";
         Problem a = make(line + one + "\""), b = make(line + other + "\"");
-        const Given given = given_of(a);
+        const GivenForward given = given_of(a);
         const Gradients first = run_or_fail(a, given), second = run_or_fail(b, given);
         const std::string what = std::string(one) + " and " + other + " on " + to_line(a.spec);
         // Eager runs the operations as they are written.
@@ -129,7 +125,7 @@ TEST(NumericsBackwardRelation, CausalTwoWays) {
     for (const char* const shape : kShapes) {
       const std::string line = with_backend(backend, std::string(shape) + " backward=dq,dk,dv deterministic=1") + " ";
       Problem by_mod = make(line + "score_mod=\"causal\""), by_mask = make(line + "mask_mod=\"causal\"");
-      const Given given = given_of(by_mod);
+      const GivenForward given = given_of(by_mod);
       const Gradients a = run_or_fail(by_mod, given), b = run_or_fail(by_mask, given);
       if (backend == "math") {
         expect_close(a, b, tolerance_of(by_mod.spec), to_line(by_mod.spec));
@@ -161,7 +157,7 @@ TEST(NumericsBackwardRelation, GroupedHeadsAreRepeatedHeads) {
       repeated.grad_lse = grouped.grad_lse;
       for_each_index(grouped.captures[0].tensor.shape(),
                      [&](auto index) { repeated.captures[0].tensor.set(index, grouped.captures[0].tensor.at(index)); });
-      const Given given = given_of(grouped);
+      const GivenForward given = given_of(grouped);
       const Gradients few = run_or_fail(grouped, given);
       Gradients many = run_or_fail(repeated, given);
       for (std::vector<double>* const values : {&many.dk, &many.dv}) {
@@ -214,7 +210,7 @@ TEST(NumericsBackwardRelation, StridedIsPacked) {
                                "grad_lse=1 deterministic=1 dtype=") +
                        dtype);
       Problem packed = make(line);
-      const Given given = given_of(packed);
+      const GivenForward given = given_of(packed);
       const Gradients expected = run_or_fail(packed, given);
       for (const Layout layout : {Layout::kBshd, Layout::kPadded}) {
         Problem strided = packed;
@@ -223,7 +219,7 @@ TEST(NumericsBackwardRelation, StridedIsPacked) {
         spec.layout_q = spec.layout_k = spec.layout_v = spec.layout_o = layout;
         backward.layout_grad_out = backward.layout_dq = backward.layout_dk = backward.layout_dv = layout;
         backward.captures[0].layout = layout;
-        Given strided_given = given;
+        GivenForward strided_given = given;
         for (Tensor* const tensor : {&strided.q, &strided.k, &strided.v, &strided.captures[0].tensor, &strided.grad_out,
                                      &strided.grad_lse, &strided_given.o, &strided_given.lse}) {
           Tensor other(tensor->dtype(), tensor->shape(), layout, 1);
@@ -254,7 +250,7 @@ TEST(NumericsBackwardRelation, MergedHalvesAreTheWhole) {
                      "capture=w:float32:2:packed:normal backward=dq,dk,dv grads=t,u,w grad_lse=1");
     Problem whole = make(line + " skv=48 row_shifts=u");
     whole.captures[0].tensor.set_int({}, 0);
-    const Given given = given_of(whole);
+    const GivenForward given = given_of(whole);
     const Gradients all = run_or_fail(whole, given);
     Gradients sum;
     for (std::int64_t half = 0; half < 2; ++half) {
@@ -301,7 +297,7 @@ TEST(NumericsBackwardRelation, ForwardIsUntouched) {
           backend, std::string(shape) + " score_mod=\"softcap(5)\" backward=dq,dk,dv grad_lse=1 forward=own"));
       const RunResult before = run(problem);
       ASSERT_EQ(before.error, "");
-      const Given given = given_of(problem);
+      const GivenForward given = given_of(problem);
       const BackwardResult own = run_backward(problem, given.o, given.lse);
       ASSERT_EQ(own.error, "") << to_line(problem.spec);
       const RunResult after = run(problem);
@@ -336,7 +332,7 @@ TEST(NumericsBackwardRelation, DeterministicRunsAreBitIdentical) {
         Case spec = captured_case(backend, shape, fields);
         spec.backward.deterministic = true;
         Problem problem = make(to_line(spec));
-        const Given given = given_of(problem);
+        const GivenForward given = given_of(problem);
         attnjit_context* const context = shared_context(2);
         const Gradients first = run_or_fail(problem, given, context);
         for (int repeat = 0; repeat < 4; ++repeat) {
@@ -356,7 +352,7 @@ TEST(NumericsBackwardRelation, DeterministicIsTheSameWithinRounding) {
         Problem free = make(to_line(spec));
         spec.backward.deterministic = true;
         Problem fixed = make(to_line(spec));
-        const Given given = given_of(free);
+        const GivenForward given = given_of(free);
         const Gradients exact = run_or_fail(fixed, given);
         Gradients rounded = run_or_fail(free, given);
         round_alike(spec, exact, &rounded);
@@ -372,7 +368,7 @@ TEST(NumericsBackwardRelation, GradientsNotAskedForChangeNothing) {
     for (const char* const shape : kShapes) {
       const Case spec = captured_case(backend, shape, kCaptured[2]);
       Problem problem = make(to_line(spec));
-      const Given given = given_of(problem);
+      const GivenForward given = given_of(problem);
       const Gradients all = run_or_fail(problem, given);
       const double tolerance = tolerance_of(spec);
       for (const int only : {0, 1, 2, 3}) {
@@ -402,7 +398,7 @@ TEST(NumericsBackwardRelation, GradientsAreLinearInTheInflow) {
       Case spec = captured_case(backend, kShapes[0], fields);
       spec.backward.deterministic = true;
       Problem problem = make(to_line(spec));
-      const Given given = given_of(problem);
+      const GivenForward given = given_of(problem);
       Gradients once = run_or_fail(problem, given);
       for (Tensor* const tensor : {&problem.grad_out, &problem.grad_lse}) {
         for_each_index(tensor->shape(), [&](auto index) { tensor->set(index, 4.0 * tensor->at(index)); });
@@ -430,7 +426,7 @@ TEST(NumericsBackwardRelation, OnePlanServesNewValues) {
     Problem first = make(line + " seed=1 scale=0.2"), second = make(line + " seed=3 scale=0.3");
     first.captures[2].tensor.set_int(std::array<std::int64_t, 1>{0}, 3);
     second.captures[2].tensor.set_int(std::array<std::int64_t, 1>{0}, 30);
-    const Given given_first = given_of(first), given_second = given_of(second);
+    const GivenForward given_first = given_of(first), given_second = given_of(second);
     const Gradients expected_first = run_or_fail(first, given_first);
     const Gradients expected_second = run_or_fail(second, given_second);
     EXPECT_FALSE(same_bits(expected_first.dq, expected_second.dq));
@@ -452,7 +448,7 @@ TEST(NumericsBackwardRelation, ConcurrentCallsAreBitIdentical) {
     constexpr int kCallers = 4;
     attnjit_context* const context = shared_context(backend == "math" ? 1 : 2);
     std::vector<Problem> problems;
-    std::vector<Given> given;
+    std::vector<GivenForward> given;
     std::vector<Gradients> alone;
     for (int i = 0; i < kCallers; ++i) {
       problems.push_back(make(with_backend(

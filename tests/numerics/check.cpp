@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <exception>
+#include <utility>
 
 #include "tests/numerics/target.h"
 
@@ -44,8 +45,8 @@ std::string compare_reference(Problem& problem, const Gold& gold) {
 }
 
 // Likewise of the backward.
-std::string compare_reference(Problem& problem, const GoldGradients& gold) {
-  const ReferenceGradients reference = run_reference_backward(problem);
+std::string compare_reference(Problem& problem, const GoldGradients& gold, const GivenForward* given) {
+  const ReferenceGradients reference = run_reference_backward(problem, given);
   if (!reference.error.empty()) return reference.error;
   const auto values = in_order(gold, reference.gradients), bounds = in_order(gold, reference.bounds);
   for (std::size_t i = 0; i < gold.wanted.size(); ++i) {
@@ -59,17 +60,46 @@ std::string compare_reference(Problem& problem, const GoldGradients& gold) {
   return "";
 }
 
-// Why the backward of `problem` is not accepted; empty where it is.
-std::string check_backward(Problem& problem, attnjit_context* context, bool reference, BackwardVerdict* verdict) {
-  const GoldGradients gold = compute_gold_gradients(problem);
-  const BackwardResult result = run_backward(problem, gold.o, gold.lse, context);
+// Why the backward of `problem` is not accepted; empty where it is. `given` null: it is given gold.
+std::string check_backward(Problem& problem, attnjit_context* context, bool reference, const GivenForward* given,
+                           GoldGradients* gold, Gradients* gradients, BackwardVerdict* verdict) {
+  *gold = compute_gold_gradients(problem, given);
+  BackwardResult result = run_backward(problem, gold->o, gold->lse, context);
   if (!result.error.empty()) return result.error;
-  *verdict = judge(gold, result.gradients);
+  *verdict = judge(*gold, result.gradients);
+  *gradients = std::move(result.gradients);
   if (!verdict->accepted) return summary(*verdict);
-  return reference ? compare_reference(problem, gold) : "";
+  return reference ? compare_reference(problem, *gold, given) : "";
+}
+
+// Compiles what a backward of `problem` runs.
+void compile_backward(Problem& problem, attnjit_context* context) {
+  const GoldGradients given = empty_forward(problem);
+  run_backward(problem, given.o, given.lse, context);
 }
 
 }  // namespace
+
+Check check_partial_keys(Problem& problem, const GivenForward& given, GoldGradients* gold, Gradients* gradients) {
+  Check check;
+  GoldGradients expected;
+  Gradients got;
+  std::string why;
+  try {
+    if (!target().compile_only.empty()) {
+      compile_backward(problem, nullptr);
+    } else {
+      why = check_backward(problem, nullptr, true, &given, &expected, &got, &check.backward);
+    }
+  } catch (const std::exception& fault) {
+    why = fault.what();
+  }
+  check.accepted = why.empty();
+  check.message = why + "\n  of a part of the keys, without what was changed: --case '" + to_line(problem.spec) + "'";
+  if (gold) *gold = std::move(expected);
+  if (gradients) *gradients = std::move(got);
+  return check;
+}
 
 Check check_problem(Problem& problem, attnjit_context* context, bool reference) {
   Check check;
@@ -81,8 +111,7 @@ Check check_problem(Problem& problem, attnjit_context* context, bool reference) 
   try {
     if (!target().compile_only.empty()) {
       if (problem.spec.backward.wanted()) {
-        const GoldGradients given = empty_forward(problem);
-        run_backward(problem, given.o, given.lse, context);
+        compile_backward(problem, context);
       } else {
         run(problem, context, Outputs::kNoRowMax);
         run(problem, context, Outputs::kAll);
@@ -91,7 +120,9 @@ Check check_problem(Problem& problem, attnjit_context* context, bool reference) 
       return check;
     }
     if (problem.spec.backward.wanted()) {
-      const std::string why = check_backward(problem, context, reference, &check.backward);
+      GoldGradients gold;
+      Gradients gradients;
+      const std::string why = check_backward(problem, context, reference, nullptr, &gold, &gradients, &check.backward);
       if (!why.empty()) return fail(why);
       check.accepted = true;
       check.message = summary(check.backward);

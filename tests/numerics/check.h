@@ -25,4 +25,9 @@ Check check_case(const Case& spec, attnjit_context* context = nullptr, bool refe
 // The same for a problem whose tensors were changed after it was made.
 Check check_problem(Problem& problem, attnjit_context* context = nullptr, bool reference = false);
 
+// A backward, given `given`, which is of more keys than the problem's, and judged by that, the library's own oracle
+// included. Leaves in `gold` and `gradients`, where they are not null, what was expected and what came.
+Check check_partial_keys(Problem& problem, const GivenForward& given, GoldGradients* gold = nullptr,
+                         Gradients* gradients = nullptr);
+
 }  // namespace attnjit::numerics

@@ -443,7 +443,7 @@ BackwardResult run_backward(Problem& problem, Tensor o, Tensor lse, attnjit_cont
   return std::move(run_backward_with_one_plan(std::span(&call, 1), context).front());
 }
 
-ReferenceGradients run_reference_backward(Problem& problem) {
+ReferenceGradients run_reference_backward(Problem& problem, const GivenForward* given) {
   ReferenceGradients result;
   attnjit_context* const context = shared_context(problem.spec.threads);
   if (context == nullptr) return {{}, {}, failed("attnjit_context_create", ATTNJIT_INTERNAL).error};
@@ -453,6 +453,11 @@ ReferenceGradients run_reference_backward(Problem& problem) {
   const std::size_t heads_kv = static_cast<std::size_t>(spec.batch * spec.num_heads_kv);
   const std::size_t parts = std::max<std::size_t>(heads_kv, 1);
   Call call(problem, Lender::Place::kHost);
+  GivenForward forward = given != nullptr ? *given : GivenForward();
+  if (given != nullptr) {
+    call.get()->o = call.lender().lend(forward.o);
+    call.get()->lse = call.lender().lend(forward.lse);
+  }
   GradientCall gradients(problem);
   const attnjit_gradients* const lent = gradients.lend(&call.lender());
   for (Gradients* const each : {&result.gradients, &result.bounds}) {

@@ -69,7 +69,8 @@ struct ReferenceGradients {
   Gradients gradients, bounds;
   std::string error;
 };
-ReferenceGradients run_reference_backward(Problem& problem);
+// `given`: with partial keys, which it needs.
+ReferenceGradients run_reference_backward(Problem& problem, const GivenForward* given = nullptr);
 
 // The library's own oracle at `rows`. `o` is (rows, Dv).
 RunResult run_reference(Problem& problem, const std::vector<RowIndex>& rows);

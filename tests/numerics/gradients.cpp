@@ -38,11 +38,12 @@ struct Sum {
 // Gold by plain loops.
 class PlainLoops {
  public:
-  explicit PlainLoops(const Problem& problem)
+  explicit PlainLoops(const Problem& problem, const GivenForward* given = nullptr)
       : dq(problem.q),
         dk(problem.k),
         dv(problem.v),
         problem_(problem),
+        given_(given),
         score_mod_(problem.score_mod.expr, problem.score_mod.views()),
         derivative_(problem.score_mod.expr, problem.score_mod.views()) {
     if (problem.mask_mod) mask_mod_.emplace(problem.mask_mod->expr, problem.mask_mod->views());
@@ -117,17 +118,23 @@ class PlainLoops {
       maximum = std::max(maximum, element.m);
       element.dp = dot(grad_out_.data(), &v_[column * features], features);
     }
+    if (given_ != nullptr) {
+      // The caller's, of all keys.
+      maximum = given_->lse.at({b, h, i});
+      poisoned = false;
+    }
     // A row whose scores are all -inf is as one without a kept element.
     const bool empty = !poisoned && maximum == -kInfinity;
     for (Element& element : elements) {
       if (element.keep && !empty) sum += element.p = poisoned ? kNan : std::exp(element.m - maximum);
     }
+    if (given_ != nullptr) sum = 1.0;
     const double grad_lse = spec.backward.grad_lse ? problem_.grad_lse.at({b, h, i}) : 0.0;
     double delta = -grad_lse;
     for (std::size_t d = 0; d < features; ++d) {
-      double feature = 0.0;
+      double feature = given_ != nullptr ? given_->o.at({b, h, i, static_cast<std::int64_t>(d)}) : 0.0;
       for (std::size_t j = 0; j < elements.size(); ++j) {
-        if (elements[j].keep && !empty) feature += elements[j].p / sum * v_[j * features + d];
+        if (given_ == nullptr && elements[j].keep && !empty) feature += elements[j].p / sum * v_[j * features + d];
       }
       delta += grad_out_[d] * feature;
     }
@@ -189,6 +196,7 @@ class PlainLoops {
   }
 
   const Problem& problem_;
+  const GivenForward* given_;
   dsl::Interpreter score_mod_;
   dsl::Derivative derivative_;
   std::optional<dsl::Interpreter> mask_mod_;
@@ -202,11 +210,13 @@ class Bounds {
   explicit Bounds(const Problem& problem)
       : problem_(problem), backward_(options(problem), problem.score_mod.expr, views_, mask_expr(), mask_views_) {}
 
-  void run(GoldGradients* gold) {
+  void run(const GivenForward* given, GoldGradients* gold) {
     const Case& spec = problem_.spec;
     const std::int64_t group = spec.num_heads_kv == 0 ? 0 : spec.num_heads / spec.num_heads_kv;
     const std::vector<double> q = packed(problem_.q), k = packed(problem_.k), v = packed(problem_.v),
-                              grad_out = packed(problem_.grad_out), grad_lse = packed(problem_.grad_lse);
+                              grad_out = packed(problem_.grad_out), grad_lse = packed(problem_.grad_lse),
+                              o = given ? packed(given->o) : std::vector<double>(),
+                              lse = given ? packed(given->lse) : std::vector<double>();
     for (std::int64_t head = 0; head < spec.batch * spec.num_heads_kv; ++head) {
       const auto part = [&](const std::vector<double>& values) {
         const std::size_t size = values.size() / static_cast<std::size_t>(spec.batch * spec.num_heads_kv);
@@ -223,11 +233,13 @@ class Bounds {
                                                           .k = part(k),
                                                           .v = part(v),
                                                           .grad_out = part(grad_out),
-                                                          .grad_lse = part(grad_lse)});
+                                                          .grad_lse = part(grad_lse),
+                                                          .o = part(o),
+                                                          .lse = part(lse)});
       if (!gradients.agree) {
         throw std::logic_error("two evaluations of the expressions or of their derivatives differ");
       }
-      give(gradients, head, group, gold);
+      if (given == nullptr) give(gradients, head, group, gold);
       gold->rows += static_cast<std::int64_t>(gradients.decided.size());
       gold->undecided += std::ranges::count(gradients.decided, 0);
       append(gradients.dq, &dq);
@@ -352,12 +364,13 @@ GoldGradients empty_forward(const Problem& problem) {
   return gold;
 }
 
-GoldGradients compute_gold_gradients(const Problem& problem) {
-  PlainLoops plain(problem);
+GoldGradients compute_gold_gradients(const Problem& problem, const GivenForward* given) {
+  PlainLoops plain(problem, given);
   plain.run();
   GoldGradients gold = empty_forward(problem);
+  if (given != nullptr) gold.o = given->o, gold.lse = given->lse;
   Bounds bounds(problem);
-  bounds.run(&gold);
+  bounds.run(given, &gold);
   const BackwardSpec& backward = problem.spec.backward;
   if (backward.dq) gold.wanted.push_back(assemble("dq", problem.q, plain.dq, std::move(bounds.dq)));
   if (backward.dk) gold.wanted.push_back(assemble("dk", problem.k, plain.dk, std::move(bounds.dk)));

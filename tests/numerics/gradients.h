@@ -26,16 +26,22 @@ struct GoldGradient {
   std::vector<double> scatter;  // the part of `bound` that comes from float32 scores
 };
 
+// What a forward gives and a backward is given.
+struct GivenForward {
+  Tensor o, lse;
+};
+
 struct GoldGradients {
-  // The forward's results that the backward is given: gold, rounded to their types.
+  // The forward's results that the backward is given: gold, rounded to their types, or what was given.
   Tensor o, lse;
   std::vector<GoldGradient> wanted;      // dq, dk, dv and the captures', in this order
   std::int64_t rows = 0, undecided = 0;  // query rows, and those that float32 does not decide
 };
 
-// Throws std::logic_error where two evaluations of the expressions differ, or two of the gradients do: a fault of one
-// of them.
-GoldGradients compute_gold_gradients(const Problem& problem);
+// `given`: o and lse of a forward over more keys than the problem's, which are taken as they are; null: the problem's
+// own. Throws std::logic_error where two evaluations of the expressions differ, or two of the gradients do: a fault of
+// one of them.
+GoldGradients compute_gold_gradients(const Problem& problem, const GivenForward* given = nullptr);
 
 // Only o and lse, as they lie in memory, unwritten.
 GoldGradients empty_forward(const Problem& problem);

@@ -10,6 +10,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "dsl/float32_backward.h"
@@ -399,6 +400,97 @@ TEST(DslFloat32Backward, KeptElementsOfMinusInfinityContributeNothing) {
         EXPECT_EQ(each->bound[i], 0.0);
       }
     }
+  }
+}
+
+// o and lse of more keys than the head has. `lse` of each row; o is 0.25.
+struct GivenHead : Head {
+  GivenHead(std::mt19937_64& random, std::vector<double> of_rows)
+      : Head({.num_heads = 1,
+              .seqlen_q = static_cast<std::int64_t>(of_rows.size()),
+              .seqlen_kv = 5,
+              .head_dim = 3,
+              .head_dim_v = 2},
+             random, 0x1p-4),
+        o(2 * of_rows.size(), 0.25),
+        lse(std::move(of_rows)) {}
+  BackwardHead view() const {
+    BackwardHead head = Head::view();
+    head.o = o;
+    head.lse = lse;
+    return head;
+  }
+  std::vector<double> o, lse;
+};
+
+// An lse that is given alone says what its row is; a score, what its element is.
+TEST(DslFloat32Backward, AGivenLseDecidesItsRow) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  std::mt19937_64 random(31);
+  const GivenHead head(random, {3.0, kNan, kInfinity, -kInfinity, 3.0});
+  const auto expr = test::bound("where(kv_idx == 3, -inf, score)");
+  const auto mask = test::bound("kv_idx != 4", {}, ModKind::kMaskMod);
+  ASSERT_TRUE(expr && mask);
+  const auto run = [&](const BackwardHead& view) {
+    return Float32Backward({.dtype = DType::kBF16}, *expr, {}, &*mask, {}).run(view);
+  };
+  const HeadGradients gold = run(head.view());
+  for (std::size_t at = 0; at < gold.dq.value.size(); ++at) {
+    const std::size_t row = at / 3;
+    EXPECT_EQ(std::isnan(gold.dq.value[at]), row == 1 || row == 2) << at;
+    EXPECT_EQ(gold.dq.bound[at] == kInfinity, row == 2) << at;
+    if (row == 3) {
+      EXPECT_EQ(gold.dq.value[at], 0.0);
+      EXPECT_EQ(gold.dq.bound[at], 0.0);
+    }
+  }
+  // Without the row of +infinity the NaN of the other is what a column has to have, but one that is dropped.
+  GivenHead without = head;
+  without.lse[2] = 3.0;
+  const HeadGradients columns = run(without.view());
+  for (const JudgedGradient* each : {&columns.dk, &columns.dv}) {
+    const std::size_t features = each == &columns.dk ? 3 : 2;
+    for (std::size_t at = 0; at < each->value.size(); ++at) {
+      EXPECT_EQ(std::isnan(each->value[at]), at / features < 3) << at;
+      EXPECT_LT(each->bound[at], kInfinity) << at;
+    }
+  }
+}
+
+// No forward gives these: what is computed from the two is not known, but of that element.
+TEST(DslFloat32Backward, AGivenLseMayContradictAScore) {
+  std::mt19937_64 random(32);
+  for (const char* const score : {"nan", "inf"}) {
+    const GivenHead head(random, {3.0, -kInfinity, 3.0});
+    const auto expr =
+        test::bound(std::string("where(q_idx < 2 and kv_idx == 1, ") + score + " * (1 + 0 * score), score)");
+    ASSERT_TRUE(expr);
+    const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+    for (std::size_t at = 0; at < gold.dv.value.size(); ++at) {
+      EXPECT_EQ(gold.dv.bound[at] == kInfinity, at / 2 == 1) << score << ' ' << at;
+    }
+  }
+}
+
+// What the part's keys alone would leave open lse does not: each element is within its own jump.
+TEST(DslFloat32Backward, JumpsOfAPartAreBoundedByItsElements) {
+  std::mt19937_64 random(33);
+  GivenHead head(random, {0.0, 0.0, 0.0});
+  for (double& value : head.q) value = 1.0;
+  for (std::size_t at = 0; at < head.k.size(); ++at) head.k[at] = at % 3 == 0 ? 1.0 : 0.0;
+  // A score of 1 and a jump of 2 below or at 3.
+  head.lse = {3.0 + std::log(5.0), 20.0, 20.0};
+  const auto expr = test::bound("where(score >= 1, score + 2, score)");
+  ASSERT_TRUE(expr);
+  const auto run = [&](const BackwardHead& view) {
+    return Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(view);
+  };
+  EXPECT_EQ(std::ranges::count(run(head.Head::view()).decided, 0), 3);
+  const HeadGradients gold = run(head.view());
+  EXPECT_EQ(std::ranges::count(gold.decided, 0), 0);
+  for (std::size_t at = 0; at < gold.dq.bound.size(); ++at) {
+    EXPECT_LT(gold.dq.bound[at], at / 3 == 0 ? 100.0 : 1e-4) << at;
+    EXPECT_GT(gold.dq.bound[at], 0.0) << at;
   }
 }
 
