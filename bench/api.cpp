@@ -49,6 +49,13 @@ PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention) {
   return PlanPtr(plan);
 }
 
+PlanPtr prepare_backward(attnjit_context* context, const attnjit_attention& attention,
+                         const attnjit_gradients& gradients) {
+  attnjit_plan* plan = nullptr;
+  check(attnjit_prepare_backward(context, &attention, &gradients, nullptr, &plan));
+  return PlanPtr(plan);
+}
+
 TrainingPlans prepare_training(attnjit_context* context, const attnjit_attention& attention,
                                const attnjit_gradients& gradients) {
   attnjit_plan *forward = nullptr, *backward = nullptr;

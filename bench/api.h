@@ -29,6 +29,8 @@ struct PlanDelete {
 };
 using PlanPtr = std::unique_ptr<attnjit_plan, PlanDelete>;
 PlanPtr prepare(attnjit_context* context, const attnjit_attention& attention);
+PlanPtr prepare_backward(attnjit_context* context, const attnjit_attention& attention,
+                         const attnjit_gradients& gradients);
 // Both plans of a training step, compiled at the same time.
 struct TrainingPlans {
   PlanPtr forward, backward;

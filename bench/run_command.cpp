@@ -32,7 +32,7 @@ struct RunOptions {
   std::optional<float> scale;
   std::vector<std::string> grad;
   int threads = 0;
-  bool check_reads = false, backward = false, deterministic = false;
+  bool check_reads = false, backward = false, deterministic = false, partial_keys = false;
 };
 
 constexpr std::size_t kMaxModFileBytes = 1 << 20;  // the language's own limit is 64 KiB; it words the error
@@ -107,13 +107,14 @@ void report_clamped_reads(attnjit_context* context, const attnjit_attention& att
 // into each other.
 class Backward {
  public:
-  Backward(const SafetensorsReader& file, bool on_gpu, bool deterministic)
+  Backward(const SafetensorsReader& file, bool on_gpu, const RunOptions& options)
       : on_gpu_(on_gpu),
         grad_out_(read_named(file, "grad_out", "gradient of o (B, Hq, Sq, Dv)"), on_gpu),
         grad_out_dl_(lend(grad_out_)),
         grad_lse_dl_{} {
     if (file.find("grad_lse")) grad_lse_.emplace(read_named(file, "grad_lse", ""), on_gpu);
-    gradients_.deterministic = deterministic ? 1 : 0;
+    gradients_.deterministic = options.deterministic ? 1 : 0;
+    gradients_.partial_keys = options.partial_keys ? 1 : 0;
     gradients_.grad_out = &grad_out_dl_;
     if (!grad_lse_) return;
     grad_lse_dl_ = lend(*grad_lse_);
@@ -182,8 +183,10 @@ int run(const RunOptions& options) {
   if (!score_mod.empty()) attention.score_mod = score_mod.c_str();
   if (!options.mask_mod.empty()) attention.mask_mod = options.mask_mod.c_str();
   if (options.scale) attention.scale = &*options.scale;
-  if (!options.backward && (!options.grad.empty() || options.deterministic)) {
-    throw user_error(fmt::format("{} goes with --backward", options.grad.empty() ? "--deterministic" : "--grad"));
+  if (!options.backward && (!options.grad.empty() || options.deterministic || options.partial_keys)) {
+    throw user_error(fmt::format("{} goes with --backward", !options.grad.empty()   ? "--grad"
+                                                            : options.deterministic ? "--deterministic"
+                                                                                    : "--partial-keys"));
   }
   std::error_code ignored;
   if (std::filesystem::equivalent(options.input, options.output, ignored)) {
@@ -238,10 +241,21 @@ int run(const RunOptions& options) {
   lse_dl.dtype = {kDLFloat, 32, 1};
   attention.o = &o_dl;
   attention.lse = &lse_dl;
+  // Of more keys than these, they are what other calls gave: no forward is run then.
+  std::optional<Placed> o, lse;
+  const auto place_given = [&](std::optional<Placed>& tensor, const char* name, const char* what, DLTensor& dl) {
+    tensor.emplace(read_named(file, name, what), on_gpu);
+    tensor->device.upload();
+    dl = tensor->device.dl();
+  };
+  if (options.partial_keys) {
+    place_given(o, "o", "output of all keys (B, Hq, Sq, Dv), for --partial-keys", o_dl);
+    place_given(lse, "lse", "LSE of all keys (B, Hq, Sq), for --partial-keys", lse_dl);
+  }
   std::optional<Backward> backward;
   PlanPtr plan, backward_plan;
   if (options.backward) {
-    backward.emplace(file, on_gpu, options.deterministic);
+    backward.emplace(file, on_gpu, options);
     std::vector<std::pair<std::string, const Tensor*>> of = {{"dq", &q}, {"dk", &k}, {"dv", &v}};
     for (const std::string& name : options.grad) {
       const auto found = std::ranges::find(names, name, &CapturedName::name);
@@ -251,31 +265,41 @@ int run(const RunOptions& options) {
       of.emplace_back("d_" + name, &captured[static_cast<std::size_t>(found - names.begin())]);
     }
     backward->want(std::move(of), options.grad);
-    TrainingPlans plans = prepare_training(context.get(), attention, backward->gradients());
-    plan = std::move(plans.forward);
-    backward_plan = std::move(plans.backward);
+    if (options.partial_keys) {
+      backward_plan = prepare_backward(context.get(), attention, backward->gradients());
+    } else {
+      TrainingPlans plans = prepare_training(context.get(), attention, backward->gradients());
+      plan = std::move(plans.forward);
+      backward_plan = std::move(plans.backward);
+    }
   } else {
     plan = prepare(context.get(), attention);
   }
 
-  const Placed o(Tensor(q.type(), o_shape), on_gpu), lse(Tensor(ElementType::kFloat32, row_shape), on_gpu);
-  o_dl = o.device.dl();
-  lse_dl = lse.device.dl();
-  const std::size_t workspace_size = attnjit_plan_workspace_size(plan.get());
-  const Workspace workspace(workspace_size, on_gpu);
-  check(attnjit_run(plan.get(), &attention, workspace.data(), workspace_size, nullptr));
-  std::vector<std::pair<std::string, const Tensor*>> outputs = {{"o", &o.host}, {"lse", &lse.host}};
+  std::vector<std::pair<std::string, const Tensor*>> outputs;
+  if (plan) {
+    o.emplace(Tensor(q.type(), o_shape), on_gpu);
+    lse.emplace(Tensor(ElementType::kFloat32, row_shape), on_gpu);
+    o_dl = o->device.dl();
+    lse_dl = lse->device.dl();
+    const std::size_t workspace_size = attnjit_plan_workspace_size(plan.get());
+    const Workspace workspace(workspace_size, on_gpu);
+    check(attnjit_run(plan.get(), &attention, workspace.data(), workspace_size, nullptr));
+    outputs = {{"o", &o->host}, {"lse", &lse->host}};
+  }
   if (backward) {
     backward->run(backward_plan.get(), attention);
     backward->add_to(&outputs);
   }
-  o.device.download();
-  lse.device.download();
+  if (plan) {
+    o->device.download();
+    lse->device.download();
+  }
 
   std::map<std::string, std::string> metadata{
       {"format", "attnjit"},
       {"attnjit_version", attnjit_version()},
-      {"backend", attnjit_backend_name(attnjit_plan_backend(plan.get()))},
+      {"backend", attnjit_backend_name(attnjit_plan_backend(plan ? plan.get() : backward_plan.get()))},
       {"scale", fmt::format("{}", options.scale.value_or(
                                       static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.shape()[3])))))},
       {"score_mod", attention.score_mod != nullptr ? score_mod : "noop"},
@@ -313,6 +337,8 @@ void add_run_command(CLI::App& app, Action& action) {
                     "also the gradients, given grad_out, and grad_lse where it is there, in the input");
   command->add_option("--grad", options->grad, "captured tensors whose gradients are wanted: NAME,...")->delimiter(',');
   command->add_flag("--deterministic", options->deterministic, "gradients that are the same bits in every run");
+  command->add_flag("--partial-keys", options->partial_keys,
+                    "with --backward: k and v are a part of the keys that o and lse, in the input, are of; no forward");
   command->add_option("--scale", options->scale, "multiplies q . k before the score_mod (default: 1 / sqrt(D))");
   command->add_option("--device", options->device, "auto, cpu or cuda (default: auto)");
   command->add_option("--backend", options->backend, "auto, sm90, sm80, math or cpu (default: auto)");

@@ -216,6 +216,40 @@ class Run(Tool):
         result, _ = self.run_file(tensors, *arguments, "--grad", "shift", "--deterministic")
         self.assertEqual(result["d_shift"], ("F32", [5], [0.0] * 5))
 
+    def test_partial_keys(self):
+        def keys(tensor, begin, end):
+            dtype, (batch, heads, rows, dim), values = tensor
+            return (dtype, [batch, heads, end - begin, dim],
+                    [x for head in range(batch * heads) for x in values[(head * rows + begin) * dim:][:(end - begin) * dim]])
+
+        tensors = self.with_gradients_in(self.problem())
+        tensors["table"] = ("F32", [4, 7], self.values(4, 7))
+        tensors["shift"] = ("F32", [5], self.values(5))
+        tensors["first"] = ("I32", [], [0])
+        arguments = ["--score-mod", "where(q_idx >= kv_idx + first, score + table[h, kv_idx + first] + shift[q_idx], -inf)",
+                     "--backward", "--grad", "table,shift"]
+        for backend in ("cpu", "math"):
+            with self.subTest(backend=backend):
+                whole, _ = self.run_file(tensors, *arguments, "--backend", backend)
+                total = {name: [0.0] * len(whole[name][2]) for name in ("dq", "d_table", "d_shift")}
+                for begin, end in ((0, 3), (3, 7)):
+                    part = {**tensors, "o": whole["o"], "lse": whole["lse"], "first": ("I32", [], [begin]),
+                            **{name: keys(tensors[name], begin, end) for name in "kv"}}
+                    result, metadata = self.run_file(part, *arguments, "--backend", backend, "--partial-keys")
+                    self.assertEqual(sorted(result), ["d_shift", "d_table", "dk", "dq", "dv"])
+                    self.assertEqual(metadata["backend"], backend)
+                    for name, sums in total.items():
+                        total[name] = [x + y for x, y in zip(sums, result[name][2], strict=True)]
+                    for name in ("dk", "dv"):
+                        expected = keys(whole[name], begin, end)
+                        self.assertEqual(result[name][1], expected[1])
+                        for x, y in zip(result[name][2], expected[2], strict=True):
+                            self.assertAlmostEqual(x, y, places=4)
+                for name, sums in total.items():
+                    self.assertGreater(max(map(abs, sums)), 0.1)
+                    for x, y in zip(sums, whole[name][2], strict=True):
+                        self.assertAlmostEqual(x, y, places=4)
+
     def test_the_users_faults_in_the_backward(self):
         tensors = self.with_gradients_in(self.problem())
         tensors["ids"] = ("I32", [7], list(range(7)))
@@ -223,11 +257,19 @@ class Run(Tool):
         without = {n: t for n, t in tensors.items() if n != "grad_out"}
         short = {**tensors, "grad_out": ("F32", [2, 4, 5, 5], self.values(2, 4, 5, 5))}
         mod = ["--score-mod", "score + bias[h] + ids[kv_idx]"]
+        partial = {**tensors, "o": ("F32", [2, 4, 5, 6], self.values(2, 4, 5, 6)), "lse": ("F32", [2, 4, 5], [9.0] * 40)}
+        no_lse = {n: t for n, t in partial.items() if n != "lse"}
         for given, arguments, expected in [
                 (without, ["--backward"], ["no tensor 'grad_out'", "gradient of o"]),
                 (short, ["--backward"], ["grad_out", "(2, 4, 5, 5)", "(2, 4, 5, 6)"]),
                 (tensors, ["--grad", "bias", *mod], ["--grad", "--backward"]),
                 (tensors, ["--deterministic"], ["--deterministic", "--backward"]),
+                (partial, ["--partial-keys"], ["--partial-keys", "--backward"]),
+                (tensors, ["--backward", "--partial-keys"], ["no tensor 'o'", "for --partial-keys"]),
+                (no_lse, ["--backward", "--partial-keys"], ["no tensor 'lse'", "for --partial-keys"]),
+                ({**partial, "lse": ("F32", [2, 4, 4], [9.0] * 32)}, ["--backward", "--partial-keys"],
+                 ["lse", "(2, 4, 4)", "(2, 4, 5)"]),
+                ({**partial, "o": ("F16",) + partial["o"][1:]}, ["--backward", "--partial-keys"], ["o", "float16"]),
                 (tensors, ["--backward", "--grad", "bia", *mod], ["'bia'", "'bias', 'ids'"]),
                 (tensors, ["--backward", "--grad", "ids", *mod], ["ids", "int32"]),
                 (tensors, ["--backward", "--grad", "bias,bias", *mod], ["bias", "twice"])]:
