@@ -1,6 +1,7 @@
 // A failure of the tool: whose fault it was, which is the exit code, and a message.
 #pragma once
 
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -20,5 +21,17 @@ class Failure : public std::runtime_error {
 
 inline Failure user_error(const std::string& message) { return Failure(Fault::kUser, message); }
 inline Failure environment_error(const std::string& message) { return Failure(Fault::kEnvironment, message); }
+
+// Runs `body`. Where memory ends it is an error of the environment that says for what.
+template <typename Body>
+void with_memory_for(const std::string& what, Body&& body) {
+  try {
+    body();
+  } catch (const std::bad_alloc&) {
+    throw environment_error("out of memory for " + what);
+  } catch (const std::length_error&) {
+    throw environment_error("out of memory for " + what);
+  }
+}
 
 }  // namespace attnjit::tool

@@ -2,7 +2,9 @@
 #include "dsl/float32_backward.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <exception>
 #include <limits>
 #include <optional>
 
@@ -252,12 +254,22 @@ struct Float32Backward::State {
       : options(wanted), score_mod(expr), captures(views.begin(), views.end()), captured(views.size()) {}
 
   void parallel(std::int64_t tasks, const std::function<void(std::int64_t, Worker&)>& function) {
-    const auto task = [&](std::int64_t number, int thread) { function(number, *workers[index_of(thread)]); };
+    // A task must not throw, and may run out of memory: that is the caller's, once all are done.
+    std::exception_ptr fault;
+    std::atomic_flag failed;
+    const auto task = [&](std::int64_t number, int thread) {
+      try {
+        function(number, *workers[index_of(thread)]);
+      } catch (...) {
+        if (!failed.test_and_set()) fault = std::current_exception();
+      }
+    };
     if (options.parallel_for) {
       options.parallel_for(tasks, task);
     } else {
       for (std::int64_t number = 0; number < tasks; ++number) task(number, 0);
     }
+    if (fault) std::rethrow_exception(fault);
   }
 
   void score_row(const BackwardHead& head, std::int64_t row, Worker* worker) const;

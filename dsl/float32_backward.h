@@ -51,7 +51,8 @@ struct HeadGradients {
   bool agree = true;          // false: two evaluations of an expression or of its derivative differ, a fault of one
 };
 
-// Runs function(task, thread) for all 0 <= task < tasks, in any order; tasks of one thread do not overlap.
+// Runs function(task, thread), which does not throw, for all 0 <= task < tasks, in any order; tasks of one thread do
+// not overlap.
 using ParallelFor =
     std::function<void(std::int64_t tasks, const std::function<void(std::int64_t task, int thread)>& function)>;
 
@@ -76,6 +77,7 @@ class Float32Backward {
   Float32Backward(const BackwardOptions& options, const Expr& score_mod, std::span<const CaptureView> score_captures,
                   const Expr* mask_mod, std::span<const CaptureView> mask_captures);
   ~Float32Backward();
+  // Throws std::bad_alloc, or std::length_error, where there is not enough memory.
   HeadGradients run(const BackwardHead& head);
   // Of a captured tensor, packed in its extents: what all heads so far contribute.
   JudgedGradient captured(int capture) const;

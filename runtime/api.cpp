@@ -149,8 +149,7 @@ Check reference_backward(attnjit_context* context, const attnjit_attention* atte
     wanted.captures[number] = {out->captures ? out->captures[i] : nullptr,
                                out->capture_bounds ? out->capture_bounds[i] : nullptr};
   }
-  rt::reference_backward(call.forward, call.gradients, *mods, b, h_kv, context->state->pool(), wanted);
-  return {};
+  return rt::reference_backward(call.forward, call.gradients, *mods, b, h_kv, context->state->pool(), wanted);
 }
 
 }  // namespace

@@ -1,12 +1,16 @@
 // The oracle: scores, mod, softmax and both sums in double precision, from the rounded inputs.
 #include "runtime/reference.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "dsl/float32_backward.h"
@@ -29,6 +33,7 @@ void widen(const TensorView& tensor, std::int64_t b, std::int64_t h, std::int64_
 // All of `count` heads from `h`, packed.
 std::vector<double> widened(const TensorView& tensor, std::int64_t b, std::int64_t h, std::int64_t count) {
   std::vector<double> result, row(static_cast<std::size_t>(tensor.shape[3]));
+  result.reserve(static_cast<std::size_t>(count * tensor.shape[2] * tensor.shape[3]));
   for (std::int64_t head = h; head < h + count; ++head) {
     for (std::int64_t s = 0; s < tensor.shape[2]; ++s) {
       widen(tensor, b, head, s, &row);
@@ -43,6 +48,7 @@ std::vector<double> widened(const RowView& rows, std::int64_t b, std::int64_t h,
                             std::int64_t seqlen_q) {
   std::vector<double> result;
   if (!rows.data) return result;
+  result.reserve(static_cast<std::size_t>(count * seqlen_q));
   for (std::int64_t head = h; head < h + count; ++head) {
     for (std::int64_t i = 0; i < seqlen_q; ++i) {
       result.push_back(static_cast<double>(rows.data[b * rows.stride[0] + head * rows.stride[1] + i * rows.stride[2]]));
@@ -235,26 +241,9 @@ T* at(T* array, std::size_t i, std::size_t length) {
   return array ? array + i * length : nullptr;
 }
 
-}  // namespace
-
-void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
-                    double* o, double* lse, double* row_max) {
-  const auto dim = static_cast<std::size_t>(call.v.shape[3]);
-  for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
-    worker.row(rows[i], at(o, i, dim), at(lse, i, 1), at(row_max, i, 1));
-  });
-}
-
-void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
-                      double* o_bound, double* lse_bound, unsigned char* decided) {
-  const auto dim = static_cast<std::size_t>(call.v.shape[3]);
-  for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
-    worker.bounds(rows[i], at(o_bound, i, dim), at(lse_bound, i, 1), at(decided, i, 1));
-  });
-}
-
-void reference_backward(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
-                        std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out) {
+// Throws where there is not enough memory.
+void backward_of_head(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
+                      std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out) {
   const std::int64_t num_heads = call.k.shape[1] > 0 ? call.q.shape[1] / call.k.shape[1] : 0;
   dsl::BackwardHead head{.b = b,
                          .h = h_kv * num_heads,
@@ -302,6 +291,43 @@ void reference_backward(const ForwardCall& call, const Gradients& gradients, con
   for (int number = 0; number < static_cast<int>(call.num_captures); ++number) {
     if (options.captures >> number & 1) give(backward.captured(number), out.captures[number]);
   }
+}
+
+}  // namespace
+
+void reference_rows(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
+                    double* o, double* lse, double* row_max) {
+  const auto dim = static_cast<std::size_t>(call.v.shape[3]);
+  for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
+    worker.row(rows[i], at(o, i, dim), at(lse, i, 1), at(row_max, i, 1));
+  });
+}
+
+void reference_bounds(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows, ThreadPool& pool,
+                      double* o_bound, double* lse_bound, unsigned char* decided) {
+  const auto dim = static_cast<std::size_t>(call.v.shape[3]);
+  for_each_row(call, mods, rows.size(), pool, [&](Worker& worker, std::size_t i) {
+    worker.bounds(rows[i], at(o_bound, i, dim), at(lse_bound, i, 1), at(decided, i, 1));
+  });
+}
+
+Check reference_backward(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
+                         std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out) {
+  const auto out_of_memory = [&]() -> Failure {
+    const std::int64_t heads = call.k.shape[1] > 0 ? call.q.shape[1] / call.k.shape[1] : 0;
+    return {ATTNJIT_OUT_OF_MEMORY,
+            fmt::format("out of memory for the double-precision gradients of {} query heads of {} rows and one "
+                        "key/value head of {}, of {} and {} features",
+                        heads, call.q.shape[2], call.k.shape[2], call.q.shape[3], call.v.shape[3])};
+  };
+  try {
+    backward_of_head(call, gradients, mods, b, h_kv, pool, out);
+  } catch (const std::bad_alloc&) {
+    return out_of_memory();
+  } catch (const std::length_error&) {
+    return out_of_memory();
+  }
+  return {};
 }
 
 std::vector<ClampedReads> clamped_reads(const ForwardCall& call, const Mods& mods, std::span<const attnjit_row> rows,

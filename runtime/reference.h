@@ -11,6 +11,7 @@
 #include "runtime/backward.h"
 #include "runtime/forward.h"
 #include "runtime/mods.h"
+#include "runtime/status.h"
 #include "runtime/thread_pool.h"
 
 namespace attnjit::runtime {
@@ -35,9 +36,9 @@ struct ReferenceGradients {
 };
 
 // Likewise attnjit_reference_backward, for a batch and a key/value head inside the problem. Of `gradients` only what
-// flows in is looked at. Where the call has an lse, it and o are of more keys.
-void reference_backward(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
-                        std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out);
+// flows in is looked at. Where the call has an lse, it and o are of more keys. Fails where there is not enough memory.
+Check reference_backward(const ForwardCall& call, const Gradients& gradients, const Mods& mods, std::int64_t b,
+                         std::int64_t h_kv, ThreadPool& pool, const ReferenceGradients& out);
 
 // The indices of one dimension of a captured tensor that were clamped.
 struct ClampedReads {

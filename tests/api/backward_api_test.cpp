@@ -226,6 +226,28 @@ TEST(BackwardApi, PartialKeys) {
   EXPECT_STREQ(attnjit_last_error(), "lse is NULL; a tensor is needed");
 }
 
+// More rows than there is memory for, by strides of 0.
+TEST(BackwardApi, ReferenceOutOfMemory) {
+  if (!test::counts_allocations()) GTEST_SKIP() << "a sanitizer ends the program where memory does";
+  const ContextPtr context = make_context();
+  GradientProblem p;
+  for (Tensor* const tensor : {&p.q, &p.grad_out}) {
+    tensor->shape[1] = std::int64_t{1} << 21;
+    tensor->shape[2] = std::int64_t{1} << 30;
+    tensor->strides = {0, 0, 0, 1};
+    tensor->sync();
+  }
+  std::vector<double> dv(p.dv_data.size());
+  p.gradients.dq = nullptr;
+  p.gradients.grad_lse = nullptr;
+  attnjit_reference_gradients out = ATTNJIT_REFERENCE_GRADIENTS_INIT;
+  out.dv = dv.data();
+  EXPECT_EQ(attnjit_reference_backward(context.get(), &p.attention, &p.gradients, 0, 0, &out), ATTNJIT_OUT_OF_MEMORY);
+  EXPECT_STREQ(attnjit_last_error(),
+               "out of memory for the double-precision gradients of 1048576 query heads of 1073741824 rows and one "
+               "key/value head of 50, of 16 and 24 features");
+}
+
 // Inputs and outputs in (B, S, H, D) order, a broadcast grad_out, a captured tensor's gradient with strides of its own.
 TEST(BackwardApi, Layouts) {
   const ContextPtr context = make_context();

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "allocation_count.h"
 #include "test_problem.h"
 #include "tests/support/temporary_directory.h"
 
@@ -291,6 +292,21 @@ TEST(CppApi, ReferenceBackward) {
   EXPECT_THAT(context->reference_backward(attention, gradients, 1, 0).status().message(), HasSubstr("(b, h_kv)"));
   gradients.captures.push_back({"nobody", {}});
   EXPECT_THAT(context->reference_backward(attention, gradients, 0, 0).status().message(), HasSubstr("'nobody'"));
+}
+
+// The vectors that hold the gradients are the wrapper's.
+TEST(CppApi, ReferenceBackwardOutOfMemory) {
+  if (!test::counts_allocations()) GTEST_SKIP() << "a sanitizer ends the program where memory does";
+  Result<Context> context = Context::create();
+  ASSERT_TRUE(context);
+  Buffers buffers;
+  Attention attention = buffers.attention();
+  attention.q = {buffers.q.data(), {1, std::int64_t{1} << 21, std::int64_t{1} << 30, 16}, {0, 0, 0, 1}};
+  const Gradients gradients = {.grad_out = attention.q};
+  const Status status = context->reference_backward(attention, gradients, 0, 0).status();
+  EXPECT_EQ(status.code(), ATTNJIT_OUT_OF_MEMORY);
+  EXPECT_THAT(status.message(),
+              HasSubstr("gradients of 1048576 query heads of 1073741824 rows and one key/value head of"));
 }
 
 TEST(CppApi, Json) {

@@ -15,6 +15,7 @@
 #include <attnjit/expr.hpp>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -537,23 +538,29 @@ class Context {
     const std::size_t heads_kv = extent(attention.k, 1), seqlen_kv = extent(attention.k, 2);
     const std::size_t heads = heads_kv > 0 ? extent(attention.q, 1) / heads_kv : 0;
     ReferenceGradients result;
-    result.dq.resize(heads * extent(attention.q, 2) * extent(attention.q, 3));
-    result.dk.resize(seqlen_kv * extent(attention.q, 3));
-    result.dv.resize(seqlen_kv * extent(attention.v, 3));
-    for (const CaptureGradient& wanted : gradients.captures) {
-      std::size_t size = 0;
-      for (const Capture& capture : attention.captures) {
-        if (capture.name != wanted.name) continue;
-        size = 1;
-        for (const std::int64_t e : capture.tensor.shape())
-          size *= static_cast<std::size_t>(std::max<std::int64_t>(e, 0));
+    try {
+      result.dq.resize(heads * extent(attention.q, 2) * extent(attention.q, 3));
+      result.dk.resize(seqlen_kv * extent(attention.q, 3));
+      result.dv.resize(seqlen_kv * extent(attention.v, 3));
+      for (const CaptureGradient& wanted : gradients.captures) {
+        std::size_t size = 0;
+        for (const Capture& capture : attention.captures) {
+          if (capture.name != wanted.name) continue;
+          size = 1;
+          for (const std::int64_t e : capture.tensor.shape())
+            size *= static_cast<std::size_t>(std::max<std::int64_t>(e, 0));
+        }
+        result.captures.emplace_back(size);
       }
-      result.captures.emplace_back(size);
+      result.dq_bound = result.dq;
+      result.dk_bound = result.dk;
+      result.dv_bound = result.dv;
+      result.capture_bounds = result.captures;
+    } catch (const std::exception&) {  // more than there is, or than a vector holds
+      return Status(ATTNJIT_OUT_OF_MEMORY, "out of memory for the gradients of " + std::to_string(heads) +
+                                               " query heads of " + std::to_string(extent(attention.q, 2)) +
+                                               " rows and one key/value head of " + std::to_string(seqlen_kv));
     }
-    result.dq_bound = result.dq;
-    result.dk_bound = result.dk;
-    result.dv_bound = result.dv;
-    result.capture_bounds = result.captures;
     std::vector<double*> captures, capture_bounds;
     for (std::vector<double>& values : result.captures) captures.push_back(values.data());
     for (std::vector<double>& values : result.capture_bounds) capture_bounds.push_back(values.data());
