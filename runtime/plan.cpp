@@ -174,6 +174,11 @@ Failure difference(const Plan& plan, const CheckedCall& call, const attnjit_atte
                           rows.name, rows.bytes, needed)};
     }
   }
+  if (was.near_strides != is.near_strides) {
+    return {ATTNJIT_INVALID_ARGUMENT,
+            fmt::format("the strides of {} reach 2^40 bytes, and did not when the plan was prepared; prepare again",
+                        call.far)};
+  }
   for (std::size_t i = 0; i < given; ++i) {
     const Signature::Capture& a = was.captures[i];
     const Signature::Capture& b = is.captures[i];

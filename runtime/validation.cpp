@@ -290,6 +290,13 @@ int row_bytes(const Tensor& t) {
   return std::max(static_cast<int>(bits & (~bits + 1)), static_cast<int>(size));
 }
 
+bool is_far(const Tensor& t) {
+  for (int i = 0; i < t.rank - 1; ++i) {
+    if (t.extent[i] > 1 && t.stride[i] >= kFarBytes / dsl::dtype_size(t.dtype)) return true;
+  }
+  return false;
+}
+
 bool offsets_fit_32(const Tensor& t) {
   return t.bytes / dsl::dtype_size(t.dtype) - 1 <= std::numeric_limits<std::int32_t>::max();
 }
@@ -696,6 +703,12 @@ Check check_tensors(const attnjit_attention* attention, const attnjit_gradients*
     s.load_bytes = s.store_bytes = kWidestAccess;
     for (const Tensor* t : {&q, &k, &v}) note_rows(t->name, t, false, call);
     note_rows("o", results.count > 0 ? &o : nullptr, gradients == nullptr, call);
+    s.near_strides = gradients ? 0 : 1;
+    for (const Tensor* t : {&q, &k, &v, &o}) {
+      if (gradients || (t == &o && results.count == 0) || !is_far(*t)) continue;
+      s.near_strides = 0;
+      call->far = t->name;
+    }
   }
   TensorList inputs;
   for (const Tensor* t : {&q, &k, &v}) inputs.add(*t);
@@ -778,6 +791,7 @@ void weaken(const Signature& plan, Signature* call) {
   call->autotune = plan.autotune;
   call->load_bytes = std::min(call->load_bytes, plan.load_bytes);
   call->store_bytes = std::min(call->store_bytes, plan.store_bytes);
+  call->near_strides = std::min(call->near_strides, plan.near_strides);
   for (std::size_t i = 0; i < call->num_captures; ++i) {
     std::uint8_t& fits = call->captures[i].offsets_fit_32;
     fits = std::min(fits, plan.captures[i].offsets_fit_32);

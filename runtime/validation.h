@@ -29,6 +29,9 @@ enum class AutotuneMode : std::uint8_t {
   kStored,  // asked for while nothing can be timed: what was found before is taken
 };
 
+// Where strides end that a tensor map holds.
+inline constexpr std::int64_t kFarBytes = std::int64_t{1} << 40;
+
 // What of a call a plan depends on, in plain bytes without padding: equal bytes, same plan.
 struct Signature {
   struct Capture {
@@ -58,6 +61,9 @@ struct Signature {
   std::uint8_t has_grad_lse = 0;
   std::uint8_t deterministic = 0;
   std::uint8_t partial_keys = 0;
+  // Forwards on CUDA only: 1 where no stride of q, k, v and o reaches kFarBytes. A call's may be nearer than its
+  // plan's.
+  std::int64_t near_strides = 0;
   Capture captures[dsl::kMaxCaptures] = {};  // sorted by name
 };
 static_assert(std::has_unique_object_representations_v<Signature>);
@@ -95,6 +101,7 @@ struct CheckedCall {
   };
   Rows rows[8];
   std::size_t num_rows = 0;
+  std::string_view far;  // why near_strides is 0: a tensor's name
 
   // Bytes that the tensors of a kRun call reach over.
   struct Memory {

@@ -854,6 +854,31 @@ TEST_F(CudaSm90, RunFailures) {
   }
 }
 
+// A plan of smaller strides names the tensor; the call that prepares anew is another backend's.
+TEST_F(CudaSm90, RunOfFarStrides) {
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_SM90);
+  const std::pair<const char*, Tensor*> tensors[] = {{"q", &p_.q}, {"k", &p_.k}, {"v", &p_.v}, {"o", &p_.o}};
+  for (const auto& [name, tensor] : tensors) {
+    const std::int64_t rows = tensor->shape[2], dim = tensor->shape[3];
+    tensor->strides = {(std::int64_t{1} << 39) - 8, rows * dim, dim, 1};
+    tensor->sync();
+    EXPECT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+    tensor->strides[0] = std::int64_t{1} << 39;
+    const int launched = fake_->launched;
+    EXPECT_EQ(run(plan), ATTNJIT_INVALID_ARGUMENT);
+    EXPECT_EQ(attnjit_last_error(), std::string("the strides of ") + name +
+                                        " reach 2^40 bytes, and did not when the plan was prepared; prepare again");
+    EXPECT_EQ(fake_->launched, launched);
+    const PlanPtr other = prepared();
+    ASSERT_TRUE(other) << attnjit_last_error();
+    EXPECT_EQ(attnjit_plan_backend(other.get()), ATTNJIT_BACKEND_SM80);
+    tensor->strides.clear();
+    tensor->sync();
+  }
+  EXPECT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+}
+
 TEST_F(CudaSm90, RowMaximum) {
   p_.attention.row_max = &p_.row_max.dl;
   PREPARE_OR_SKIP(plan);
