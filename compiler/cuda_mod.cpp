@@ -1012,8 +1012,13 @@ class Folding {
     const bool first = is_product(id) && is_uniform(args[0]);
     if (!first && !is_uniform(args[1])) return std::nullopt;
     const std::optional<Line> line = line_of(args[first ? 1 : 0]);
-    if (!line) return std::nullopt;
-    const NodeId factor = as_float(args[first ? 0 : 1]);
+    const NodeId given = args[first ? 0 : 1];
+    if (!line || (line->shift >= 0 &&
+                  !(is_usual(value_of(given).value_or(0.0f)) || (is_product(id) && g_[given].type == CType::kInt)))) {
+      // Times infinity, the parts would be NaN or infinite where their sum is 0 or of the other sign.
+      return std::nullopt;
+    }
+    const NodeId factor = as_float(given);
     const auto times = [&](NodeId x) {
       return is_product(id) || x < 0 ? product(x, factor) : g_.binary("/", x, factor, CType::kFloat, kProduct);
     };

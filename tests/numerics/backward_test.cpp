@@ -418,6 +418,25 @@ TEST(NumericsBackwardEdge, KeptNanReachesItsRows) {
   }
 }
 
+// As the forward's: rows of NaN, and rows that keep nothing but -infinity.
+TEST(NumericsBackwardEdge, InfiniteSlopes) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kSlopes[] = {kInfinity, -kInfinity, std::numeric_limits<double>::quiet_NaN(), 0.25};
+  for (const std::string& backend : target().backends) {
+    for (const char* const dtype : {"float32", "bfloat16"}) {
+      for (const char* const mod : {R"_(score_mod="alibi")_", R"_(score_mod="alibi" mask_mod="q_idx > kv_idx")_"}) {
+        Problem problem =
+            make(std::string("b=1 hq=4 hkv=4 sq=100 skv=70 d=32 ") + mod +
+                 " capture=alibi_slopes:float32:4:packed:normal backward=dq,dk,dv grads=alibi_slopes dtype=" + dtype +
+                 " backend=" + backend);
+        for (std::int64_t h = 0; h < 4; ++h) problem.captures[0].tensor.set({h}, kSlopes[h]);
+        const Check check = check_problem(problem, nullptr, true);
+        EXPECT_TRUE(check.accepted) << check.message << " (with slopes of infinity, -infinity, NaN and 1/4)";
+      }
+    }
+  }
+}
+
 TEST(NumericsBackwardEdge, MoreHeadsThanSixteenBits) {
   for (const std::string& backend : target().backends) {
     expect_accepted(std::string("b=3 hq=22000 hkv=11000 sq=1 skv=2 d=2 dtype=bfloat16 score_mod=\"score + 0.001 * h\" "

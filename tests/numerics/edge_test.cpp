@@ -163,6 +163,29 @@ TEST(NumericsEdge, KeptNanReachesItsRows) {
   }
 }
 
+// Slopes that are not finite: 0 times one is NaN on the diagonal, and rows on one side of it are all -infinity, which
+// is to keep nothing. A kernel that adds slope times a difference in parts has to notice its NaN. Sizes are of several
+// tiles, with queries beyond the last key.
+TEST(NumericsEdge, InfiniteSlopes) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kSlopes[] = {kInfinity, -kInfinity, std::numeric_limits<double>::quiet_NaN(), 0.25};
+  for (const std::string& backend : target().backends) {
+    for (const char* const dtype : {"float32", "bfloat16"}) {
+      for (const char* const mod :
+           {R"_(score_mod="alibi")_", R"_(score_mod="alibi" mask_mod="causal")_",
+            R"_(score_mod="alibi" mask_mod="q_idx > kv_idx")_", R"_(score_mod="alibi" mask_mod="q_idx < kv_idx")_",
+            R"_(score_mod="score + alibi_slopes[h] * (q_idx - kv_idx - 1)")_"}) {
+        Problem problem = make(std::string("b=1 hq=4 hkv=2 sq=400 skv=330 d=64 rows=32 ") + mod +
+                               " capture=alibi_slopes:float32:4:packed:normal dtype=" + dtype + " backend=" + backend);
+        for (std::int64_t h = 0; h < 4; ++h) problem.captures[0].tensor.set({h}, kSlopes[h]);
+        const Check check = check_problem(problem);
+        EXPECT_TRUE(check.accepted) << check.message << " (with slopes of infinity, -infinity, NaN and 1/4)";
+        EXPECT_EQ(check.undecided(), 0) << check.message;
+      }
+    }
+  }
+}
+
 // The scale times log2(e), or times a literal that was taken into it, may leave float's range where the scores do not.
 TEST(NumericsEdge, ScaleAtTheEndsOfFloat) {
   struct {

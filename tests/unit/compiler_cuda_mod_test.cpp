@@ -709,6 +709,12 @@ TEST(CompilerCudaMod, FoldsWhatSoftmaxCannotSee) {
       {"score - 0.5 * (q_idx - kv_idx) + h", "shift additive linear "},
       {"score + (q_idx - kv_idx) * c - 2 * (q_idx - kv_idx)", "additive linear "},
       {"score + (q_idx - kv_idx + 3)", "shift additive linear "},
+      {"score + 0.5 * (q_idx - kv_idx + 3)", "shift additive linear "},
+      {"score + h * (q_idx - kv_idx + 3)", "shift additive linear "},
+      // Of an infinite factor the parts are NaN where the whole need not be.
+      {"score + t[b, h] * (q_idx - kv_idx + 3)", "additive drifts "},
+      {"score + c * (t[b, h] - 0.5 * (q_idx - kv_idx))", "additive drifts "},
+      {"score + (q_idx - kv_idx + 3) / c", "additive drifts "},
       // Where the sum is small, its parts are not.
       {"score + (q_idx - kv_idx + 300)", "additive drifts "},
       {"score + (q_idx - kv_idx + off[h])", "additive drifts "},
