@@ -1431,6 +1431,7 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   if (!tiles_error.empty()) return {.text = {}, .error = tiles_error};
 
   CudaMod mod;
+  bool column_loads = false;
   mod.demand = has_mask || !unit_derivative ? ModDemand::kBusy : ModDemand::kNone;
   std::vector<NodeId> looped{folded.value, lowering.keep};
   if (backward) looped.push_back(lowering.dscore);
@@ -1438,10 +1439,12 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   for (const NodeId root : looped) {
     graph.walk(root, [&](NodeId id) {
       if (!graph.is_load(id)) return true;
+      column_loads |= graph.level(id) == Level::kColumn;
       mod.demand = std::max(mod.demand, graph.level(id) == Level::kElement ? ModDemand::kDense : ModDemand::kBusy);
       return true;
     });
   }
+  if (column_loads) traits.emplace_back("kColumnLoads = true");
   std::vector<bool> injective;
   for (std::size_t i = 0; i < lowering.sinks.size(); ++i) {
     const Sink& sink = lowering.sinks[i];

@@ -61,11 +61,14 @@ Result<std::shared_ptr<const CudaSummaries>> CudaSummaries::load(const std::shar
     loaded->size_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     loaded->tables_.push_back(std::move(table));
   }
+  loaded->counter_at_ = loaded->size_;
+  loaded->size_ += kAlignment;
   return std::shared_ptr<const CudaSummaries>(loaded);
 }
 
 Check CudaSummaries::fill(const ForwardCall& call, void* memory, CudaStream stream) const {
   cuda::SummaryParams params = {};
+  params.counter = counter(memory);
   std::int64_t rows = 0;
   for (const Table& table : tables_) {
     const dsl::CaptureView& capture = call.captures[table.of.capture];

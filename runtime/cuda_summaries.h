@@ -33,10 +33,12 @@ class CudaSummaries {
                                                            const std::vector<compiler::TileSummary>& summaries);
 
   std::size_t size() const { return size_; }  // of the memory they need, in bytes, aligned to 256
-  // Launches the kernel; within a CudaScope. `memory` is aligned to 256 bytes.
+  // Launches the kernel, which sets counter(memory) to 0, too; within a CudaScope. `memory` is aligned to 256 bytes.
   Check fill(const ForwardCall& call, void* memory, CudaStream stream) const;
   // The views behind those of the call's captures.
   void fill_views(const ForwardCall& call, void* memory, cuda::CapturedView* views) const;
+  // For blocks of the kernel behind to take their work off.
+  int* counter(void* memory) const { return reinterpret_cast<int*>(static_cast<char*>(memory) + counter_at_); }
 
  private:
   struct Table {
@@ -46,7 +48,7 @@ class CudaSummaries {
   };
 
   std::vector<Table> tables_;
-  std::size_t size_ = 0;
+  std::size_t size_ = 0, counter_at_ = 0;
   std::shared_ptr<const CudaKernel> kernel_;
 };
 

@@ -266,7 +266,7 @@ Result<FusedLaunch> load(const Request& request, const std::shared_ptr<CudaDevic
   if (!kernel) return kernel.failure();
   sm90::ForwardParams fixed = launch_params(request.call.signature, config);
   std::shared_ptr<CudaWorkbench> schedule;
-  // What summarised values decide, the host does not know: blocks take turns.
+  // What summarised values decide, the host does not know: blocks take their work as they go.
   if (has_mask && !code.summaries) {
     Result<std::shared_ptr<CudaWorkbench>> placed = place_schedule(request, device, config, &fixed);
     if (!placed) return placed.failure();
@@ -293,6 +293,7 @@ Result<FusedLaunch> load(const Request& request, const std::shared_ptr<CudaDevic
         }
         params.call = forward_params(call, score_factor);
         if (summaries) {
+          params.counter = summaries->counter(workspace);
           summaries->fill_views(call, workspace, params.call.captured);
           if (Check failure = summaries->fill(call, workspace, stream)) return failure;
         }

@@ -68,6 +68,8 @@ struct ModDefaults {
   static constexpr bool kDrifts = false;
   // Some captured tensor is read.
   static constexpr bool kReadsCaptured = false;
+  // column() reads captured tensors: worth asking for once per key.
+  static constexpr bool kColumnLoads = false;
 
   // Backward: dscore() returns grad.
   static constexpr bool kUnitDerivative = true;

@@ -70,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::cuda::kSummaryThreads)
     attnjit_summarize(const __grid_constant__ attnjit::cuda::SummaryParams params) {
   using namespace attnjit::cuda;
   const int row = static_cast<int>(blockIdx.x);
+  if (row == 0 && threadIdx.x == 0) *params.counter = 0;
   int which = 0;
   while (which + 1 < params.count && params.tables[which + 1].first_row <= row) ++which;
   const SummaryTable& of = params.tables[which];

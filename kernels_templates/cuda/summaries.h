@@ -29,6 +29,7 @@ struct SummaryTable {
 struct SummaryParams {
   SummaryTable tables[kMaxCaptures];
   int count;
+  int* counter;  // set to 0, for the kernel behind
 };
 
 }  // namespace attnjit::cuda

@@ -49,8 +49,10 @@ constexpr int quotient(int dividend, const Divisor& by) {
 struct ForwardParams {
   TensorMap q, k, v, o;  // boxes of 64, tile_n, tile_n and 64 rows
   cuda::ForwardParams call;
-  // The tiles of each block, (rounds, blocks), -1 where a block has no more; null: round robin.
+  // The tiles of each block, (rounds, blocks), -1 where a block has no more. Null: the first as the blocks are
+  // numbered, the others as blocks take them off `counter`, which starts at 0; without one round robin.
   const int* schedule;
+  int* counter;
   int rounds;
   int m_tiles;  // of a head
   int tiles;    // m_tiles * num_heads * batch
@@ -98,7 +100,7 @@ constexpr int v_bytes(const ForwardConfig& c) { return tile_bytes(c.tile_n, c.he
 constexpr int o_bytes(const ForwardConfig& c) {
   return c.o_buffer ? c.warpgroups * tile_bytes(kRowsOfWarpgroup, c.head_dim_v) : 0;
 }
-inline constexpr int kBarrierBytes = 512;
+inline constexpr int kBarrierBytes = 1024;
 inline constexpr int kTileAlignment = 1024;
 constexpr int forward_shared_memory(const ForwardConfig& c) {
   return q_bytes(c) + c.stages * (k_bytes(c) + v_bytes(c)) + o_bytes(c) + kBarrierBytes + kTileAlignment;

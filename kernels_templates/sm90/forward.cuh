@@ -56,12 +56,16 @@ constexpr int kQFull = kVEmpty + 8 * kStages;
 constexpr int kQEmpty = kQFull + 8;
 constexpr int kJobFull = kQEmpty + 8;
 constexpr int kJobEmpty = kJobFull + 16;
-constexpr int kDrained = kJobEmpty + 16;
+constexpr int kListSlots = 4;
+constexpr int kListFull = kJobEmpty + 16;
+constexpr int kListEmpty = kListFull + 8 * kListSlots;
 // And what warps tell each other.
-constexpr int kJobs = (kDrained + 8 + 15) / 16 * 16;  // two, of eight words
-constexpr int kKeys = kJobs + 64;                     // by stage: the number of the tile of keys in it
-constexpr int kRedo = kKeys + 4 * kStages;            // by warpgroup: a tile to be done again, or -1
-static_assert(kRedo + 4 * kWarpgroups <= kBarrierBytes);
+constexpr int kJobs = (kListEmpty + 8 * kListSlots + 15) / 16 * 16;  // two, of eight words
+constexpr int kLists = kJobs + 64;                                   // of eight words
+constexpr int kVerdicts = kLists + 32 * kListSlots;  // of the last four jobs, by warpgroup: the tile to be done again
+                                                     // and 1, or 0
+constexpr int kKeys = kVerdicts + 64;                // by stage: a KeyWord
+static_assert(kKeys + 4 * kStages <= kBarrierBytes);
 
 __device__ __forceinline__ void store_shared(Address address, int x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
@@ -75,6 +79,12 @@ __device__ __forceinline__ int load_shared(Address address) {
 // The same value in every lane, and known to be: what is computed from it, descriptors above all, stays in uniform
 // registers. Of loop bounds, too.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// The same value, as if from elsewhere: a loop is not taken apart for what it starts with.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- Barriers
 
@@ -146,44 +156,48 @@ __device__ __forceinline__ void store_column(const TensorMap& map, Address from,
 struct Job {
   int first_query;
   int h, b;
-  int tile;           // its number; kEnd: there is none, nor will there be
+  int tile;           // its number; kNothing: no work; kEnd: nor will there be
   int partial, full;  // steps
-  bool last;          // of those that are not done again
+  bool again;         // the second time, exactly
+  bool ascending;     // the keys go by in their order, else backwards
 };
 constexpr int kEnd = -1;
+constexpr int kNothing = -2;
 
 __device__ __forceinline__ void store_job(Address slot, const Job& job) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(job.first_query), "r"(job.h), "r"(job.b),
                "r"(job.tile)
                : "memory");
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot + 16), "r"(job.partial), "r"(job.full),
-               "r"(static_cast<int>(job.last)), "r"(0)
+               "r"(static_cast<int>(job.again)), "r"(static_cast<int>(job.ascending))
                : "memory");
+}
+// Eight words, in all lanes. The lane that will say that they may be written again reads for its warp.
+__device__ __forceinline__ void load_words(int (&words)[8], Address from) {
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(from)
+                 : "memory");
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[4]), "=r"(words[5]), "=r"(words[6]), "=r"(words[7])
+                 : "r"(from + 16)
+                 : "memory");
+  }
+#pragma unroll
+  for (int& word : words) word = uniform(word);
 }
 __device__ __forceinline__ Job load_job(Address slot) {
-  Job job;
-  int last;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(job.first_query), "=r"(job.h), "=r"(job.b), "=r"(job.tile)
-               : "r"(slot)
-               : "memory");
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, _}, [%3];"
-               : "=r"(job.partial), "=r"(job.full), "=r"(last)
-               : "r"(slot + 16)
-               : "memory");
-  job.last = last != 0;
-  return job;
+  int words[8] = {};
+  load_words(words, slot);
+  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6] != 0, words[7] != 0};
 }
 
-// This block's job number `round`: of the schedule, or round robin. None where it is negative or not below
-// params.tiles.
-__device__ __forceinline__ int tile_of_round(const ForwardParams& params, int round) {
-  const int at = round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-  if (params.schedule == nullptr) return at;
-  return round < params.rounds ? params.schedule[at] : -1;
-}
+// A tile of keys, its number, and the warpgroups that do not see it, as bits from kSkipShift on.
+constexpr int kSkipShift = 28;
+constexpr int kNumberMask = (1 << kSkipShift) - 1;
 
-// ---- The loading warp
+// ---- The planning warp
 
 // One lane of the warp, the same everywhere.
 __device__ __forceinline__ bool elected() {
@@ -192,33 +206,25 @@ __device__ __forceinline__ bool elected() {
   return is_elected != 0;
 }
 
-// What the loading warp knows of a job. Tiles of keys are numbered in the order of their use, from 0 on.
-struct Plan {
-  Job job;
-  int first_tile;      // number 0
-  int count;           // of those that may be looked at
-  bool ascending;      // number i is first_tile + i, or - i
-  unsigned partial_0;  // of the first 32, those of each kind
-  unsigned full_0;
-};
-
-struct Loader {
+// Finds out what jobs consist of, as far ahead as there is room for it.
+struct Planner {
   const ForwardParams& params;
   Address shared;
-  int jobs = 0;     // so far
-  int loads = 0;    // of K
-  int queries = 0;  // jobs that took Q's memory
+  int jobs = 0;   // so far
+  int lists = 0;  // likewise
 
   __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
 
-  __device__ __forceinline__ void send(const Job& job) {
-    const int slot = jobs % 2;
-    wait(barrier(kJobEmpty + 8 * slot), jobs / 2 % 2 ^ 1);
-    if (elected()) {
-      store_job(barrier(kJobs + 32 * slot), job);
-      arrive(barrier(kJobFull + 8 * slot));
-    }
-    ++jobs;
+  // This block's tile number `round`: of the schedule, of the counter that the blocks share, or round robin. None where
+  // it is negative or not below params.tiles.
+  __device__ __forceinline__ int tile_of_round(int round) const {
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    const int at = round * blocks + block;
+    if (params.schedule != nullptr) return round < params.rounds ? params.schedule[at] : -1;
+    if (params.counter == nullptr || round == 0) return at;
+    int taken = 0;
+    if (threadIdx.x % 32 == 0) taken = atomicAdd(params.counter, 1);
+    return blocks + uniform(taken);
   }
 
   __device__ __forceinline__ void place(Job& job, int tile) const {
@@ -229,77 +235,170 @@ struct Loader {
     job.first_query = m * kTileM;
   }
 
-  __device__ __forceinline__ Tile whole_tile(const Job& job) const {
+  // `rows` queries, or those of them that there are, and all keys.
+  __device__ __forceinline__ Tile whole_tile(const Job& job, int first_query, int rows) const {
     const cuda::ForwardParams& call = params.call;
     return {.b = job.b,
             .h_first = job.h,
             .h_last = job.h,
-            .q_first = call.q_idx_origin + job.first_query,
-            .q_last = call.q_idx_origin + min(job.first_query + kTileM, call.seqlen_q) - 1,
+            .q_first = call.q_idx_origin + first_query,
+            .q_last = call.q_idx_origin + min(first_query + rows, call.seqlen_q) - 1,
             .kv_first = call.kv_idx_origin,
             .kv_last = call.kv_idx_origin + call.seqlen_kv - 1};
   }
 
-  // Which of tiles 32 * group to 32 * group + 31 are of a kind: one to a lane.
-  __device__ __forceinline__ void kinds(const Plan& plan, int group, unsigned& partial, unsigned& full) const {
-    // Also of lanes beyond the last tile: what is asked about exists.
-    const int number = min(32 * group + static_cast<int>(threadIdx.x), plan.count - 1);
-    const int n = plan.ascending ? plan.first_tile + number : plan.first_tile - number;
-    Tile tile = whole_tile(plan.job);
-    tile.kv_first += n * kTileN;
-    tile.kv_last = tile.kv_first + kTileN - 1;
+  // Of 32 tiles of keys from `first` on in the order of their use, of which the first `count` exist: those of each kind
+  // for the job, and those that a warpgroup's rows do not see.
+  struct Kinds {
+    unsigned partial, full;
+    unsigned skipped[4];
+  };
+  __device__ __forceinline__ Kinds kinds(const Job& job, int first, int count) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    // Also in lanes beyond the last tile: what is asked about exists.
+    const int number = min(lane, count - 1);
+    const int n = job.ascending ? first + number : first - number;
     const bool whole = (n + 1) * kTileN <= params.call.seqlen_kv;
-    TileKind kind = TileKind::kPartial;
-    if constexpr (Mod::kKnowsTiles) kind = Mod::tile_kind(params.call.captured, tile);
-    if constexpr (!Mod::kHasMask) kind = TileKind::kFull;
-    const bool some = 32 * group + static_cast<int>(threadIdx.x) < plan.count && kind != TileKind::kSkip;
-    const bool is_full = kind == TileKind::kFull && whole;
-    full = __ballot_sync(0xffffffffu, some && is_full);
-    partial = __ballot_sync(0xffffffffu, some && !is_full);
+    Kinds kinds = {};
+    bool some = !Mod::kHasMask, all = !Mod::kHasMask;
+    if constexpr (Mod::kHasMask) {
+      all = true;
+#pragma unroll
+      for (int w = 0; w < kWarpgroups; ++w) {
+        const int first_query = job.first_query + w * kRows;
+        TileKind kind = TileKind::kPartial;
+        if constexpr (Mod::kKnowsTiles) {
+          // A warpgroup without queries asks about the last one.
+          Tile tile = whole_tile(job, min(first_query, params.call.seqlen_q - 1), kRows);
+          tile.kv_first += n * kTileN;
+          tile.kv_last = tile.kv_first + kTileN - 1;
+          kind = Mod::tile_kind(params.call.captured, tile);
+        }
+        const bool exists = first_query < params.call.seqlen_q;
+        const bool skips = kind == TileKind::kSkip || !exists;
+        some |= !skips;
+        all &= kind == TileKind::kFull || !exists;
+        kinds.skipped[w] = __ballot_sync(0xffffffffu, skips);
+      }
+    }
+    some &= lane < count;
+    kinds.full = __ballot_sync(0xffffffffu, some && all && whole);
+    kinds.partial = __ballot_sync(0xffffffffu, some && !(all && whole));
+    return kinds;
   }
 
-  __device__ __forceinline__ Plan plan_of(int tile, bool last) const {
-    Plan plan;
-    Job& job = plan.job;
-    place(job, tile);
-    job.last = last;
+  __device__ __forceinline__ void send(const Job& job) {
+    const int slot = jobs % 2;
+    if (elected()) {
+      store_job(barrier(kJobs + 32 * slot), job);
+      arrive(barrier(kJobFull + 8 * slot));
+    }
+    ++jobs;
+  }
+
+  __device__ __forceinline__ void push(unsigned tiles, int first, const Kinds& kinds) {
+    const int slot = lists % kListSlots;
+    wait(barrier(kListEmpty + 8 * slot), lists / kListSlots % 2 ^ 1);
+    if (elected()) {
+      const Address to = barrier(kLists + 32 * slot);
+      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(tiles), "r"(first) : "memory");
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16), "r"(kinds.skipped[0]),
+                   "r"(kinds.skipped[1]), "r"(kinds.skipped[2]), "r"(kinds.skipped[3])
+                   : "memory");
+      arrive(barrier(kListFull + 8 * slot));
+    }
+    ++lists;
+  }
+
+  // The tile of a job if some warpgroup found its sums too high, or -1.
+  __device__ __forceinline__ int failed(int job) const {
+    int words[4] = {};
+    // The lane that lets them be written again reads.
+    if (threadIdx.x % 32 == 0) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(barrier(kVerdicts + 16 * (job & 3)))
+                   : "memory");
+    }
+    return uniform(max(max(words[0], words[1]), max(words[2], words[3]))) - 1;
+  }
+
+  // All jobs of this block, and again those whose sums ran too high.
+  __device__ __forceinline__ void run() {
     const cuda::ForwardParams& call = params.call;
-    int first = 0, end = (call.seqlen_kv + kTileN - 1) / kTileN;
-    if constexpr (Mod::kKnowsRanges) {
-      const IndexRange range = Mod::kv_range(call.captured, whole_tile(job));
-      const bool none = range.first > range.last;
-      first = none ? 0 : (range.first - call.kv_idx_origin) / kTileN;
-      end = none ? 0 : (range.last - call.kv_idx_origin) / kTileN + 1;
-    }
-    plan.ascending = false;
-    if constexpr (Mod::kLinear) {
-      plan.ascending = Mod::slope(call.captured, Mod::block(call.captured, job.b, job.h)) > 0.0f;
-    }
-    plan.first_tile = plan.ascending ? first : end - 1;
-    plan.count = end - first;
-    if (plan.count == 0) {
-      plan.partial_0 = plan.full_0 = 0;
-      job.partial = job.full = 0;
-      return plan;
-    }
-    kinds(plan, 0, plan.partial_0, plan.full_0);
-    job.partial = __popc(plan.partial_0);
-    job.full = __popc(plan.full_0);
+    constexpr int kBehind = 3;  // when the room of a job is free, all have finished the one that far before
+    int round = 0, idle = 0;
 #pragma unroll 1
-    for (int group = 1; 32 * group < plan.count; ++group) {
-      unsigned partial, full;
-      kinds(plan, group, partial, full);
-      job.partial += __popc(partial);
-      job.full += __popc(full);
+    while (idle < (kConfig.frozen ? kBehind : 1)) {
+      // Not before there is room: work is taken as late as may be.
+      wait(barrier(kJobEmpty + 8 * (jobs % 2)), jobs / 2 % 2 ^ 1);
+      const int again = kConfig.frozen ? failed(jobs - kBehind) : -1;
+      const int tile = again >= 0 ? again : tile_of_round(round);
+      Job job = {.tile = kNothing};
+      int first = 0, count = 0;  // of the tiles of keys that may be looked at
+      if (tile >= 0 && tile < params.tiles) {
+        round += again < 0;
+        idle = 0;
+        place(job, tile);
+        job.again = again >= 0;
+        int begin = 0, end = (call.seqlen_kv + kTileN - 1) / kTileN;
+        if constexpr (Mod::kKnowsRanges) {
+          const IndexRange range = Mod::kv_range(call.captured, whole_tile(job, job.first_query, kTileM));
+          const bool none = range.first > range.last;
+          begin = none ? 0 : (range.first - call.kv_idx_origin) / kTileN;
+          end = none ? 0 : (range.last - call.kv_idx_origin) / kTileN + 1;
+        }
+        if constexpr (Mod::kLinear) {
+          job.ascending = Mod::slope(call.captured, Mod::block(call.captured, job.b, job.h)) > 0.0f;
+        }
+        first = job.ascending ? begin : end - 1;
+        count = end - begin;
+      } else {
+        // Jobs of nothing, until there is word of all others.
+        ++idle;
+        if (idle == (kConfig.frozen ? kBehind : 1)) job.tile = kEnd;
+      }
+      // First the steps are counted, then come those that are partial, then those that are full.
+      const int groups = (count + 31) / 32;
+      Kinds of = {};
+#pragma unroll 1
+      for (int turn = 0;; ++turn) {
+        if (turn == groups) send(job);
+        if (turn == 3 * groups) break;
+        const int pass = turn < groups ? 0 : turn < 2 * groups ? 1 : 2;
+        const int number = 32 * (turn - pass * groups);
+        const int first_of = job.ascending ? first + number : first - number;
+        // Of a single group it is known already.
+        if (pass == 0 || groups > 1) of = kinds(job, first_of, count - number);
+        if (pass == 0) {
+          job.partial += __popc(of.partial);
+          job.full += __popc(of.full);
+          continue;
+        }
+        const unsigned tiles = pass == 1 ? of.partial : of.full;
+        if (tiles != 0) push(tiles, first_of, of);
+      }
     }
-    return plan;
   }
+};
 
-  __device__ __forceinline__ void load_k(const Job& job, int h_kv, int n) {
+// ---- The loading warp
+
+// Loads what jobs need, in the order in which it is used.
+struct Loader {
+  const ForwardParams& params;
+  Address shared;
+  int loads = 0;    // of K, so far
+  int queries = 0;  // jobs that took Q's memory
+
+  __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
+
+  // `word`: what the computing warps are told of the tile.
+  __device__ __forceinline__ void load_k(const Job& job, int h_kv, int n, int word) {
     const int stage = loads % kStages;
     wait(barrier(kKEmpty + 8 * stage), loads / kStages % 2 ^ 1);
     if (elected()) {
-      store_shared(barrier(kKeys + 4 * stage), n);
+      store_shared(barrier(kKeys + 4 * stage), word);
       arrive_expecting(barrier(kKFull + 8 * stage), k_bytes(kConfig));
       load_tile<kQColumns>(shared + kKAt + stage * k_bytes(kConfig), params.k, barrier(kKFull + 8 * stage), kTileN,
                            n * kTileN, h_kv, job.b);
@@ -335,74 +434,51 @@ struct Loader {
     }
   }
 
-  // Loads what a job needs, in the order in which it is used, but for the last V. Returns the number of its tile, or
-  // -1.
-  __device__ __forceinline__ int load(const Plan& plan, int h_kv) {
-    int previous = -1;
+  __device__ __forceinline__ void run() {
+    int lists = 0;
 #pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
-#pragma unroll 1
-      for (int group = 0; 32 * group < plan.count; ++group) {
-        unsigned partial = plan.partial_0, full = plan.full_0;
-        if (group > 0) kinds(plan, group, partial, full);
-        unsigned tiles = pass == 0 ? partial : full;
+    for (int jobs = 0;; ++jobs) {
+      wait(barrier(kJobFull + 8 * (jobs % 2)), jobs / 2 % 2);
+      const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
+      if (elected()) arrive(barrier(kJobEmpty + 8 * (jobs % 2)));
+      if (job.tile == kEnd) break;
+      if (job.tile == kNothing) continue;
+      const int h_kv = quotient(job.h, params.by_group);
+      int previous = opaque(-1);
+      for (int steps_left = job.partial + job.full; steps_left > 0;) {
+        const int slot = lists % kListSlots;
+        wait(barrier(kListFull + 8 * slot), lists / kListSlots % 2);
+        int list[8] = {};
+        load_words(list, barrier(kLists + 32 * slot));
+        if (elected()) arrive(barrier(kListEmpty + 8 * slot));
+        ++lists;
+        unsigned tiles = static_cast<unsigned>(list[0]);
+        steps_left -= __popc(tiles);
 #pragma unroll 1
         while (tiles != 0) {
-          const int number = 32 * group + __ffs(static_cast<int>(tiles)) - 1;
+          const int bit = __ffs(static_cast<int>(tiles)) - 1;
           tiles &= tiles - 1;
-          const int n = plan.ascending ? plan.first_tile + number : plan.first_tile - number;
-          load_k(plan.job, h_kv, n);
+          const int n = job.ascending ? list[1] + bit : list[1] - bit;
+          int word = n;
+          if constexpr (Mod::kHasMask) {
+#pragma unroll
+            for (int w = 0; w < kWarpgroups; ++w) word |= (list[4 + w] >> bit & 1) << (kSkipShift + w);
+          }
+          load_k(job, h_kv, n, word);
           if (previous < 0) {
-            load_q(plan.job);
+            load_q(job);
           } else {
-            load_v(plan.job, h_kv, loads - 2, previous);
+            load_v(job, h_kv, loads - 2, previous);
           }
           previous = n;
         }
       }
-    }
-    return previous;
-  }
-
-  // All jobs of this block, and again those whose sums ran too high. What a job is made of is found out before the last
-  // load of the one before, which has to wait in any case.
-  __device__ __forceinline__ void run_all() {
-    int tile = tile_of_round(params, 0);
-    int next = tile_of_round(params, 1);
-    const auto exists = [&](int t) { return t >= 0 && t < params.tiles; };
-    int redone = 0;  // warpgroups whose tile to be done again was looked at
-    Plan plan = plan_of(tile, !exists(next));
-#pragma unroll 1
-    for (int round = 2;; ++round) {
-      send(plan.job);
-      const Job job = plan.job;
-      const int h_kv = quotient(job.h, params.by_group);
-      const int last_tile = load(plan, h_kv);
-      tile = next;
-      if (!job.last) {
-        next = tile_of_round(params, round);
-        plan = plan_of(tile, !exists(next));
-      }
-      if (last_tile >= 0) {
-        load_v(job, h_kv, loads - 1, last_tile);
+      if (previous >= 0) {
+        load_v(job, h_kv, loads - 1, previous);
       } else if (!kConfig.o_buffer) {
         leave_q();
       }
-      if (!job.last) continue;
-      if constexpr (!kConfig.frozen) break;
-      if (redone == 0) wait(barrier(kDrained), 0);
-      tile = -1;
-#pragma unroll 1
-      for (; redone < kWarpgroups && tile < 0; ++redone) {
-        tile = load_shared(barrier(kRedo + 4 * redone));
-        for (int w = 0; w < redone; ++w) {
-          if (load_shared(barrier(kRedo + 4 * w)) == tile) tile = -1;
-        }
-      }
-      if (tile < 0) break;
-      plan = plan_of(tile, true);
     }
-    send({.tile = kEnd});
   }
 };
 
@@ -453,6 +529,18 @@ __device__ __forceinline__ void pack_all(unsigned (&words)[kSize], const float (
   for (int i = 0; i < kSize; ++i) words[i] = pack(x[2 * i], x[2 * i + 1]);
 }
 
+// Another lane's value.
+template <typename T>
+__device__ __forceinline__ T from_lane(const T& x, int lane) {
+  unsigned words[(sizeof(T) + 3) / 4] = {};
+  memcpy(words, &x, sizeof(T));
+#pragma unroll
+  for (unsigned& word : words) word = __shfl_sync(0xffffffffu, word, lane);
+  T result;
+  memcpy(&result, words, sizeof(T));
+  return result;
+}
+
 template <typename Block, typename Row>
 struct Warpgroup {
   const ForwardParams& params;
@@ -462,16 +550,39 @@ struct Warpgroup {
   int first_column;  // of this thread, in a tile
   float factor;      // on what the softmax is given
 
+  using Column = decltype(Mod::column(nullptr, Block(), 0));
+  static constexpr int kOwnColumns = Mod::kColumnLoads ? (kTileN + 31) / 32 : 1;
+
   // Where a tile of keys is: found out while its products are under way.
   struct Keys {
     int n;
     int first;       // logical position of this thread's first
     int difference;  // of the first row's and that
     float difference_float;
+    // With kColumnLoads: of every 32 columns the one that has this lane's number. A thread's elements lie in as many
+    // columns as the warp's: each lane asks for some, and for_each hands them round.
+    Column own[kOwnColumns];
   };
   __device__ __forceinline__ Keys keys(int n) const {
-    const int first = params.call.kv_idx_origin + n * kTileN + first_column;
-    return {n, first, first_row - first, static_cast<float>(first_row - first)};
+    const int start = params.call.kv_idx_origin + n * kTileN;
+    const int difference = first_row - start - first_column;
+    Keys keys = {n, start + first_column, difference, static_cast<float>(difference), {}};
+    if constexpr (Mod::kColumnLoads) {
+#pragma unroll
+      for (int i = 0; i < kOwnColumns; ++i) {
+        const int column = min(32 * i + static_cast<int>(threadIdx.x) % 32, kTileN - 1);
+        keys.own[i] = Mod::column(params.call.captured, block, start + column);
+      }
+    }
+    return keys;
+  }
+  // Of this thread's column 8 * j + e.
+  __device__ __forceinline__ Column column(const Keys& keys, int j, int e) const {
+    if constexpr (Mod::kColumnLoads) {
+      return from_lane(keys.own[8 * j / 32], 8 * j % 32 + first_column + e);
+    } else {
+      return Mod::column(params.call.captured, block, keys.first + 8 * j + e);
+    }
   }
 
   // Calls f(element, row, column, diagonal) for each. Row r and column j lie on diagonal r - j of those 8 apart: each j
@@ -487,7 +598,7 @@ struct Warpgroup {
     for (int j = 0; j < kTileN / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const auto column = Mod::column(params.call.captured, block, keys.first + 8 * j + e);
+        const Column column = this->column(keys, j, e);
         const auto own = diagonal(-8 * j - e);
         f(4 * j + e, 0, column, own);
         f(4 * j + 2 + e, 1, column, before[e]);
@@ -496,7 +607,9 @@ struct Warpgroup {
     }
   }
 
-  // What the softmax is given, of all elements, in place: -inf where there is no key or the mask drops it.
+  // What the softmax is given, of all elements, in place: -inf where the mask drops it or, if the tile may be the last
+  // one, there is no key.
+  template <bool kMayBeLast>
   __device__ __forceinline__ void modify(float (&s)[kScores], const Keys& keys) const {
     const cuda::ForwardParams& call = params.call;
     if (call.score_prescale != 1.0f) {
@@ -514,7 +627,7 @@ struct Warpgroup {
         s[i] = value;
       });
     }
-    if (keys.n * kTileN + kTileN > call.seqlen_kv) {
+    if (kMayBeLast && keys.n * kTileN + kTileN > call.seqlen_kv) {
       const int keys_left = call.seqlen_kv - keys.n * kTileN - first_column;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
@@ -706,19 +819,33 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   };
   if (kConfig.ping_pong && warpgroup == 0) arrive_threads(kTurnBarrier, 256);
 
+  const auto word_of = [&](int stage) {
+    // The lane that will say that the stage may be written again reads for its warp.
+    int word = 0;
+    if (lane == 0) word = load_shared(barrier(kKeys + 4 * stage));
+    return uniform(word);
+  };
+  const auto keys_of = [&](int stage) { return word_of(stage) & kNumberMask; };
+
   int base = 0;     // loads of K of the jobs before
   int queries = 0;  // jobs that took Q's memory
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
-  bool exact = !kConfig.frozen || call.score_prescale != 1.0f;
-  bool drained = false;  // all jobs but those that are done again are behind
+  bool always_exact = !kConfig.frozen || call.score_prescale != 1.0f;
 
 #pragma unroll 1
   for (int jobs = 0;; ++jobs) {
     wait(barrier(kJobFull + 8 * (jobs % 2)), jobs / 2 % 2);
     const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
-    __syncwarp();
     release(barrier(kJobEmpty + 8 * (jobs % 2)));
-    if (uniform(job.tile) == kEnd) break;
+    if (job.tile == kEnd) break;
+    const auto report = [&](int tile) {
+      if (thread == 0) store_shared(barrier(kVerdicts + 16 * (jobs % 4) + 4 * warpgroup), tile + 1);
+    };
+    if (job.tile == kNothing) {
+      report(-1);
+      continue;
+    }
+    const bool exact = always_exact || job.again;
     const int b = job.b, h = job.h, first_query = job.first_query;
     const int query = first_query + warpgroup * kRows + warp * 16 + lane / 4;
     const int first_row = call.q_idx_origin + query;
@@ -740,8 +867,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
 
-    const int partial_steps = uniform(job.partial);
-    const int steps = partial_steps + uniform(job.full);
+    const int partial_steps = job.partial;
+    const int steps = partial_steps + job.full;
     const bool takes_q = steps > 0 || !kConfig.o_buffer;
     if (takes_q) wait(barrier(kQFull), queries % 2);
     int step = 0;
@@ -752,16 +879,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         const int stage = (base + step) % kStages;
         const int parity = (base + step) / kStages % 2;
         wait(barrier(kKFull + 8 * stage), parity);
-        const int kv_first = call.kv_idx_origin + load_shared(barrier(kKeys + 4 * stage)) * kTileN;
-        const int own_first = call.q_idx_origin + first_query + warpgroup * kRows;
-        const Tile tile = {.b = b,
-                           .h_first = h,
-                           .h_last = h,
-                           .q_first = own_first,
-                           .q_last = own_first + kRows - 1,
-                           .kv_first = kv_first,
-                           .kv_last = kv_first + kTileN - 1};
-        if (uniform(static_cast<int>(Mod::tile_kind(call.captured, tile))) != static_cast<int>(TileKind::kSkip)) break;
+        if ((word_of(stage) >> (kSkipShift + warpgroup) & 1) == 0) break;
         if (step > 0) await_turn();
         if (step > 0) pass_turn();
         release(barrier(kKEmpty + 8 * stage));
@@ -776,11 +894,11 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       if (step > 0) await_turn();
       multiply_qk(s, q, k_of(stage));
       if (step > 0) pass_turn();
-      const auto keys = own.keys(load_shared(barrier(kKeys + 4 * stage)));
+      const auto keys = own.keys(keys_of(stage));
       wait_for_scores_alone(s);
       release(barrier(kKEmpty + 8 * stage));
       if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
-      own.modify(s, keys);
+      own.template modify<true>(s, keys);
       float rescale[2];
       own.exact_softmax(s, state, rescale);
       pack_all(p, s);
@@ -800,13 +918,14 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       multiply_pv(o, p, v_of(before));
       pass_turn();
       typename Own::Keys keys = {};
-      if constexpr (kExact || !kIdentity) keys = own.keys(load_shared(barrier(kKeys + 4 * stage)));
+      if constexpr (kExact || !kIdentity) keys = own.keys(keys_of(stage));
       wait_for_scores(s);
       release(barrier(kKEmpty + 8 * stage));
       if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
       float rescale[2];
       if constexpr (kExact) {
-        own.modify(s, keys);
+        // The last tile of keys comes first of the partial ones, but where the keys rise and others are partial, too.
+        own.template modify<Mod::kLinear && Mod::kHasMask>(s, keys);
         own.exact_softmax(s, state, rescale);
       } else {
         own.frozen_softmax(s, state, keys);
@@ -850,25 +969,26 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     if (kConfig.o_buffer && steps > 0 && !some) release(barrier(kQEmpty));
 
     const bool again = finish_rows(own, o, state, b, h, query, exact);
-    if (kConfig.frozen && again) store_shared(barrier(kRedo + 4 * warpgroup), job.tile);
     // Whatever left this memory before has been read; and without a buffer everybody is done with Q.
     if (thread == 0) {
-      if (drained) {
-        // Of a job that is done again: it is to write after itself.
+      if (job.again) {
+        // It is to write after itself.
         asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
       } else {
         asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
       }
     }
-    sync_threads(kOwnBarrier + warpgroup, 128);
+    if constexpr (kConfig.frozen) {
+      const bool failed = any_of_warpgroup(warpgroup, again);
+      report(failed ? job.tile : -1);
+      // Which block takes which tile off a counter is chance, and must not decide what is computed exactly.
+      always_exact |= failed && params.counter == nullptr;
+    } else {
+      sync_threads(kOwnBarrier + warpgroup, 128);
+    }
     stage_output(o, o_tile, warp, lane);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     sync_threads(kOwnBarrier + warpgroup, 128);
-    if (kConfig.frozen && uniform(load_shared(barrier(kRedo + 4 * warpgroup))) >= 0) exact = true;
-    if (kConfig.frozen && uniform(job.last) && !drained) {
-      if (thread == 0) arrive(barrier(kDrained));
-      exact = drained = true;
-    }
     if (thread == 0) {
       const int row = first_query + warpgroup * kRows;
       if (row < call.seqlen_q) {
@@ -912,16 +1032,21 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm90::kThreads, 1)
     init(barriers + kQEmpty, kConfig.o_buffer ? kWarps : kWarpgroups);
     for (int slot = 0; slot < 2; ++slot) {
       init(barriers + kJobFull + 8 * slot, 1);
-      init(barriers + kJobEmpty + 8 * slot, kWarps);
+      init(barriers + kJobEmpty + 8 * slot, kWarps + 1);
     }
-    init(barriers + kDrained, kWarpgroups);
-    for (int w = 0; w < kWarpgroups; ++w) store_shared(barriers + kRedo + 4 * w, -1);
+    for (int slot = 0; slot < kListSlots; ++slot) {
+      init(barriers + kListFull + 8 * slot, 1);
+      init(barriers + kListEmpty + 8 * slot, 1);
+    }
+    for (int i = 0; i < 16; ++i) store_shared(barriers + kVerdicts + 4 * i, 0);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
-    if (threadIdx.x < 32) Loader{params, shared}.run_all();
+    const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
+    if (warp == 0) Loader{params, shared}.run();
+    if (warp == 1) Planner{params, shared}.run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
     compute(params, shared, warpgroup - 1);

@@ -807,8 +807,9 @@ TEST_F(CudaSm90, Summaries) {
   ASSERT_EQ(kernels.size(), 2u);
   EXPECT_EQ(kernels[1]["entry"], "attnjit_summarize");
   // (2, 4, 2 levels, 2 blocks) of int32.
-  ASSERT_EQ(attnjit_plan_workspace_size(plan.get()), 256u);
-  alignas(256) char workspace[256];
+  // And a counter.
+  ASSERT_EQ(attnjit_plan_workspace_size(plan.get()), 512u);
+  alignas(256) char workspace[512];
   int stream = 0;
   EXPECT_EQ(run(plan, &stream), ATTNJIT_INVALID_ARGUMENT);
   ASSERT_EQ(attnjit_run(plan.get(), &p_.attention, workspace, sizeof workspace, &stream), ATTNJIT_OK)
@@ -822,6 +823,7 @@ TEST_F(CudaSm90, Summaries) {
   cuda::SummaryParams tables;
   std::memcpy(&tables, launch.parameters.data(), sizeof tables);
   ASSERT_EQ(tables.count, 1);
+  EXPECT_EQ(tables.counter, reinterpret_cast<int*>(workspace + 256));
   const cuda::SummaryTable& table = tables.tables[0];
   EXPECT_EQ(table.data, ids.data());
   EXPECT_EQ(table.table, workspace);
@@ -836,6 +838,7 @@ TEST_F(CudaSm90, Summaries) {
   EXPECT_EQ(fake_->launches[1].stream, &stream);
   const sm90::ForwardParams params = last_sm90_params();
   EXPECT_EQ(params.schedule, nullptr);
+  EXPECT_EQ(params.counter, tables.counter);
   EXPECT_EQ(params.call.captured[0].data, ids.data());
   const cuda::CapturedView& view = params.call.captured[1];
   EXPECT_EQ(view.data, workspace);

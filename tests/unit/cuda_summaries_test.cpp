@@ -104,6 +104,8 @@ TEST(CudaSummaries, AllTypesAndLengths) {
       auto longs = Values<std::int64_t>::random(SummaryType::kInt64, 1, 1, extent, 1);
       SummaryParams params = {};
       params.count = 6;
+      int counter = 5;
+      params.counter = &counter;
       params.tables[0] = bools.table(0);
       params.tables[1] = bytes.table(2);
       params.tables[2] = chars.table(3);
@@ -111,6 +113,7 @@ TEST(CudaSummaries, AllTypesAndLengths) {
       params.tables[4] = ints.table(6);
       params.tables[5] = longs.table(10);
       Machine::get().run({11, 1, 1}, kSummaryThreads, [&] { attnjit_summarize(params); });
+      EXPECT_EQ(counter, 0);
       bools.expect(params.tables[0]);
       bytes.expect(params.tables[1]);
       chars.expect(params.tables[2]);
