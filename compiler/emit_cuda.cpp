@@ -238,7 +238,8 @@ CompileResult<EmittedCuda> emit_sm80_forward(const ModProblem& problem, const sm
   finish(result.value,
          prelude() + template_file("sm80/config.h") + "\n" + in_namespace("cuda", mod) +
              in_namespace("sm80", "constexpr ForwardConfig kConfig = " + values + ";\n") +
-             template_file("sm80/tile.cuh") + "\n" + template_file("sm80/forward.cuh"),
+             template_file("sm80/walk.cuh") + "\n" + template_file("sm80/tile.cuh") + "\n" +
+             template_file("sm80/forward.cuh"),
          options);
   return result;
 }
@@ -270,7 +271,8 @@ CompileResult<EmittedCuda> emit_sm80_backward(const ModProblem& problem, const s
   finish(result.value,
          prelude() + template_file("cuda/gradients.cuh") + "\n" + template_file("sm80/config.h") + "\n" +
              in_namespace("cuda", mod) + in_namespace("sm80", "constexpr BackwardConfig kConfig = " + values + ";\n") +
-             template_file("sm80/tile.cuh") + "\n" + template_file("sm80/backward.cuh"),
+             template_file("sm80/walk.cuh") + "\n" + template_file("sm80/tile.cuh") + "\n" +
+             template_file("sm80/backward.cuh"),
          options);
   // Accumulators take most registers: what ptxas gains by more it loses by spilling.
   result.value.source.register_usage_level = 0;

@@ -81,8 +81,6 @@ constexpr bool kSinks = Table::count(SinkLevel::kBlock) + Table::count(SinkLevel
                             Table::count(SinkLevel::kElement) + kRowSinks + kDiagonalSinks >
                         0;
 constexpr int kSinkSlots = Table::kSize > 0 ? Table::kSize : 1;
-// The scores go straight into the exponential, and nothing else sees an element.
-constexpr bool kPlain = Mod::kIdentity && !Mod::kHasMask && Mod::kUnitDerivative && !kSinks;
 constexpr bool kNeedsGrad = kConfig.wants_dq || kConfig.wants_dk || kSinks;
 
 constexpr Address kNothing = 0;
@@ -91,12 +89,6 @@ extern "C" {
 extern __shared__ __align__(128) char attnjit_shared[];
 }
 
-// The same number, of which the compiler knows nothing: what is computed from it is computed in its place, and not kept
-// over a loop in registers that accumulators want.
-__device__ __forceinline__ int anew(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 __device__ __forceinline__ int thread_anew() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -338,7 +330,7 @@ __device__ __forceinline__ void add_diagonals(const BackwardParams& params, cons
 // ---- The elements
 
 // Where this thread's elements of a step lie.
-struct Step {
+struct ElementPlace {
   Address lse, delta;           // of the step's first query
   int q_idx;                    // position of this thread's first query
   int key;                      // this thread's first
@@ -348,11 +340,13 @@ struct Step {
   Address diagonals;            // this warp's room
 };
 
-// From scores and dP^T to P^T and dS^T, in place.
-template <typename Block, typename Column>
+// From scores and dP^T to P^T and dS^T, in place. Where not `kMasked`, the mask drops nothing of the tile.
+template <bool kMasked, typename Block, typename Column>
 __device__ __forceinline__ void apply_mod(Accumulators<kMTiles, kNTiles>& s, Accumulators<kMTiles, kNTiles>& dp,
                                           const BackwardParams& params, const Block& block,
-                                          const Column (&columns)[kRows], const Step& at, SinkSums& sums) {
+                                          const Column (&columns)[kRows], const ElementPlace& at, SinkSums& sums) {
+  // The scores go straight into the exponential, and nothing else sees an element.
+  constexpr bool kPlain = Mod::kIdentity && !kMasked && Mod::kUnitDerivative && !kSinks;
   const int lane = threadIdx.x % 32;
   const float scale = params.scale;
   // Element (r, j) lies on diagonal j - r of those 8 apart: each j brings a new one, and the keys share the others.
@@ -385,8 +379,8 @@ __device__ __forceinline__ void apply_mod(Accumulators<kMTiles, kNTiles>& s, Acc
         float& s_element = s[r / 2][j][r % 2 * 2 + e];
         float& dp_element = dp[r / 2][j][r % 2 * 2 + e];
         if constexpr (kPlain) {
-          // The lse of a query that does not exist is infinite, and so its p 0, unless q . k is not finite for a key: the
-          // gradients of such a K or V are unspecified (docs/numerics.md, rule 3).
+          // The lse of a query that does not exist is infinite, and so its p 0, unless q . k is not finite for a key:
+          // the gradients of such a K or V are unspecified (docs/numerics.md, rule 3).
           const float p = exp2_approx(fmaf(s_element, scale, -row_lse) * kLog2E);
           dp_element = p * (dp_element - row_delta);
           s_element = p;
@@ -398,14 +392,14 @@ __device__ __forceinline__ void apply_mod(Accumulators<kMTiles, kNTiles>& s, Acc
           // A row that does not exist, or keeps nothing, has an lse of infinity.
           bool kept = row_lse != kInfinity;
           if constexpr (kSinks) kept = kept && at.key + r * 8 < params.seqlen_kv;
-          if constexpr (Mod::kHasMask) {
+          if constexpr (kMasked) {
             kept = kept && Mod::keep(params.captured, score, block, row, columns[r], diagonals[e][r]);
           }
           p = kept ? p : 0.0f;
           s_element = p;
           if constexpr (kNeedsGrad) {
             float grad = p * (dp_element - row_delta);
-            // 0 times a dP that is not finite stays out. Without a mask such a dP is in o, and so everywhere.
+            // 0 times a dP that is not finite stays out. Where nothing is dropped such a dP is in o, and so everywhere.
             if constexpr (Mod::kHasMask || kSinks) grad = p == 0.0f ? 0.0f : grad;
             dp_element = Mod::kUnitDerivative
                              ? grad
@@ -510,15 +504,27 @@ __device__ __forceinline__ void load_row_values(Address to, const float* lse, co
 struct Place {
   int b, h_kv, slice, n_block, n_blocks;
 };
-// Tiles of one head are neighbours: they share Q and dO in the L2 cache. Read anew by every caller, since what only the
-// epilogue needs would occupy registers all along.
+// Where the mask leaves tiles out, the first keys come first: most queries see them where masks look back. Read anew by
+// every caller, since what only the epilogue needs would occupy registers all along.
 __device__ __forceinline__ Place place_of_block(const BackwardParams& params) {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   Place place;
-  place.n_blocks = splits_dq(kConfig) ? params.splits : tiles_of(params.seqlen_kv, kTileN);
-  const int head = index / place.n_blocks;
-  place.n_block = index - head * place.n_blocks;
+  int head;
+  if constexpr (splits_dq(kConfig)) {
+    // Much the same work for all of them.
+    place.n_blocks = params.splits;
+    head = index / place.n_blocks;
+    place.n_block = index - head * place.n_blocks;
+  } else {
+    place.n_blocks = tiles_of(params.seqlen_kv, kTileN);
+    const HeadTile at = place_in_order(index, params.batch * params.num_heads_kv * kSlices, place.n_blocks,
+                                       static_cast<long long>(max(params.seqlen_q, 1)) *
+                                           (params.num_heads / params.num_heads_kv) * (kD + kDv) * kBytes,
+                                       kSlices);
+    head = at.head;
+    place.n_block = at.tile;
+  }
   place.slice = head % kSlices;
   place.b = head / kSlices / params.num_heads_kv;
   place.h_kv = head / kSlices - place.b * params.num_heads_kv;
@@ -531,6 +537,35 @@ __device__ __forceinline__ int first_head(const BackwardParams& params) {
 }
 __device__ __forceinline__ int last_head(const BackwardParams& params) {
   return (place_of_block(params).h_kv + 1) * (params.num_heads / params.num_heads_kv) - 1;
+}
+
+// All queries of a head by the keys of a tile.
+__device__ __forceinline__ Tile tile_of_keys(const BackwardParams& params, int b, int h, int first_key) {
+  return {.b = b,
+          .h_first = h,
+          .h_last = h,
+          .q_first = params.q_idx_origin,
+          .q_last = params.q_idx_origin + params.seqlen_q - 1,
+          .kv_first = params.kv_idx_origin + first_key,
+          .kv_last = params.kv_idx_origin + min(first_key + kTileN, params.seqlen_kv) - 1};
+}
+
+// Sets to zero what a walk leaves out of a head's part of dq_sum.
+template <typename OverQueries>
+__device__ __forceinline__ void zero_dq_beside(const BackwardParams& params, OverQueries walk, int split, int b, int h,
+                                               int slice) {
+  const int q_tiles = tiles_of(params.seqlen_q, kTileM);
+  int tile = 0;
+#pragma unroll 1
+  for (Step step = walk.first(); tile < q_tiles; step = walk.after(step)) {
+    const int end = walk.has(step) ? step.tile : q_tiles;
+#pragma unroll 1
+    for (; tile < end; ++tile) {
+      float4* const sums = reinterpret_cast<float4*>(params.dq_sum + dq_tile(params, split, b, h, tile, slice));
+      for (int i = threadIdx.x; i < kDqTileFloats / 4; i += kThreads) sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+    }
+    ++tile;
+  }
 }
 
 // Writes this warp's rows of a tile's dK and dV.
@@ -573,7 +608,8 @@ __device__ __forceinline__ Address left_rows(Address tile, int row_bytes) {
 }
 
 // One tile of keys.
-__device__ __forceinline__ void backward_tile(const BackwardParams& params, const Memory& memory, int n_tile) {
+__device__ __forceinline__ void backward_tile(const BackwardParams& params, int n_tile) {
+  const Memory memory = layout();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const auto [b, h_kv, slice, n_block, n_blocks] = place_of_block(params);
@@ -612,8 +648,7 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
       columns[r] = Mod::column(params.captured, block, params.kv_idx_origin + key + r * 8);
     }
     SinkSums sums = {};
-    const auto load = [&](int tile) {
-      const int stage = tile % kConfig.stages;
+    const auto load = [&](int tile, int stage) {
       const int first = anew(tile) * kTileM;
       const int thread = thread_anew(), b_anew = anew(b), h_anew = anew(h);
       Loader<kTileM, kConfig.head_dim, kKRowBytes>(start_of(params.q, params.q_stride, b_anew, h_anew, first),
@@ -627,19 +662,43 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
       load_row_values(memory.rows + stage * kTileM * 8, params.row_lse + row, params.row_delta + row, thread);
       async_commit();
     };
+    // Adds what is left of the diagonals that the tile of queries number `tile` would go on with.
+    const auto end_diagonals = [&](int tile) {
+      each_sink([&](auto sink, auto number) {
+        using Sink = decltype(sink);
+        if constexpr (!Sink::kRowShift && Sink::kLevel == SinkLevel::kDiagonal) {
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) {
+            add_diagonals<Sink>(params, block, kNothing,
+                                params.q_idx_origin + tile * kTileM - (params.kv_idx_origin + warp_key + m * 16), true,
+                                sums.diagonal[decltype(number)::kValue][m]);
+          }
+        }
+      });
+    };
     // Everybody is done with the last head's tiles: they were last read before a barrier.
-    if (q_tiles > 0) load(0);
+    const auto whole = [&] { return tile_of_keys(params, anew(b), anew(h), anew(first_key)); };
+    Walk<false, kTileM, decltype(whole)> walk(params.captured, params.seqlen_q, whole);
+    if constexpr (splits_dq(kConfig) && kLeavesOut) {
+      if (n_tile == n_block) zero_dq_beside(params, walk, n_block, b, h, slice);
+    }
+    Step now = walk.first();
+    if (walk.has(now)) load(now.tile, 0);
 
 #pragma unroll 1
-    for (int tile = 0; tile < q_tiles; ++tile) {
-      const int stage = tile % kConfig.stages;
+    for (int stage = 0; walk.has(now); stage = kConfig.stages == 1 ? 0 : 1 - stage) {
+      const int tile = now.tile;
       const Address q_tile = memory.q + stage * kQTileBytes;
       const Address grad_tile = memory.grad + stage * kGradTileBytes;
       // This tile is there, and everybody is done with dS, with the sums of rows and with what the next load
       // overwrites.
       async_wait<0>();
       __syncthreads();
-      if (kConfig.stages == 2 && tile + 1 < q_tiles) load(tile + 1);
+      Step next;
+      if constexpr (kConfig.stages == 2) {
+        next = walk.after(now);
+        if (walk.has(next)) load(next.tile, 1 - stage);
+      }
 
 #pragma unroll 1
       for (int step = 0; step < kTileM; step += kStepM) {
@@ -661,17 +720,25 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
           }
         }
         const int step_q = tile * kTileM + step;
-        apply_mod(s, dp, params, block, columns,
-                  {.lse = memory.rows + stage * kTileM * 8 + step * 4,
-                   .delta = memory.rows + stage * kTileM * 8 + (kTileM + step) * 4,
-                   .q_idx = params.q_idx_origin + step_q + lane % 4 * 2,
-                   .key = key,
-                   .warp_q_idx = params.q_idx_origin + step_q,
-                   .warp_kv_idx = params.kv_idx_origin + warp_key,
-                   .collects = slice == 0,
-                   .row_sums = memory.row_sums + (warp * kTileM + step) * 4,
-                   .diagonals = memory.diagonals + warp * kWarpKeys * kDiagonalRow * 4},
-                  sums);
+        const ElementPlace at = {.lse = memory.rows + stage * kTileM * 8 + step * 4,
+                                 .delta = memory.rows + stage * kTileM * 8 + (kTileM + step) * 4,
+                                 .q_idx = params.q_idx_origin + step_q + lane % 4 * 2,
+                                 .key = key,
+                                 .warp_q_idx = params.q_idx_origin + step_q,
+                                 .warp_kv_idx = params.kv_idx_origin + warp_key,
+                                 .collects = slice == 0,
+                                 .row_sums = memory.row_sums + (warp * kTileM + step) * 4,
+                                 .diagonals = memory.diagonals + warp * kWarpKeys * kDiagonalRow * 4};
+        // Sums of gradients take far more than the mask does: they are compiled once.
+        if constexpr (Mod::kKnowsTiles && !kSinks) {
+          if (now.full) {
+            apply_mod<false>(s, dp, params, block, columns, at, sums);
+          } else {
+            apply_mod<true>(s, dp, params, block, columns, at, sums);
+          }
+        } else {
+          apply_mod<Mod::kHasMask>(s, dp, params, block, columns, at, sums);
+        }
 
         const Address ds_rows = own_row(memory.ds, kDsRowBytes, thread_anew());
         const Address grad_slice = grad_rows + slice * kSliceDv * kBytes;
@@ -722,7 +789,10 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
 
       // dS and the sums of rows are there, and everybody is done with this tile.
       __syncthreads();
-      if (kConfig.stages == 1 && tile + 1 < q_tiles) load(tile + 1);
+      if constexpr (kConfig.stages == 1) {
+        next = walk.after(now);
+        if (walk.has(next)) load(next.tile, 0);
+      }
       if constexpr (kConfig.wants_dq) {
         add_dq(
             memory.ds, memory.k + slice * kSliceD * kBytes,
@@ -749,7 +819,11 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
           }
         }
       });
+      // No tile goes on with what this one leaves.
+      if (Mod::kKnowsTiles && (next.tile != tile + 1 || !walk.has(next))) end_diagonals(tile + 1);
+      now = next;
     }
+    if constexpr (!Mod::kKnowsTiles) end_diagonals(walk.end());
 
     each_sink([&](auto sink, auto number) {
       using Sink = decltype(sink);
@@ -776,13 +850,6 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
                 params, Sink::offset(params.captured, params.gradients, 0.0f, block, row, columns[r], diagonal), x);
           }
         }
-      } else if constexpr (Sink::kLevel == SinkLevel::kDiagonal) {
-#pragma unroll
-        for (int m = 0; m < kMTiles; ++m) {
-          add_diagonals<Sink>(params, block, kNothing,
-                              params.q_idx_origin + q_tiles * kTileM - (params.kv_idx_origin + warp_key + m * 16), true,
-                              sums.diagonal[kNumber][m]);
-        }
       }
     });
   }
@@ -795,7 +862,7 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, cons
 
 // ---- The kernel before
 
-constexpr int kRowLanes = 8;      // that share a row
+constexpr int kRowLanes = 8;  // that share a row
 constexpr int kRowsAtOnce = kRowsThreads / kRowLanes;
 
 template <int kWidth>
@@ -940,11 +1007,10 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kRowsThreads)
 extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, 1)
     attnjit_backward(const __grid_constant__ attnjit::cuda::BackwardParams params) {
   using namespace attnjit::sm80;
-  const Memory memory = layout();
   if constexpr (kDiagonalSinks > 0) {
     // Beside its diagonals a row stays zero.
     const int lane = threadIdx.x % 32;
-    const Address room = memory.diagonals + threadIdx.x / 32 * kWarpKeys * kDiagonalRow * 4;
+    const Address room = layout().diagonals + threadIdx.x / 32 * kWarpKeys * kDiagonalRow * 4;
     for (int sink = 0; sink < kDiagonalSinks; ++sink) {
       for (int i = lane; i < kWarpKeys * kDiagonalRow; i += 32) {
         store_float(room + sink * diagonal_bytes(kConfig) + i * 4, 0.0f);
@@ -952,16 +1018,17 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, 1)
     }
     __syncwarp();
   }
-  const Place place = place_of_block(params);
   if constexpr (splits_dq(kConfig)) {
 #pragma unroll 1
-    for (int tile = place.n_block; tile < tiles_of(params.seqlen_kv, kTileN); tile += place.n_blocks) {
+    for (int tile = place_of_block(params).n_block; tile < tiles_of(params.seqlen_kv, kTileN);) {
       // Everybody is done with the last tile's memory.
       __syncthreads();
-      backward_tile(params, memory, tile);
+      backward_tile(params, tile);
+      const Place place = place_of_block(params);
+      tile = tile_after(tile, place.n_block, place.n_blocks);
     }
   } else {
-    backward_tile(params, memory, place.n_block);
+    backward_tile(params, place_of_block(params).n_block);
   }
 }
 

@@ -35,15 +35,28 @@ struct Place {
   int b, h, first_query;
 };
 
-// Tiles of one head are neighbours: they share K and V in the L2 cache. Read anew by every caller, since what only the
-// epilogue needs would occupy registers all along.
+// Where the mask leaves tiles out, the last queries come first: they see most keys where masks look back. Read anew by
+// every caller, since what only the epilogue needs would occupy registers all along.
 __device__ __forceinline__ Place place_of_block(const ForwardParams& params) {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   const int m_tiles = (params.seqlen_q + kTileM - 1) / kTileM;
-  const int head = index / m_tiles;
-  const int b = head / params.num_heads;
-  return {b, head - b * params.num_heads, (index - head * m_tiles) * kTileM};
+  const HeadTile at = place_in_order(index, params.batch * params.num_heads, m_tiles,
+                                     static_cast<long long>(max(params.seqlen_kv, 1)) * (kD + kDv) * kBytes,
+                                     params.num_heads / params.num_heads_kv);
+  const int b = at.head / params.num_heads;
+  return {b, at.head - b * params.num_heads, (kLeavesOut ? m_tiles - 1 - at.tile : at.tile) * kTileM};
+}
+
+// That tile of queries by all keys.
+__device__ __forceinline__ Tile tile_of_block(const ForwardParams& params, const Place& place) {
+  return {.b = place.b,
+          .h_first = place.h,
+          .h_last = place.h,
+          .q_first = params.q_idx_origin + place.first_query,
+          .q_last = params.q_idx_origin + min(place.first_query + kTileM, params.seqlen_q) - 1,
+          .kv_first = params.kv_idx_origin,
+          .kv_last = params.kv_idx_origin + params.seqlen_kv - 1};
 }
 
 // ---- Arithmetic
@@ -115,7 +128,8 @@ struct RowState {
   float sum;  // of the exponentials of this thread's columns
 };
 
-template <typename Block, typename Row>
+// Where not `kMasked`, nothing is dropped but what does not exist.
+template <bool kMasked, typename Block, typename Row>
 __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params, const Block& block,
                                           const Row (&rows)[kRows], int first_row, int kv_base) {
   const int kv_first = params.kv_idx_origin + kv_base + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -129,7 +143,7 @@ __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params
       }
     }
   }
-  if constexpr (!kIdentity || Mod::kHasMask) {
+  if constexpr (!kIdentity || kMasked) {
     // Element (r, j) lies on diagonal r - j of those 8 apart: each j brings a new one, and the rows share the others.
     const int difference = first_row - kv_first;
     const float difference_float = static_cast<float>(difference);
@@ -156,7 +170,7 @@ __device__ __forceinline__ void apply_mod(Scores& s, const ForwardParams& params
           const float score = kIdentity && !Mod::kMaskReadsScore ? element : element * params.score_scale;
           float value = score;
           if constexpr (!kIdentity) value = Mod::score(params.captured, score, block, rows[r], column, diagonals[e][r]);
-          if constexpr (Mod::kHasMask) {
+          if constexpr (kMasked) {
             if (!Mod::keep(params.captured, score, block, rows[r], column, diagonals[e][r])) value = -kInfinity;
           }
           element = value;
@@ -291,7 +305,8 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  const auto [b, h, first_query] = place_of_block(params);
+  const Place place = place_of_block(params);
+  const auto [b, h, first_query] = place;
   const int h_kv = h / (params.num_heads / params.num_heads_kv);
 
   const auto start = [&](const void* data, const long long (&stride)[3], int head_of, int row) {
@@ -301,19 +316,28 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
                                                  threadIdx.x);
   Loader<kTileN, kConfig.head_dim_v, kVRowBytes> v(start(params.v, params.v_stride, h_kv, 0),
                                                    params.v_stride[2] * kBytes, threadIdx.x);
-  const auto load_k = [&](int tile) {
-    k.load(k_tiles + tile % kConfig.stages * kKTileBytes, params.seqlen_kv - tile * kTileN);
+  const auto load_k = [&](int tile, int stage) {
+    k.load(k_tiles + stage * kKTileBytes, params.seqlen_kv - tile * kTileN);
   };
-  const auto load_v = [&](int tile) {
-    v.load(v_tiles + tile % kConfig.stages * kVTileBytes, params.seqlen_kv - tile * kTileN);
+  const auto load_v = [&](int tile, int stage) {
+    v.load(v_tiles + stage * kVTileBytes, params.seqlen_kv - tile * kTileN);
+  };
+  const auto skip = [&](int tiles) {
+    if constexpr (kLeavesOut) {
+      k.skip(tiles);
+      v.skip(tiles);
+    }
   };
 
-  const int n_tiles = (params.seqlen_kv + kTileN - 1) / kTileN;
   Loader<kTileM, kConfig.head_dim, kQRowBytes>(start(params.q, params.q_stride, h, first_query),
                                                params.q_stride[2] * kBytes, threadIdx.x)
       .load(q_tile, params.seqlen_q - first_query);
-  if (n_tiles > 0) load_k(0);
-  if (kConfig.stages == 2 && n_tiles > 0) load_v(0);
+  const auto whole = [&] { return tile_of_block(params, {anew(b), anew(h), anew(first_query)}); };
+  Walk<true, kTileN, decltype(whole)> walk(params.captured, params.seqlen_kv, whole);
+  Step now = walk.first();
+  skip(now.tile);
+  if (walk.has(now)) load_k(now.tile, 0);
+  if (kConfig.stages == 2 && walk.has(now)) load_v(now.tile, 0);
   async_commit();
 
   const int warp_query = first_query + warp * kWarpRows;
@@ -341,32 +365,51 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm80::kThreads, attnjit::s
   }
 
 #pragma unroll 1
-  for (int tile = 0; tile < n_tiles; ++tile) {
+  for (int stage = 0; walk.has(now); stage = kConfig.stages == 1 ? 0 : 1 - stage) {
     // K of this tile is there, and everybody is done with what the next loads overwrite.
     async_wait<0>();
     __syncthreads();
+    Step next;
+    const auto go_on = [&] {
+      next = walk.after(now);
+      skip(next.tile - now.tile - 1);
+    };
     if constexpr (kConfig.stages == 1) {
-      load_v(tile);
-    } else if (tile + 1 < n_tiles) {
-      load_k(tile + 1);
-      load_v(tile + 1);
+      load_v(now.tile, 0);
+    } else {
+      go_on();
+      if (walk.has(next)) {
+        load_k(next.tile, 1 - stage);
+        load_v(next.tile, 1 - stage);
+      }
     }
     async_commit();
 
     Scores s = {};
-    const Address k_tile = k_tiles + tile % kConfig.stages * kKTileBytes;
+    const Address k_tile = k_tiles + stage * kKTileBytes;
     multiply_qk(s, q_fragments, kElement == Element::kF32 ? q_row : q_fragment, k_tile);
-    apply_mod(s, params, block, rows, first_row, tile * kTileN);
+    const int kv_base = now.tile * kTileN;
+    if constexpr (Mod::kKnowsTiles) {
+      if (now.full) {
+        apply_mod<false>(s, params, block, rows, first_row, kv_base);
+      } else {
+        apply_mod<true>(s, params, block, rows, first_row, kv_base);
+      }
+    } else {
+      apply_mod<Mod::kHasMask>(s, params, block, rows, first_row, kv_base);
+    }
 
     if constexpr (kConfig.stages == 1) {
       async_wait<0>();
       __syncthreads();
-      if (tile + 1 < n_tiles) load_k(tile + 1);
+      go_on();
+      if (walk.has(next)) load_k(next.tile, 0);
       async_commit();
     }
     softmax(s, o, state, factor);
-    const Address v_tile = v_tiles + tile % kConfig.stages * kVTileBytes;
+    const Address v_tile = v_tiles + stage * kVTileBytes;
     multiply_pv(o, s, p_row, v_tile);
+    now = next;
   }
   // Q's memory becomes O's; each warp writes over rows of Q that others may read where O's rows are longer.
   async_wait<0>();

@@ -3,13 +3,19 @@
 namespace attnjit::sm80 {
 
 using cuda::exp2_approx;
-using cuda::Mod;
 
 constexpr Element kElement = kConfig.element;
 constexpr int kBytes = bytes_of(kElement);
 constexpr int kWarps = kConfig.warps;
 constexpr int kThreads = 32 * kWarps;
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+
+// The same number, of which the compiler knows nothing: what is computed from it is computed in its place, and not kept
+// over a loop in registers that accumulators want.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- Shared memory and global memory
 
@@ -66,6 +72,9 @@ class Loader {
       : source_(from + (kEven ? thread / kChunks * stride_bytes + thread % kChunks * 16 : 0)),
         stride_(stride_bytes),
         thread_(thread) {}
+
+  // Leaves tiles out.
+  __device__ __forceinline__ void skip(int tiles) { source_ += tiles * (kTileRows * stride_); }
 
   // The next tile, of which `rows` rows exist.
   __device__ __forceinline__ void load(Address to, int rows) {

@@ -179,6 +179,45 @@ TEST(NumericsBackwardShape, LengthsAndHeadDims) {
   }
 }
 
+// Masks that leave whole tiles out and keep whole tiles, below a captured gradient of each level: what is not looked at
+// adds nothing, and what is carried from tile to tile ends with the last that is.
+TEST(NumericsBackwardShape, MasksThatLeaveTilesOut) {
+  constexpr struct {
+    const char* mask;
+    const char* captured = "";
+  } kMasks[] = {{"causal"},
+                {"q_idx + 100 >= kv_idx"},
+                {"q_idx - 90 >= kv_idx"},
+                {"kv_idx - q_idx >= 70"},
+                {"sliding_window(40)"},
+                {"prefix_lm(130)"},
+                {"q_idx // 64 == kv_idx // 64"},
+                {"(q_idx // 64 + kv_idx // 64) % 2 == 0"},
+                {"q_idx < 70 or q_idx >= 260"},
+                {"kv_idx < 70 or kv_idx >= 260"},
+                {"h == 0 and q_idx >= kv_idx"},
+                {"kv_idx < lengths[b]", " capture=lengths:int32:1:packed:index"},
+                {"ids[b, q_idx] == ids[b, kv_idx] and q_idx >= kv_idx", " capture=ids:int32:1x330:packed:blocks"}};
+  constexpr const char* kAllLevels =
+      " capture=slope:float32:2:packed:normal capture=row:float32:1x330:packed:normal "
+      "capture=column:float32:330:packed:normal capture=distance:float32:2x660:packed:normal "
+      "capture=dense:bfloat16:2x330x330:packed:normal grads=slope,row,column,distance,dense grad_lse=1 "
+      "score_mod=\"score * row[b, q_idx] + slope[h] * column[kv_idx] + distance[h, q_idx - kv_idx + 330] + "
+      "dense[h, q_idx, kv_idx]\"";
+  std::size_t number = 0;
+  for (const std::string& backend : target().backends) {
+    for (const auto& [mask, captured] : kMasks) {
+      for (const char* const rest : {" inputs=poisoned", kAllLevels}) {
+        ++number;
+        expect_accepted(std::string("b=1 hq=2 hkv=1 d=") + (number % 3 == 0 ? "80" : "32") +
+                        (number % 4 < 2 ? " sq=330 skv=300" : " sq=280 skv=330") + " dtype=" +
+                        (number % 5 < 3 ? "bfloat16" : "float32") + " deterministic=" + (number % 3 == 1 ? "1" : "0") +
+                        " mask_mod=\"" + mask + "\"" + captured + " backward=dq,dk,dv backend=" + backend + rest);
+      }
+    }
+  }
+}
+
 // Odd head dims: none is padded wrongly.
 TEST(NumericsBackwardShape, OddHeadDims) {
   for (const std::string& backend : target().backends) {

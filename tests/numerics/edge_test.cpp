@@ -150,6 +150,35 @@ TEST(NumericsEdge, PoisonBehindMasks) {
   }
 }
 
+// Masks that leave whole tiles out, and keep whole tiles, of keys that no query keeps NaN and infinities.
+TEST(NumericsEdge, MasksThatLeaveTilesOut) {
+  std::size_t number = 0;
+  for (const std::string& backend : target().backends) {
+    for (const char* const mask :
+         {"causal", "q_idx + 100 >= kv_idx", "q_idx - 200 >= kv_idx", "kv_idx - q_idx >= 70", "sliding_window(40)",
+          "prefix_lm(300)", "q_idx // 128 == kv_idx // 128", "(q_idx // 128 + kv_idx // 64) % 2 == 0",
+          "(q_idx // 128 + kv_idx // 64) % 40 == 3", "q_idx < 130 or q_idx >= 500", "kv_idx < 70 or kv_idx >= 460",
+          "h == 0 and q_idx >= kv_idx", "kv_idx < lengths[b]", "ids[b, q_idx] == ids[b, kv_idx]"}) {
+      const std::string name = mask;
+      const std::string captured = name.find("ids") != std::string::npos ? " capture=ids:int32:1x600:packed:blocks"
+                                   : name.find("lengths") != std::string::npos ? " capture=lengths:int32:1:packed:index"
+                                                                               : "";
+      for (const char* const mod : {"score", "softcap(5)"}) {
+        ++number;
+        expect_accepted("b=1 hq=2 hkv=1 d=" + std::to_string(number % 3 == 0 ? 96 : 40) +
+                        (number % 2 == 0 ? " sq=600 skv=530" : " sq=540 skv=600") +
+                        " dtype=" + (number % 4 == 0 ? "float32" : "bfloat16") + " inputs=poisoned score_mod=\"" + mod +
+                        "\" mask_mod=\"" + mask + "\"" + captured + " backend=" + backend);
+      }
+    }
+    // More tiles than are looked at at once, most of them left out.
+    for (const char* const mask : {"q_idx // 64 == kv_idx // 64 or kv_idx >= 4800", "q_idx + 4200 == kv_idx"}) {
+      expect_accepted(std::string("b=1 hq=1 d=16 sq=150 skv=5000 dtype=float16 inputs=poisoned mask_mod=\"") + mask +
+                      "\" backend=" + backend);
+    }
+  }
+}
+
 // A NaN key that is kept reaches every row that keeps it, and no other.
 TEST(NumericsEdge, KeptNanReachesItsRows) {
   for (const std::string& backend : target().backends) {
