@@ -33,6 +33,25 @@ cuda::SummaryType type_of(dsl::DType dtype) {
 
 }  // namespace
 
+compiler::CompileResult<compiler::EmittedCuda> emit_summarised(
+    compiler::ModProblem problem,
+    const std::function<compiler::CompileResult<compiler::EmittedCuda>(const compiler::ModProblem&)>& emit) {
+  problem.summaries = true;
+  auto emitted = emit(problem);
+  // A tensor of many rows may be read at few of them, and is summarised whole.
+  constexpr std::int64_t kMostElements = 1 << 24;
+  std::int64_t elements = 0;
+  for (const compiler::TileSummary& summary : emitted.value.facts.summaries) {
+    std::int64_t own = 1;
+    const auto& capture = problem.captures[static_cast<std::size_t>(summary.capture)];
+    for (const std::int64_t extent : compiler::summary_extents(capture, summary.dimension)) own *= extent;
+    elements += own;
+  }
+  if (emitted.error || elements <= kMostElements) return emitted;
+  problem.summaries = false;
+  return emit(problem);
+}
+
 Result<std::optional<FoundBinary>> find_summary_kernel(const Request& request, const compiler::ModFacts& facts,
                                                        compiler::CudaArch arch, compiler::PhaseTimes* phases) {
   if (facts.summaries.empty()) return std::optional<FoundBinary>();

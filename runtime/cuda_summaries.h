@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -16,6 +17,11 @@
 #include "runtime/status.h"
 
 namespace attnjit::runtime {
+
+// Emits a mod that is given summaries, or none where their tables would be too large.
+compiler::CompileResult<compiler::EmittedCuda> emit_summarised(
+    compiler::ModProblem problem,
+    const std::function<compiler::CompileResult<compiler::EmittedCuda>(const compiler::ModProblem&)>& emit);
 
 // The kernel that fills the tables, where `facts` ask for any: compiles or finds it, and adds what that took to
 // `phases`.
@@ -33,7 +39,7 @@ class CudaSummaries {
                                                            const std::vector<compiler::TileSummary>& summaries);
 
   std::size_t size() const { return size_; }  // of the memory they need, in bytes, aligned to 256
-  // Launches the kernel, which sets counter(memory) to 0, too; within a CudaScope. `memory` is aligned to 256 bytes.
+  // Launches the kernel, which sets counter(memory) to 0, too. `memory` is aligned to 256 bytes.
   Check fill(const ForwardCall& call, void* memory, CudaStream stream) const;
   // The views behind those of the call's captures.
   void fill_views(const ForwardCall& call, void* memory, cuda::CapturedView* views) const;

@@ -102,7 +102,9 @@ std::vector<sm80::ForwardConfig> serving_configs(const Sm80Problem& problem) {
 
 compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm80::ForwardConfig& config,
                                                     const compiler::CompileOptions& options) {
-  return compiler::emit_sm80_forward(tiled_problem(request, config.tile_m, config.tile_n), config, options);
+  return emit_summarised(
+      tiled_problem(request, config.tile_m, config.tile_n),
+      [&](const compiler::ModProblem& problem) { return compiler::emit_sm80_forward(problem, config, options); });
 }
 
 Result<FusedLaunch> load(const std::shared_ptr<CudaDevice>& device, const KernelCode& code, const Signature& signature,
@@ -112,8 +114,13 @@ Result<FusedLaunch> load(const std::shared_ptr<CudaDevice>& device, const Kernel
   if (!kernel) return kernel.failure();
   const CudaKernel::Grid grid{.x = static_cast<unsigned>(blocks_of(signature, config))};
   return FusedLaunch([kernel = std::move(*kernel), grid, threads = 32u * static_cast<unsigned>(config.warps),
-                      score_factor = code.score_factor](const ForwardCall& call, void*, CudaStream stream) {
-    const cuda::ForwardParams params = forward_params(call, score_factor);
+                      score_factor = code.score_factor, summaries = code.summaries](
+                         const ForwardCall& call, void* workspace, CudaStream stream) -> Check {
+    cuda::ForwardParams params = forward_params(call, score_factor);
+    if (summaries) {
+      summaries->fill_views(call, workspace, params.captured);
+      if (Check failure = summaries->fill(call, workspace, stream)) return failure;
+    }
     return kernel->launch(grid, threads, &params, stream);
   });
 }

@@ -12,6 +12,7 @@
 
 #include "runtime/cuda_call.h"
 #include "runtime/cuda_gradients.h"
+#include "runtime/cuda_summaries.h"
 
 namespace attnjit::runtime {
 namespace {
@@ -160,7 +161,8 @@ compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, cons
   // Beyond them every gradient is 0, which is not stored.
   problem.stored_seqlen_q = s.seqlen_q;
   problem.stored_seqlen_kv = s.seqlen_kv;
-  return compiler::emit_sm80_backward(problem, config, options);
+  return emit_summarised(
+      problem, [&](const compiler::ModProblem& given) { return compiler::emit_sm80_backward(given, config, options); });
 }
 
 // The whole call, but for what lies in the workspace.
@@ -202,6 +204,7 @@ struct Launches {
   unsigned threads = 0;
   Sm80BackwardWorkspace workspace;
   CudaGradientSums sums;
+  std::shared_ptr<const CudaSummaries> summaries;  // behind the sums; null: the main kernel reads none
 
   Check run(const ForwardCall& call, const Gradients& gradients, char* memory, CudaStream stream) const {
     cuda::BackwardParams params = backward_params(call, gradients);
@@ -212,6 +215,11 @@ struct Launches {
     char* const captured = memory + workspace.sums;
     if (Check failure = sums.clear(captured, stream)) return failure;
     sums.fill_views(captured, params.gradients);
+    if (summaries && main) {
+      char* const tables = captured + sums.size();
+      summaries->fill_views(call, tables, params.captured);
+      if (Check failure = summaries->fill(call, tables, stream)) return failure;
+    }
     const struct {
       const CudaKernel* kernel;
       std::int64_t blocks;
@@ -332,11 +340,16 @@ Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const Fus
                             .facts = std::move(emitted.value.facts),
                             .found = std::move(*found),
                             .finish = {},
+                            .summaries = {},
                             .phases = std::move(emitted.value.phases)};
   binary.phases.insert(binary.phases.end(), binary.found.phases.begin(), binary.found.phases.end());
   auto finish = find_finish_kernel(request, target.arch, &binary.phases);
   if (!finish) return finish.failure();
   binary.finish = std::move(*finish);
+  if (!runs_main(*config, binary.facts.sinks)) return binary;
+  auto summaries = find_summary_kernel(request, binary.facts, target.arch, &binary.phases);
+  if (!summaries) return summaries.failure();
+  binary.summaries = std::move(*summaries);
   return binary;
 }
 
@@ -362,6 +375,7 @@ Json kernels_json(const Sm80BackwardBinary& binary) {
   json.back()["phases_ms"] = phases_json(binary.phases);
   if (c.wants_dq) json.push_back(binary_json(binary.found, kDqEntry));
   add_finish_kernel(binary.finish, &json);
+  if (binary.summaries) json.push_back(summary_kernel_json(*binary.summaries));
   return json;
 }
 
@@ -375,9 +389,18 @@ Result<ReadyBackend> prepare_sm80_backward(const Request& request) {
 
   const sm80::BackwardConfig& config = binary->config;
   auto launches = std::make_shared<Launches>(Launches{
-      .sums = CudaGradientSums(request.call.forward, s.capture_gradients, binary->facts.sinks, config.deterministic)});
+      .sums = CudaGradientSums(request.call.forward, s.capture_gradients, binary->facts.sinks, config.deterministic),
+      .summaries = {}});
   if (Check failure = launches->sums.load(device, binary->finish)) return *failure;
-  launches->workspace = backward_workspace(s, config, device->num_sms(), launches->sums.size());
+  std::size_t size = launches->sums.size();
+  if (binary->summaries) {
+    auto loaded =
+        CudaSummaries::load(device, *binary->summaries, tiled_problem(request, 1, 1), binary->facts.summaries);
+    if (!loaded) return loaded.failure();
+    launches->summaries = std::move(*loaded);
+    size += launches->summaries->size();
+  }
+  launches->workspace = backward_workspace(s, config, device->num_sms(), size);
   launches->grids = grids_of(s, config, binary->facts.sinks, launches->workspace.splits);
   launches->threads = 32u * static_cast<unsigned>(config.warps);
   const struct {

@@ -49,8 +49,9 @@ struct Sm80BackwardBinary {
   sm80::BackwardConfig config;
   compiler::ModFacts facts;
   FoundBinary found;
-  std::optional<FoundBinary> finish;  // of captured gradients
-  compiler::PhaseTimes phases;        // of all it took
+  std::optional<FoundBinary> finish;     // of captured gradients
+  std::optional<FoundBinary> summaries;  // the kernel that runs before
+  compiler::PhaseTimes phases;           // of all it took
 };
 // As build_sm80.
 Result<Sm80BackwardBinary> build_sm80_backward(const Request& request, const FusedTarget& target,

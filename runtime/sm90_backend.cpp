@@ -147,21 +147,9 @@ std::string refuse(const CheckedCall& call, const FusedTarget& target) {
 
 compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, const sm90::ForwardConfig& config,
                                                     const compiler::CompileOptions& options) {
-  compiler::ModProblem problem = tiled_problem(request, sm90::tile_m(config), config.tile_n);
-  problem.summaries = true;
-  auto emitted = compiler::emit_sm90_forward(problem, config, options);
-  // A tensor of many rows may be read at few of them, and is summarised whole.
-  constexpr std::int64_t kMostElements = 1 << 24;
-  std::int64_t elements = 0;
-  for (const compiler::TileSummary& summary : emitted.value.facts.summaries) {
-    std::int64_t own = 1;
-    const auto& capture = problem.captures[static_cast<std::size_t>(summary.capture)];
-    for (const std::int64_t extent : compiler::summary_extents(capture, summary.dimension)) own *= extent;
-    elements += own;
-  }
-  if (emitted.error || elements <= kMostElements) return emitted;
-  problem.summaries = false;
-  return compiler::emit_sm90_forward(problem, config, options);
+  return emit_summarised(
+      tiled_problem(request, sm90::tile_m(config), config.tile_n),
+      [&](const compiler::ModProblem& problem) { return compiler::emit_sm90_forward(problem, config, options); });
 }
 
 // ---- The launch

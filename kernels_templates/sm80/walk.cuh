@@ -23,54 +23,66 @@ struct Step {
 };
 
 // Of the tiles of keys, or of queries, those that the block's own tile sees something of, in order. Warps walk as one.
-// `Whole` gives that tile by all that there is to walk over, as often as it is asked for: registers are short.
+// Registers are short beside accumulators: `Whole` gives that tile by all that there is to walk over when it is asked,
+// each lane knows one tile of 32, and that shares a word with the walk's end.
 template <bool kOverKeys, int kTileRows, typename Whole>
 class Walk {
  public:
   // Over `length` positions.
   __device__ __forceinline__ Walk(const cuda::CapturedView* captured, int length, const Whole& whole)
-      : captured_(captured), whole_(whole), begin_(0), end_((length + kTileRows - 1) / kTileRows) {
+      : captured_(captured), whole_(whole) {
+    int end = (length + kTileRows - 1) / kTileRows;
     if constexpr (Mod::kKnowsRanges) {
-      const Tile all = whole();
-      const int origin = kOverKeys ? all.kv_first : all.q_first;
-      const IndexRange range = kOverKeys ? Mod::kv_range(captured, all) : Mod::q_range(captured, all);
-      const bool some = range.first <= range.last;
-      begin_ = some ? (range.first - origin) / kTileRows : 0;
-      end_ = some ? (range.last - origin) / kTileRows + 1 : 0;
+      // Where there is nothing to walk over, nothing is there to be asked about.
+      if (length > 0) {
+        const Tile all = whole();
+        const int origin = kOverKeys ? all.kv_first : all.q_first;
+        const IndexRange range = kOverKeys ? Mod::kv_range(captured, all) : Mod::q_range(captured, all);
+        const bool some = range.first <= range.last;
+        begin_ = some ? (range.first - origin) / kTileRows : 0;
+        end = some ? (range.last - origin) / kTileRows + 1 : 0;
+      }
     }
+    end_and_kind_ = end << kKindBits;
   }
 
-  __device__ __forceinline__ bool has(const Step& step) const { return step.tile < end_; }
+  __device__ __forceinline__ bool has(const Step& step) const { return step.tile < end(); }
 
   // Where there is no such step, what has() is false of. Asked for in order.
   __device__ __forceinline__ Step first() {
     if constexpr (Mod::kKnowsTiles) {
-      if (begin_ < end_) look(begin_ / 32 * 32);
+      if (begin_ < end()) look(begin_ / 32 * 32);
     }
     return from(begin_);
   }
   __device__ __forceinline__ Step after(const Step& step) {
     const int tile = step.tile + 1;
     if constexpr (Mod::kKnowsTiles) {
-      if (tile % 32 == 0 && tile < end_) look(tile);
+      if (tile % 32 == 0 && tile < end()) look(tile);
     }
     return from(tile);
   }
-  // Behind the last step where tiles are not known.
-  __device__ __forceinline__ int end() const { return end_; }
+  // What follows the last tile that is not known to be left out.
+  __device__ __forceinline__ int end() const { return end_and_kind_ >> kKindBits; }
 
  private:
+  static constexpr int kKindBits = Mod::kKnowsTiles ? 2 : 0;
+
+  __device__ __forceinline__ unsigned are(TileKind kind) const {
+    return vote((end_and_kind_ & 3) == static_cast<int>(kind));
+  }
+
   // The first from `tile` on, whose group of 32 has been looked at.
   __device__ __forceinline__ Step from(int tile) {
     if constexpr (Mod::kKnowsTiles) {
-      while (tile < end_) {
-        const unsigned some = vote(kind_ != TileKind::kSkip) >> tile % 32;
+      while (tile < end()) {
+        const unsigned some = ~are(TileKind::kSkip) >> tile % 32;
         if (some != 0) {
           tile += __ffs(static_cast<int>(some)) - 1;
-          return {tile, (vote(kind_ == TileKind::kFull) >> tile % 32 & 1) != 0};
+          return {tile, (are(TileKind::kFull) >> tile % 32 & 1) != 0};
         }
         tile = (tile / 32 + 1) * 32;
-        if (tile < end_) look(tile);
+        if (tile < end()) look(tile);
       }
     }
     return {tile, false};
@@ -80,7 +92,7 @@ class Walk {
   __device__ __forceinline__ void look(int tile) {
     const int own = tile + static_cast<int>(threadIdx.x % 32);
     // Also of lanes beyond the last tile: what is asked about exists.
-    const int first = min(own, end_ - 1) * kTileRows;
+    const int first = min(own, end() - 1) * kTileRows;
     const Tile all = whole_();
     Tile asked = all;
     if constexpr (kOverKeys) {
@@ -90,14 +102,15 @@ class Walk {
       asked.q_first += first;
       asked.q_last = min(asked.q_first + kTileRows - 1, all.q_last);
     }
-    kind_ = Mod::tile_kind(captured_, asked);
-    if (own >= end_) kind_ = TileKind::kSkip;
+    TileKind kind = Mod::tile_kind(captured_, asked);
+    if (own >= end()) kind = TileKind::kSkip;
+    end_and_kind_ = (end() << kKindBits) + static_cast<int>(kind);
   }
 
   const cuda::CapturedView* captured_;
   const Whole whole_;
-  int begin_, end_;
-  TileKind kind_ = TileKind::kSkip;  // of this lane's tile
+  int begin_ = 0;
+  int end_and_kind_;
 };
 
 // ---- The order of blocks

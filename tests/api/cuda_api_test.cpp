@@ -34,6 +34,7 @@ namespace {
 
 using cuda::ForwardParams;
 using testing::AllOf;
+using testing::ElementsAre;
 using testing::HasSubstr;
 using Json = nlohmann::json;
 
@@ -363,8 +364,7 @@ TEST_F(CudaApi, Eager) {
       EXPECT_EQ(launch.stream, &stream);
       EXPECT_TRUE(launch.captured);
     }
-    EXPECT_THAT(entries,
-                testing::ElementsAre("attnjit_math_mod", "attnjit_math_softmax_warp2", "attnjit_math_zero_rows"));
+    EXPECT_THAT(entries, ElementsAre("attnjit_math_mod", "attnjit_math_softmax_warp2", "attnjit_math_zero_rows"));
     EXPECT_EQ(cublas->products, 2);
     EXPECT_EQ(cublas->last.stream, &stream);
     EXPECT_FALSE(fake_->capture_broken);
@@ -647,10 +647,9 @@ TEST_F(CudaSm90, Launch) {
     const FakeCuda::TensorMap& of = encoded(map);
     EXPECT_EQ(of.data, data);
     EXPECT_EQ(of.type, 9);
-    EXPECT_THAT(of.extents, testing::ElementsAre(features, sequence, heads, 2));
-    EXPECT_THAT(of.strides,
-                testing::ElementsAre(2 * features, 2 * features * sequence, 2 * features * sequence * heads));
-    EXPECT_THAT(of.box, testing::ElementsAre(64, rows, 1, 1));
+    EXPECT_THAT(of.extents, ElementsAre(features, sequence, heads, 2));
+    EXPECT_THAT(of.strides, ElementsAre(2 * features, 2 * features * sequence, 2 * features * sequence * heads));
+    EXPECT_THAT(of.box, ElementsAre(64, rows, 1, 1));
   }
   EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
 
@@ -687,10 +686,10 @@ TEST_F(CudaSm90, Strides) {
   ASSERT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_SM90);
   ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
   const sm90::ForwardParams params = last_sm90_params();
-  EXPECT_THAT(encoded(params.q).strides, testing::ElementsAre(128, 32, 5120));
+  EXPECT_THAT(encoded(params.q).strides, ElementsAre(128, 32, 5120));
   EXPECT_EQ(encoded(params.k).strides[0], 48u);
   EXPECT_EQ(encoded(params.k).strides[2], 2400u);
-  EXPECT_THAT(encoded(params.v).extents, testing::ElementsAre(24, 50, 1, 2));
+  EXPECT_THAT(encoded(params.v).extents, ElementsAre(24, 50, 1, 2));
   EXPECT_EQ(encoded(params.v).strides[1] % 16, 0u);
   // Rows that come closer than 16 bytes are refused before anything is encoded.
   p_.k.strides[2] = 20;
@@ -794,6 +793,27 @@ TEST_F(CudaSm90, AutotuneWithSummaries) {
   }
 }
 
+TEST_F(CudaApi, Summaries) {
+  std::vector<std::int32_t> ids(100);
+  p_.capture("ids", ids.data(), {2, 50}, {kDLInt, 32, 1}).dl.device = p_.q.dl.device;
+  p_.attention.mask_mod = "ids[b, q_idx] == ids[b, kv_idx]";
+  p_.attention.backend = ATTNJIT_BACKEND_SM80;
+  fake_->parameter_bytes_of["attnjit_summarize"] = sizeof(cuda::SummaryParams);
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(attnjit_plan_backend(plan.get()), ATTNJIT_BACKEND_SM80);
+  ASSERT_EQ(attnjit_plan_workspace_size(plan.get()), 256u);
+  alignas(256) char workspace[256];
+  ASSERT_EQ(attnjit_run(plan.get(), &p_.attention, workspace, sizeof workspace, nullptr), ATTNJIT_OK)
+      << attnjit_last_error();
+  ASSERT_EQ(fake_->launches.size(), 2u);
+  EXPECT_EQ(fake_->launches[0].entry, "attnjit_summarize");
+  EXPECT_EQ(fake_->launches[1].entry, "attnjit_forward");
+  const ForwardParams params = last_params();
+  EXPECT_EQ(params.captured[0].data, ids.data());
+  EXPECT_EQ(params.captured[1].data, workspace);
+  EXPECT_EQ(params.captured[1].extent[1], 4);
+}
+
 // A kernel of its own fills tables in the workspace before the forward, which finds them behind its captures.
 TEST_F(CudaSm90, Summaries) {
   constexpr DLDataType kInt32 = {kDLInt, 32, 1};
@@ -842,8 +862,8 @@ TEST_F(CudaSm90, Summaries) {
   EXPECT_EQ(params.call.captured[0].data, ids.data());
   const cuda::CapturedView& view = params.call.captured[1];
   EXPECT_EQ(view.data, workspace);
-  EXPECT_THAT(view.extent, testing::ElementsAre(2, 4, 2, 2, 1));
-  EXPECT_THAT(view.stride, testing::ElementsAre(16, 4, 2, 1, 0));
+  EXPECT_THAT(view.extent, ElementsAre(2, 4, 2, 2, 1));
+  EXPECT_THAT(view.stride, ElementsAre(16, 4, 2, 1, 0));
 }
 
 TEST_F(CudaSm90, RunFailures) {
@@ -1077,6 +1097,44 @@ TEST_P(CudaBackwardOf, CompilesTogetherWithTheForward) {
   EXPECT_EQ(loading.size(), 2u) << "one thread compiled both";
   EXPECT_EQ(attnjit_plan_backend(forward), GetParam());
   EXPECT_EQ(attnjit_plan_backend(backward), GetParam());
+}
+
+// Tables of captured values stand behind the sums of gradients, and are filled before the main kernel, where there is
+// something to walk over.
+TEST_F(CudaBackward, Summaries) {
+  g_.attention.backend = ATTNJIT_BACKEND_SM80;
+  const std::int64_t length = g_.q.shape[2];
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(length));
+  g_.capture("ids", ids.data(), {length}, {kDLInt, 32, 1}).dl.device = g_.q.dl.device;
+  g_.attention.mask_mod = "ids[q_idx] >= kv_idx";
+  fake_->parameter_bytes_of["attnjit_summarize"] = sizeof(cuda::SummaryParams);
+  fake_->parameter_bytes_of["attnjit_backward"] = sizeof(cuda::BackwardParams);
+  PREPARE_BACKWARD_OR_SKIP(plan);
+  EXPECT_EQ(Json::parse(attnjit_plan_description(plan.get()))["kernels"].back()["entry"], "attnjit_summarize");
+  ASSERT_EQ(run_backward(plan), ATTNJIT_OK) << attnjit_last_error();
+  std::vector<std::string> entries;
+  cuda::SummaryParams tables = {};
+  cuda::BackwardParams params = {};
+  for (const FakeCuda::Launch& launch : fake_->launches) {
+    entries.push_back(launch.entry);
+    if (launch.entry == "attnjit_summarize") std::memcpy(&tables, launch.parameters.data(), sizeof tables);
+    if (launch.entry == "attnjit_backward") std::memcpy(&params, launch.parameters.data(), sizeof params);
+  }
+  EXPECT_THAT(entries, ElementsAre("attnjit_summarize", "attnjit_backward_rows", "attnjit_backward",
+                                   "attnjit_backward_dq", "attnjit_finish_gradient"));
+  ASSERT_EQ(tables.count, 1);
+  EXPECT_EQ(tables.tables[0].data, ids.data());
+  EXPECT_EQ(params.captured[2].data, tables.tables[0].table);
+  const char* const sums =
+      static_cast<const char*>(params.gradients[0].data ? params.gradients[0].data : params.gradients[1].data);
+  EXPECT_GE(static_cast<const char*>(tables.tables[0].table), sums + sizeof of_table_);
+  EXPECT_LE(static_cast<const char*>(tables.tables[0].table), memory_.data() + memory_.size() - 256);
+
+  fake_->launches.clear();
+  for (Tensor* tensor : {&g_.k, &g_.v, &g_.dk, &g_.dv}) tensor->shape[2] = 0;
+  PREPARE_BACKWARD_OR_SKIP(without_keys);
+  ASSERT_EQ(run_backward(without_keys), ATTNJIT_OK) << attnjit_last_error();
+  for (const FakeCuda::Launch& launch : fake_->launches) EXPECT_NE(launch.entry, "attnjit_summarize");
 }
 
 TEST_P(CudaBackwardOf, EmptyProblems) {

@@ -58,7 +58,8 @@ Compiled sm80_case(const std::string& expression, sm80::Element element, int hea
                            " d=" + std::to_string(head_dim) + " " + cuda_arch_name(arch);
   return {.what = what,
           .emit = [=]() -> CompileResult<EmittedCuda> {
-            const Mod mod(expression, tensors(), {.batch = 2, .num_heads = 16, .seqlen_q = 4096, .seqlen_kv = 4096});
+            Mod mod(expression, tensors(), {.batch = 2, .num_heads = 16, .seqlen_q = 4096, .seqlen_kv = 4096});
+            mod.problem.summaries = true;
             const std::size_t limit = runtime::max_shared_memory(arch.number);
             runtime::Sm80Problem by = {.element = element,
                                        .head_dim = head_dim,
@@ -83,17 +84,20 @@ Compiled sm80_case(const std::string& expression, sm80::Element element, int hea
           .arch = arch};
 }
 
-// Of the fused backward, with the gradients of all captured tensors.
+// Of the fused backward, with the gradients of all captured tensors. `as_given`: as the backend compiles for tensors of
+// this size, with summaries; otherwise for larger ones.
 Compiled sm80_backward_case(const std::string& expression, sm80::Element element, int head_dim, CudaArch arch,
-                            bool deterministic) {
+                            bool deterministic, bool as_given = false) {
   constexpr const char* kNames[] = {"float32", "float16", "bfloat16"};
   const std::string what = "sm80 backward " + expression + " " + kNames[static_cast<int>(element)] +
                            " d=" + std::to_string(head_dim) + (deterministic ? " deterministic " : " ") +
-                           cuda_arch_name(arch);
+                           (as_given ? "with summaries " : "") + cuda_arch_name(arch);
   return {.what = what,
           .emit = [=]() -> CompileResult<EmittedCuda> {
             Mod mod(expression, tensors(), {.batch = 2, .num_heads = 16, .seqlen_q = 4096, .seqlen_kv = 4096});
             mod.problem.gradients = differentiable(mod.problem);
+            mod.problem.summaries = as_given;
+            for (CaptureInfo& capture : mod.problem.captures) capture.offsets_fit_32 |= as_given;
             runtime::Sm80BackwardProblem by = {.element = element,
                                                .head_dim = head_dim,
                                                .head_dim_v = head_dim,
@@ -312,7 +316,11 @@ TEST(CompileMatrix, Sm80Backward) {
     for (const sm80::Element element : {sm80::Element::kF32, sm80::Element::kBF16})
       for (const int head_dim : {64, 128, 256})
         all.push_back(sm80_backward_case(expression, element, head_dim, {.number = 80}, false));
+  for (const char* expression : {"causal", kSoftcapDocument, kGradients})
+    for (const int head_dim : {64, 128, 256})
+      all.push_back(sm80_backward_case(expression, sm80::Element::kBF16, head_dim, {.number = 80}, false, true));
   for (const int head_dim : {64, 128}) {
+    all.push_back(sm80_backward_case(kGradients, sm80::Element::kBF16, head_dim, {.number = 90}, true, true));
     all.push_back(sm80_backward_case("causal", sm80::Element::kF16, head_dim, {.number = 90}, false));
     all.push_back(sm80_backward_case(kGradients, sm80::Element::kBF16, head_dim, {.number = 90}, true));
   }
