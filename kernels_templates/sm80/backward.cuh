@@ -680,7 +680,7 @@ __device__ __forceinline__ void backward_tile(const BackwardParams& params, int 
     const auto whole = [&] { return tile_of_keys(params, anew(b), anew(h), anew(first_key)); };
     Walk<false, kTileM, decltype(whole)> walk(params.captured, params.seqlen_q, whole);
     if constexpr (splits_dq(kConfig) && kLeavesOut) {
-      if (n_tile == n_block) zero_dq_beside(params, walk, n_block, b, h, slice);
+      if (n_tile == n_block) zero_dq_beside(params, walk, anew(n_block), anew(b), anew(h), anew(slice));
     }
     Step now = walk.first();
     if (walk.has(now)) load(now.tile, 0);
