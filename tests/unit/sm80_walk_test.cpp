@@ -142,18 +142,20 @@ TEST(Sm80Walk, BlocksAreInSections) {
         for (const long long head_bytes : {64ll, kMega, 10 * kMega, 1000 * kMega}) {
           const long long fitting = std::max(32 * kMega / head_bytes, 1ll);
           const int section = static_cast<int>(std::min<long long>(fitting, heads / group)) * group;
-          std::vector<int> seen(static_cast<std::size_t>(heads * tiles));
+          const int blocks = heads * tiles;
+          std::vector<int> seen(static_cast<std::size_t>(blocks));
           int tile_before = 0, section_before = 0;
-          for (int index = 0; index < heads * tiles; ++index) {
+          for (int index = 0; index < blocks; ++index) {
             const HeadTile at = place_in_order(index, heads, tiles, head_bytes, group);
             ASSERT_TRUE(at.head >= 0 && at.head < heads && at.tile >= 0 && at.tile < tiles);
-            ++seen[static_cast<std::size_t>(at.head * tiles + at.tile)];
+            const int block = at.head * tiles + at.tile;
+            ++seen[static_cast<std::size_t>(block)];
             const int section_now = at.head / section;
             EXPECT_TRUE(section_now == section_before ? at.tile >= tile_before : section_now == section_before + 1);
             section_before = section_now;
             tile_before = at.tile;
           }
-          EXPECT_EQ(std::ranges::count(seen, 1), heads * tiles);
+          EXPECT_EQ(std::ranges::count(seen, 1), blocks);
         }
       }
     }
