@@ -69,9 +69,10 @@ struct Api {
   CuResult (*function_set)(CuFunction, int, int) = nullptr;
   CuResult (*launch)(CuFunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CuStream, void**,
                      void**) = nullptr;
-  // Null: a driver older than 12.0.
+  // Both null: a driver older than 12.0.
   CuResult (*tensor_map_encode)(void*, int, unsigned, void*, const std::uint64_t*, const std::uint64_t*,
                                 const std::uint32_t*, const std::uint32_t*, int, int, int, int) = nullptr;
+  CuResult (*tensor_map_replace_address)(void*, void*) = nullptr;
   CuResult (*memset_d32)(CuDevicePtr, unsigned, std::size_t, CuStream) = nullptr;
   CuResult (*stream_is_capturing)(CuStream, int*) = nullptr;
   CuResult (*exchange_capture_mode)(int*) = nullptr;
@@ -151,6 +152,7 @@ void open_driver(const std::string& library, Driver* driver) {
   need(&api.function_set, "cuFuncSetAttribute");
   need(&api.launch, "cuLaunchKernel");
   find(&api.tensor_map_encode, "cuTensorMapEncodeTiled");
+  find(&api.tensor_map_replace_address, "cuTensorMapReplaceAddress");
   need(&api.memset_d32, "cuMemsetD32Async");
   need(&api.stream_is_capturing, "cuStreamIsCapturing");
   need(&api.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
@@ -245,7 +247,7 @@ class Device final : public CudaDevice {
     return api().driver_version(&version) == kSuccess ? version : 0;
   }
   std::size_t max_shared_memory() const override { return max_shared_memory_; }
-  bool has_tensor_maps() const override { return api().tensor_map_encode != nullptr; }
+  bool has_tensor_maps() const override { return api().tensor_map_encode && api().tensor_map_replace_address; }
 
   bool is_capturing(CudaStream stream) const override {
     const CudaScope scope(*this);
@@ -266,12 +268,22 @@ class Device final : public CudaDevice {
   }
 
   Check encode_tensor_map(const TensorMapLayout& layout, void* map) const override {
+    const CudaScope scope(*this);
+    if (scope.failure()) return scope.failure();
     constexpr std::uint32_t kElementStride[4] = {1, 1, 1, 1};
     const CuResult result = api().tensor_map_encode(map, layout.bfloat16 ? kTensorMapBfloat16 : kTensorMapFloat16, 4,
                                                     const_cast<void*>(layout.data), layout.extent, layout.stride,
                                                     layout.box, kElementStride, kTensorMapInterleaveNone,
                                                     kTensorMapSwizzle128, kTensorMapPromotion256, kTensorMapFillZero);
     if (result != kSuccess) return driver_.failure(result, "cuTensorMapEncodeTiled");
+    return {};
+  }
+
+  Check move_tensor_map(const void* data, void* map) const override {
+    const CudaScope scope(*this);
+    if (scope.failure()) return scope.failure();
+    const CuResult result = api().tensor_map_replace_address(map, const_cast<void*>(data));
+    if (result != kSuccess) return driver_.failure(result, "cuTensorMapReplaceAddress");
     return {};
   }
 

@@ -48,9 +48,10 @@ class CudaDevice {
   virtual bool is_capturing(CudaStream stream) const = 0;
   // Stream-ordered. `size` in bytes, `value` a 32-bit pattern; address and size are multiples of 4.
   virtual Check fill(void* address, std::uint32_t value, std::size_t size, CudaStream stream) const = 0;
-  // Writes the 128 bytes of a map, aligned to 64, that kernels copy by. Only where has_tensor_maps(), within a
-  // CudaScope.
+  // Writes the 128 bytes of a map, aligned to 64, that kernels copy by. Only where has_tensor_maps().
   virtual Check encode_tensor_map(const TensorMapLayout& layout, void* map) const = 0;
+  // Points such a map to other memory, laid out as what it was encoded for; a small part of encoding's time.
+  virtual Check move_tensor_map(const void* data, void* map) const = 0;
 
  private:
   friend class CudaScope;

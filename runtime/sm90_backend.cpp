@@ -12,13 +12,13 @@
 #include <utility>
 
 #include "runtime/cuda_call.h"
+#include "runtime/tensor_maps.h"
 
 namespace attnjit::runtime {
 namespace {
 
 constexpr int kArch = 90;
 constexpr int kFeatureStep = 8;  // 16 bytes of features
-constexpr int kBoxFeatures = 64;
 constexpr int kMaxTileN = 256;
 
 // A way to cut the work, for problems whose padded head dims are at most `head_dim`.
@@ -154,21 +154,6 @@ compiler::CompileResult<compiler::EmittedCuda> emit(const Request& request, cons
 
 // ---- The launch
 
-Check encode(const CudaDevice& device, const TensorView& tensor, int rows, sm90::TensorMap* map) {
-  const std::int64_t size = dsl::dtype_size(tensor.dtype);
-  TensorMapLayout layout{.data = tensor.data,
-                         .bfloat16 = tensor.dtype == dsl::DType::kBF16,
-                         .box = {kBoxFeatures, static_cast<std::uint32_t>(rows), 1, 1}};
-  // A tensor's dimensions go from the batch to the features, a map's the other way.
-  for (int d = 0; d < 4; ++d) layout.extent[d] = static_cast<std::uint64_t>(tensor.shape[3 - d]);
-  for (int d = 0; d < 3; ++d) {
-    // Where there is one of a dimension, nothing is a stride away; but the driver looks at the number.
-    const std::int64_t stride = tensor.shape[2 - d] == 1 ? tensor.shape[3] : tensor.stride[2 - d];
-    layout.stride[d] = static_cast<std::uint64_t>(stride * size);
-  }
-  return device.encode_tensor_map(layout, map);
-}
-
 // Heads whose rows are walked together, longest first, where a mod has a mask: as many as the L2 cache has room for the
 // keys and values of.
 int section_of(const Signature& s) {
@@ -261,32 +246,34 @@ Result<FusedLaunch> load(const Request& request, const std::shared_ptr<CudaDevic
     schedule = std::move(*placed);
   }
   const CudaKernel::Grid grid{.x = static_cast<unsigned>(std::min(fixed.tiles, device->num_sms()))};
-  return FusedLaunch(
-      [device, kernel = std::move(*kernel), grid, fixed, schedule = std::move(schedule), tile_n = config.tile_n,
-       threads = static_cast<unsigned>(sm90::threads(config)), score_factor = code.score_factor,
-       summaries = code.summaries](const ForwardCall& call, void* workspace, CudaStream stream) -> Check {
-        const CudaScope scope(*device);
-        if (scope.failure()) return scope.failure();
-        sm90::ForwardParams params = fixed;
-        const struct {
-          const TensorView& tensor;
-          int rows;
-          sm90::TensorMap* map;
-        } maps[] = {{call.q, sm90::kRowsOfWarpgroup, &params.q},
-                    {call.k, tile_n, &params.k},
-                    {call.v, tile_n, &params.v},
-                    {call.o, sm90::kRowsOfWarpgroup, &params.o}};
-        for (const auto& [tensor, rows, map] : maps) {
-          if (Check failure = encode(*device, tensor, rows, map)) return failure;
-        }
-        params.call = forward_params(call, score_factor);
-        if (summaries) {
-          params.counter = summaries->counter(workspace);
-          summaries->fill_views(call, workspace, params.call.captured);
-          if (Check failure = summaries->fill(call, workspace, stream)) return failure;
-        }
-        return kernel->launch(grid, threads, &params, stream);
-      });
+  struct Writers {
+    explicit Writers(int tile_n) : k(tile_n), v(tile_n) {}
+    TensorMapWriter q{sm90::kRowsOfWarpgroup}, k, v, o{sm90::kRowsOfWarpgroup};
+  };
+  return FusedLaunch([device, kernel = std::move(*kernel), grid, fixed, schedule = std::move(schedule),
+                      threads = static_cast<unsigned>(sm90::threads(config)), score_factor = code.score_factor,
+                      summaries = code.summaries, writers = std::make_shared<Writers>(config.tile_n)](
+                         const ForwardCall& call, void* workspace, CudaStream stream) -> Check {
+    sm90::ForwardParams params = fixed;
+    const struct {
+      TensorMapWriter& writer;
+      const TensorView& tensor;
+      sm90::TensorMap* map;
+    } maps[] = {{writers->q, call.q, &params.q},
+                {writers->k, call.k, &params.k},
+                {writers->v, call.v, &params.v},
+                {writers->o, call.o, &params.o}};
+    for (const auto& [writer, tensor, map] : maps) {
+      if (Check failure = writer.write(*device, tensor, map)) return failure;
+    }
+    params.call = forward_params(call, score_factor);
+    if (summaries) {
+      params.counter = summaries->counter(workspace);
+      summaries->fill_views(call, workspace, params.call.captured);
+      if (Check failure = summaries->fill(call, workspace, stream)) return failure;
+    }
+    return kernel->launch(grid, threads, &params, stream);
+  });
 }
 
 Json describe(const sm90::ForwardConfig& c) {

@@ -652,11 +652,42 @@ TEST_F(CudaSm90, Launch) {
     EXPECT_THAT(of.box, ElementsAre(64, rows, 1, 1));
   }
   EXPECT_EQ(fake_cuda_current(kDriver), 0) << "a context was left current";
+}
 
-  // The maps are the call's, not the plan's.
+// The first call's maps serve all with its strides, and each call has its own addresses and strides.
+TEST_F(CudaSm90, MapsOfLaterCalls) {
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  const sm90::ForwardParams first = last_sm90_params();
+  ASSERT_EQ(fake_->maps.size(), 4u);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->maps.size(), 4u) << "the same call asks the driver for maps again";
+  EXPECT_EQ(encoded(last_sm90_params().v).data, p_.v_data.data());
+
   p_.q.dl.byte_offset = 32;
   ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
-  EXPECT_EQ(encoded(last_sm90_params().q).data, p_.q_data.data() + 8);
+  EXPECT_EQ(fake_->maps.size(), 5u);
+  const FakeCuda::TensorMap& moved = encoded(last_sm90_params().q);
+  EXPECT_TRUE(moved.moved);
+  EXPECT_EQ(moved.data, p_.q_data.data() + 8);
+  EXPECT_EQ(moved.strides, encoded(first.q).strides);
+
+  p_.q.dl.byte_offset = 0;
+  p_.k.strides = {50 * 24 * 2, 50 * 24, 24, 1};
+  p_.k.sync();
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+    EXPECT_EQ(fake_->maps.size(), 6u + static_cast<std::size_t>(i));
+    EXPECT_EQ(encoded(last_sm90_params().q).data, p_.q_data.data());
+    const FakeCuda::TensorMap& other = encoded(last_sm90_params().k);
+    EXPECT_FALSE(other.moved);
+    EXPECT_THAT(other.strides, testing::ElementsAre(48, 2400, 4800));
+  }
+  p_.k.strides.clear();
+  p_.k.sync();
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->maps.size(), 7u);
+  EXPECT_EQ(encoded(last_sm90_params().k).strides, encoded(first.k).strides);
 }
 
 // One block per multiprocessor where there are more tiles than those, of more queries.
@@ -868,7 +899,9 @@ TEST_F(CudaSm90, Summaries) {
 
 TEST_F(CudaSm90, RunFailures) {
   PREPARE_OR_SKIP(plan);
-  for (const char* function : {"cuTensorMapEncodeTiled", "cuLaunchKernel", "cuCtxPushCurrent"}) {
+  for (const char* function :
+       {"cuTensorMapEncodeTiled", "cuLaunchKernel", "cuTensorMapReplaceAddress", "cuCtxPushCurrent"}) {
+    p_.q.dl.byte_offset = function == std::string_view("cuTensorMapReplaceAddress") ? 32 : 0;
     fake_->failing = {{function, 1}};
     EXPECT_EQ(run(plan), ATTNJIT_ENVIRONMENT);
     EXPECT_THAT(attnjit_last_error(), HasSubstr(std::string(function) + " failed: CUDA_ERROR_INVALID_VALUE"));

@@ -216,7 +216,6 @@ TEST_F(CudaDriver, TensorMaps) {
   ASSERT_TRUE(gpu->has_tensor_maps());
   alignas(64) unsigned char memory[128] = {};
   TensorMapLayout layout{.data = memory, .extent = {24, 40, 4, 2}, .stride = {48, 1920, 7680}, .box = {64, 128, 1, 1}};
-  const CudaScope scope(*gpu);
   alignas(64) unsigned char map[128] = {};
   ASSERT_FALSE(gpu->encode_tensor_map(layout, map));
   layout.bfloat16 = false;
@@ -237,10 +236,20 @@ TEST_F(CudaDriver, TensorMaps) {
   EXPECT_THAT(encoded.box, testing::ElementsAre(64, 128, 1, 1));
   EXPECT_THAT(encoded.element_strides, testing::ElementsAre(1, 1, 1, 1));
 
+  ASSERT_FALSE(gpu->move_tensor_map(memory + 64, map));
+  ASSERT_EQ(fake_->maps.size(), 3u);
+  EXPECT_EQ(fake_->maps[2].data, memory + 64);
+  EXPECT_EQ(fake_->maps[2].type, 6);
+  EXPECT_EQ(fake_->maps[2].strides, fake_->maps[0].strides);
+
   layout.stride[1] = 1928;
-  const Failure failure = gpu->encode_tensor_map(layout, map).value_or(Failure{});
+  Failure failure = gpu->encode_tensor_map(layout, map).value_or(Failure{});
   EXPECT_EQ(failure.status, ATTNJIT_ENVIRONMENT);
   EXPECT_EQ(failure.message, "cuTensorMapEncodeTiled failed: CUDA_ERROR_INVALID_VALUE");
+  failure = gpu->move_tensor_map(memory + 8, map).value_or(Failure{});
+  EXPECT_EQ(failure.status, ATTNJIT_ENVIRONMENT);
+  EXPECT_EQ(failure.message, "cuTensorMapReplaceAddress failed: CUDA_ERROR_INVALID_VALUE");
+  EXPECT_EQ(test::fake_cuda_current(kLibrary), 0) << "a context was left current";
 
   // A driver that lacks the function serves all else.
   const auto old = CudaDevice::get(0, ATTNJIT_FAKE_CUDA_11);

@@ -286,6 +286,22 @@ FAKE int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* data, 
                         .element_strides = {element_strides, element_strides + rank}});
   return 0;
 }
+FAKE int cuTensorMapReplaceAddress(void* map, void* data) {
+  MAY_FAIL("cuTensorMapReplaceAddress");
+  if (current() == 0) return kInvalidContext;
+  if (reinterpret_cast<std::uintptr_t>(map) % 64 != 0 || reinterpret_cast<std::uintptr_t>(data) % 16 != 0) {
+    return kInvalidValue;
+  }
+  if (!state.record) return 0;
+  auto& place = *static_cast<std::uint64_t*>(map);
+  if (place >= state.maps.size()) return kInvalidValue;
+  FakeCuda::TensorMap moved = state.maps[place];
+  moved.data = data;
+  moved.moved = true;
+  place = state.maps.size();
+  state.maps.push_back(std::move(moved));
+  return 0;
+}
 #endif
 FAKE int cuMemsetD32Async(unsigned long long address, unsigned value, std::size_t count, void*) {
   MAY_FAIL("cuMemsetD32Async");

@@ -49,12 +49,13 @@ struct FakeCuda {
     bool captured = false;
   };
   std::vector<Launch> launches;
-  // A tensor map as it was encoded; where launches are written down, the map's first word is its place here.
+  // A tensor map as it was encoded, or moved; where launches are written down, the map's first word is its place here.
   struct TensorMap {
     int type = 0, interleave = 0, swizzle = 0, promotion = 0, fill = 0;
     const void* data = nullptr;
     std::vector<std::uint64_t> extents, strides;
     std::vector<std::uint32_t> box, element_strides;
+    bool moved = false;  // of another one, whose address was replaced
   };
   std::vector<TensorMap> maps;
   int launched = 0;
