@@ -76,21 +76,24 @@ BENCHMARK_CAPTURE(prepare_cold, causal, "where(q_idx + {} >= kv_idx, score, -inf
 BENCHMARK_CAPTURE(prepare_cold, softcap, "{0} * tanh(score / {0})")->Unit(benchmark::kMillisecond);
 
 // What a call on the GPU costs the thread that makes it. The GPU has next to nothing to do, and is waited for, untimed,
-// before its queue is full.
-void cuda_prepared_call(benchmark::State& state, attnjit_backend backend, bool captures) {
+// before its queue is full. `moves`: every other call is of other memory.
+void cuda_prepared_call(benchmark::State& state, attnjit_backend backend, bool captures, bool moves) {
   if (!Gpu::unavailable().empty()) return state.SkipWithError(Gpu::unavailable().c_str());
   constexpr int kQueued = 256;
   const ContextPtr context = make_context(1);
-  const std::vector<std::int64_t> shape{1, 1, 64, 64};
-  Placed q(Tensor(ElementType::kBFloat16, shape), true), k(Tensor(ElementType::kBFloat16, shape), true),
-      v(Tensor(ElementType::kBFloat16, shape), true), o(Tensor(ElementType::kBFloat16, shape), true),
+  const std::vector<std::int64_t> two_batches{2, 1, 64, 64};
+  std::int64_t shape[] = {1, 1, 64, 64};
+  constexpr std::uint64_t kBatchBytes = 64 * 64 * 2;
+  Placed q(Tensor(ElementType::kBFloat16, two_batches), true), k(Tensor(ElementType::kBFloat16, two_batches), true),
+      v(Tensor(ElementType::kBFloat16, two_batches), true), o(Tensor(ElementType::kBFloat16, two_batches), true),
       slopes(Tensor(ElementType::kFloat32, {1}), true);
   for (Placed* input : {&q, &k, &v, &slopes}) {
     fill_normal(input->host, 1);
     input->device.upload();
   }
-  const DLTensor q_dl = q.device.dl(), k_dl = k.device.dl(), v_dl = v.device.dl(), slopes_dl = slopes.device.dl();
-  DLTensor o_dl = o.device.dl();
+  const DLTensor slopes_dl = slopes.device.dl();
+  DLTensor q_dl = q.device.dl(), k_dl = k.device.dl(), v_dl = v.device.dl(), o_dl = o.device.dl();
+  for (DLTensor* tensor : {&q_dl, &k_dl, &v_dl, &o_dl}) tensor->shape = shape;
   const attnjit_capture capture{"slopes", &slopes_dl};
   attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
   attention.score_mod = captures ? "score + slopes[h] * (kv_idx - q_idx)" : "noop";
@@ -108,6 +111,9 @@ void cuda_prepared_call(benchmark::State& state, attnjit_backend backend, bool c
   int queued = 0;
   for (auto _ : state) {
     check(attnjit_run(plan.get(), &attention, workspace.data(), size, stream.handle()));
+    if (moves) {
+      for (DLTensor* tensor : {&q_dl, &k_dl, &v_dl, &o_dl}) tensor->byte_offset ^= kBatchBytes;
+    }
     if (++queued % kQueued != 0) continue;
     state.PauseTiming();
     stream.synchronize();
@@ -115,10 +121,37 @@ void cuda_prepared_call(benchmark::State& state, attnjit_backend backend, bool c
   }
   stream.synchronize();
 }
-BENCHMARK_CAPTURE(cuda_prepared_call, sm90, ATTNJIT_BACKEND_SM90, false)->UseRealTime();
-BENCHMARK_CAPTURE(cuda_prepared_call, sm80, ATTNJIT_BACKEND_SM80, false)->UseRealTime();
-BENCHMARK_CAPTURE(cuda_prepared_call, sm80_captures, ATTNJIT_BACKEND_SM80, true)->UseRealTime();
-BENCHMARK_CAPTURE(cuda_prepared_call, math, ATTNJIT_BACKEND_MATH, false)->UseRealTime();
+BENCHMARK_CAPTURE(cuda_prepared_call, sm90, ATTNJIT_BACKEND_SM90, false, false)->UseRealTime();
+BENCHMARK_CAPTURE(cuda_prepared_call, sm90_moves, ATTNJIT_BACKEND_SM90, false, true)->UseRealTime();
+BENCHMARK_CAPTURE(cuda_prepared_call, sm80, ATTNJIT_BACKEND_SM80, false, false)->UseRealTime();
+BENCHMARK_CAPTURE(cuda_prepared_call, sm80_captures, ATTNJIT_BACKEND_SM80, true, false)->UseRealTime();
+BENCHMARK_CAPTURE(cuda_prepared_call, math, ATTNJIT_BACKEND_MATH, false, false)->UseRealTime();
+
+// A plan whose binary is on disk, in a process that has compiled before: more tiles of queries than multiprocessors, so
+// that a mask's are given a schedule.
+void cuda_prepare_found(benchmark::State& state, attnjit_backend backend, const char* mask_mod) {
+  if (!Gpu::unavailable().empty()) return state.SkipWithError(Gpu::unavailable().c_str());
+  const std::vector<std::int64_t> shape{4, 16, 1024, 64};
+  Placed q(Tensor(ElementType::kBFloat16, shape), true), o(Tensor(ElementType::kBFloat16, shape), true);
+  const DLTensor q_dl = q.device.dl();
+  DLTensor o_dl = o.device.dl();
+  attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+  attention.mask_mod = mask_mod;
+  attention.q = attention.k = attention.v = &q_dl;
+  attention.o = &o_dl;
+  attention.backend = backend;
+  prepare(make_context(1).get(), attention);
+  for (auto _ : state) {
+    state.PauseTiming();
+    const ContextPtr context = make_context(1);
+    state.ResumeTiming();
+    const PlanPtr plan = prepare(context.get(), attention);
+  }
+}
+BENCHMARK_CAPTURE(cuda_prepare_found, sm90, ATTNJIT_BACKEND_SM90, nullptr)->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(cuda_prepare_found, sm90_causal, ATTNJIT_BACKEND_SM90, "causal")->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(cuda_prepare_found, sm90_window, ATTNJIT_BACKEND_SM90, "abs(q_idx - kv_idx) < 200")
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 }  // namespace attnjit::tool

@@ -115,6 +115,36 @@ CompileResult<ModFacts> facts_of(const Frontend& frontend, bool ran) {
   return result;
 }
 
+// The native code of `mod` in `around`, which has `entries`: compiled, or shared. Appends its phases to `phases`.
+LoadResult code_of(std::unique_ptr<llvm::Module> mod, const CpuTemplate& around,
+                   llvm::ArrayRef<llvm::StringRef> entries, const CompileOptions& options, PhaseTimes& phases) {
+  const llvm::XXH128_hash_t hash = hash_text(printed(*mod));
+  const CodeCache::Key key{hash.low64, hash.high64, static_cast<int>(options.isa), around.entry.str()};
+  // A dump shows the compile, so there has to be one.
+  if (!options.dump) {
+    if (auto code = CodeCache::shared().find(key)) return {std::move(code), {}};
+  }
+  CodegenResult object = compile_object(std::move(mod), around, options, phases);
+  if (!object.object) return {nullptr, object.error};
+  const PhaseTimer timer(phases, "load");
+  LoadResult loaded = load_object(std::move(object.object), entries);
+  if (!loaded.code) return {nullptr, "the code does not load: " + loaded.error};
+  return {CodeCache::shared().insert(key, std::move(loaded.code)), {}};
+}
+
+// Why this machine cannot run code for `isa`; empty where it can.
+std::string refuse(CpuIsa isa) {
+  if (isa <= host_cpu_isa()) return {};
+  return "this machine cannot run " + std::string(cpu_isa_name(isa)) + " code, its best is " +
+         std::string(cpu_isa_name(host_cpu_isa()));
+}
+
+void add_tile_entries(const ModFacts& facts, llvm::SmallVectorImpl<llvm::StringRef>& entries) {
+  if (facts.knows_tiles) entries.push_back(kTileKindEntry);
+  if (facts.knows_kv_range) entries.push_back(kKvRangeEntry);
+  if (facts.knows_q_range) entries.push_back(kQRangeEntry);
+}
+
 }  // namespace
 
 cpu::TileFacts tile_facts_of(const NativeCode& code) {
@@ -131,9 +161,7 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
     result.error = CompileError{std::move(message)};
     return std::move(result);
   };
-  if (options.isa > host_cpu_isa())
-    return fail("this machine cannot run " + std::string(cpu_isa_name(options.isa)) + " code, its best is " +
-                std::string(cpu_isa_name(host_cpu_isa())));
+  if (std::string refused = refuse(options.isa); !refused.empty()) return fail(std::move(refused));
   Frontend frontend(compiled.phases);
   const bool ran = around.backward ? frontend.run_backward(problem, options, Target::kCpu)
                                    : frontend.run(problem, options, Target::kCpu);
@@ -146,28 +174,15 @@ CompileResult<CompiledMod> compile_mod(const ModProblem& problem, const CompileO
   compiled.staged = frontend.staged();
   compiled.places = frontend.places();
 
-  const llvm::XXH128_hash_t hash = hash_text(printed(*mod));
-  const CodeCache::Key key{hash.low64, hash.high64, static_cast<int>(options.isa), around.entry.str()};
-  // A dump shows the compile, so there has to be one.
-  if (!options.dump) compiled.code = CodeCache::shared().find(key);
-  if (compiled.code) return result;
-  CodegenResult object = compile_object(std::move(mod), around, options, compiled.phases);
-  if (!object.object) return fail(object.error);
-  LoadResult loaded;
-  {
-    const PhaseTimer timer(compiled.phases, "load");
-    llvm::SmallVector<llvm::StringRef> entries{around.entry};
-    if (!compiled.staged.empty()) entries.push_back(kRowsEntry);
-    if (!compiled.facts.sinks.empty()) entries.push_back(kSinkOffsetsEntry);
-    if (llvm::any_of(compiled.facts.sinks, [](const SinkFacts& sink) { return sink.row_shift; }))
-      entries.push_back(kRowShiftsEntry);
-    if (compiled.facts.knows_tiles) entries.push_back(kTileKindEntry);
-    if (compiled.facts.knows_kv_range) entries.push_back(kKvRangeEntry);
-    if (compiled.facts.knows_q_range) entries.push_back(kQRangeEntry);
-    loaded = load_object(std::move(object.object), entries);
-  }
-  if (!loaded.code) return fail("the code does not load: " + loaded.error);
-  compiled.code = CodeCache::shared().insert(key, std::move(loaded.code));
+  llvm::SmallVector<llvm::StringRef> entries{around.entry};
+  if (!compiled.staged.empty()) entries.push_back(kRowsEntry);
+  if (!compiled.facts.sinks.empty()) entries.push_back(kSinkOffsetsEntry);
+  if (llvm::any_of(compiled.facts.sinks, [](const SinkFacts& sink) { return sink.row_shift; }))
+    entries.push_back(kRowShiftsEntry);
+  add_tile_entries(compiled.facts, entries);
+  LoadResult loaded = code_of(std::move(mod), around, entries, options, compiled.phases);
+  if (!loaded.code) return fail(std::move(loaded.error));
+  compiled.code = std::move(loaded.code);
   return result;
 }
 
@@ -186,6 +201,35 @@ CompileResult<ModFacts> analyze_gradients(const ModProblem& problem, const Compi
 CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,
                                                                const CompileOptions& options) {
   return tile_of<CpuTile, CompiledTile>(compile_mod(problem, options, tile_template(options.isa)));
+}
+
+CompileResult<std::shared_ptr<const cpu::TileFacts>> compile_cpu_tile_facts(const ModProblem& problem,
+                                                                            const CompileOptions& options) {
+  CompileResult<std::shared_ptr<const cpu::TileFacts>> result;
+  const auto fail = [&](std::string message) {
+    result.error = CompileError{std::move(message)};
+    return std::move(result);
+  };
+  if (std::string refused = refuse(options.isa); !refused.empty()) return fail(std::move(refused));
+  PhaseTimes phases;
+  Frontend frontend(phases);
+  if (!frontend.run_tile_facts(problem)) return fail(frontend.error());
+  const ModFacts& facts = frontend.facts();
+  if (!facts.knows_tiles || facts.tiles_read_captured) return result;
+  llvm::LLVMContext context;
+  std::unique_ptr<llvm::Module> mod = frontend.lower_tile_facts(context);
+  if (!mod) return fail(frontend.error());
+  llvm::SmallVector<llvm::StringRef> entries;
+  add_tile_entries(facts, entries);
+  LoadResult loaded = code_of(std::move(mod), tile_facts_template(), entries, options, phases);
+  if (!loaded.code) return fail(std::move(loaded.error));
+  struct Held {
+    std::shared_ptr<const NativeCode> code;
+    cpu::TileFacts facts;
+  };
+  const auto held = std::make_shared<const Held>(loaded.code, tile_facts_of(*loaded.code));
+  result.value = {held, &held->facts};
+  return result;
 }
 
 CompileResult<std::shared_ptr<const CpuGradientTile>> compile_cpu_gradient_tile(const ModProblem& problem,

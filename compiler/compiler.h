@@ -191,6 +191,11 @@ CompileResult<ModFacts> analyze(const ModProblem& problem, const CompileOptions&
 CompileResult<std::shared_ptr<const CpuTile>> compile_cpu_tile(const ModProblem& problem,
                                                                const CompileOptions& options = {});
 
+// The same facts about tiles as a CpuTile's, without the code that computes one; null where nothing is known of any
+// tile, or only with captured values. The functions live as long as the result.
+CompileResult<std::shared_ptr<const cpu::TileFacts>> compile_cpu_tile_facts(const ModProblem& problem,
+                                                                            const CompileOptions& options = {});
+
 // The passes of the backward only: facts with gradient_need and sinks.
 CompileResult<ModFacts> analyze_gradients(const ModProblem& problem, const CompileOptions& options = {});
 CompileResult<std::shared_ptr<const CpuGradientTile>> compile_cpu_gradient_tile(const ModProblem& problem,

@@ -137,7 +137,7 @@ bool emit(llvm::Module& module, llvm::TargetMachine& machine, llvm::CodeGenFileT
   return true;
 }
 
-std::unique_ptr<llvm::TargetMachine> target_machine(CpuIsa isa, std::string& error) {
+std::unique_ptr<llvm::TargetMachine> target_machine(CpuIsa isa, llvm::CodeGenOptLevel level, std::string& error) {
   static std::once_flag once;
   std::call_once(once, [] {
     LLVMInitializeX86TargetInfo();
@@ -151,9 +151,8 @@ std::unique_ptr<llvm::TargetMachine> target_machine(CpuIsa isa, std::string& err
   const IsaTarget& names = isa_target(isa);
   llvm::TargetOptions options;
   options.MCOptions.AsmVerbose = true;
-  std::unique_ptr<llvm::TargetMachine> machine(
-      target->createTargetMachine(triple, names.cpu, names.features, options, llvm::Reloc::PIC_, std::nullopt,
-                                  llvm::CodeGenOptLevel::Default, /*JIT=*/true));
+  std::unique_ptr<llvm::TargetMachine> machine(target->createTargetMachine(
+      triple, names.cpu, names.features, options, llvm::Reloc::PIC_, std::nullopt, level, /*JIT=*/true));
   if (!machine) error = "no x86-64 code generator";
   return machine;
 }
@@ -194,6 +193,8 @@ CpuTemplate gradient_tile_template(CpuIsa isa) {
   return {bytes(cpu::gradient_tile_bitcode(static_cast<int>(isa))), "attnjit_gradient_tile", true, true};
 }
 
+CpuTemplate tile_facts_template() { return {.bitcode = {}, .entry = kTileKindEntry}; }
+
 CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplate& around,
                              const CompileOptions& options, PhaseTimes& phases) {
   // Shared with the context, which outlives this call.
@@ -204,27 +205,34 @@ CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplat
     if (error) *errors += llvm::toString(std::move(error));
     return CodegenResult{nullptr, errors->empty() ? what : what + ": " + *errors};
   };
-  std::unique_ptr<llvm::TargetMachine> machine = target_machine(options.isa, *errors);
+  // Straight code that is asked once per tile is not worth the milliseconds of good registers and schedules.
+  const llvm::CodeGenOptLevel level =
+      around.bitcode.empty() ? llvm::CodeGenOptLevel::None : llvm::CodeGenOptLevel::Default;
+  std::unique_ptr<llvm::TargetMachine> machine = target_machine(options.isa, level, *errors);
   if (!machine) return failed("cannot generate code for this machine");
 
   std::unique_ptr<llvm::Module> module;
   {
     const PhaseTimer timer(phases, "link");
-    auto read = read_bitcode(around.bitcode, "template", context);
-    if (!read) return failed("embedded bitcode cannot be read", read.takeError());
-    module = std::move(*read);
-    if (llvm::Error error = module->materializeAll())
-      return failed("embedded bitcode cannot be read", std::move(error));
-    mod->setTargetTriple(module->getTargetTriple());
-    mod->setDataLayout(module->getDataLayout());
+    mod->setTargetTriple(machine->getTargetTriple());
+    mod->setDataLayout(machine->createDataLayout());
     const bool stages_reads = mod->getFunction("attnjit_lane_rows") != nullptr;
-    if (llvm::Linker::linkModules(*module, std::move(mod))) return failed("the mod does not link");
+    if (around.bitcode.empty()) {
+      module = std::move(mod);
+    } else {
+      auto read = read_bitcode(around.bitcode, "template", context);
+      if (!read) return failed("embedded bitcode cannot be read", read.takeError());
+      module = std::move(*read);
+      if (llvm::Error error = module->materializeAll())
+        return failed("embedded bitcode cannot be read", std::move(error));
+      if (llvm::Linker::linkModules(*module, std::move(mod))) return failed("the mod does not link");
+    }
     if (stages_reads) {
-      read = read_bitcode(bytes(cpu::rows_bitcode(static_cast<int>(options.isa))), "rows", context);
+      auto read = read_bitcode(bytes(cpu::rows_bitcode(static_cast<int>(options.isa))), "rows", context);
       if (!read) return failed("embedded bitcode cannot be read", read.takeError());
       if (llvm::Linker::linkModules(*module, std::move(*read))) return failed("the rows do not link");
     }
-    read = read_bitcode(bytes(cpu::functions_bitcode(static_cast<int>(options.isa))), "functions", context);
+    auto read = read_bitcode(bytes(cpu::functions_bitcode(static_cast<int>(options.isa))), "functions", context);
     if (!read) return failed("embedded bitcode cannot be read", read.takeError());
     if (llvm::Linker::linkModules(*module, std::move(*read), llvm::Linker::LinkOnlyNeeded))
       return failed("the functions do not link");
@@ -240,7 +248,7 @@ CodegenResult compile_object(std::unique_ptr<llvm::Module> mod, const CpuTemplat
     module->print(stream, nullptr);
     options.dump("llvm", text);
     // Code generation changes the module: the listing gets a copy.
-    std::unique_ptr<llvm::TargetMachine> lister = target_machine(options.isa, *errors);
+    std::unique_ptr<llvm::TargetMachine> lister = target_machine(options.isa, level, *errors);
     llvm::SmallVector<char, 0> listing;
     const std::unique_ptr<llvm::Module> copy = llvm::CloneModule(*module);
     if (lister && emit(*copy, *lister, llvm::CodeGenFileType::AssemblyFile, listing))

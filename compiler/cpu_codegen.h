@@ -12,7 +12,7 @@ namespace attnjit::compiler {
 
 // Code around a mod: bitcode that calls it and the one function of it that is kept.
 struct CpuTemplate {
-  llvm::StringRef bitcode;
+  llvm::StringRef bitcode;  // empty: there is nothing around it
   llvm::StringRef entry;
   bool stages_reads = false;  // gives the mod what TileParams::staged says
   bool backward = false;
@@ -31,6 +31,8 @@ inline constexpr llvm::StringLiteral kQRangeEntry = "attnjit_q_range";
 CpuTemplate tile_template(CpuIsa isa);
 // The backward's tile; its entry is a cpu::GradientTileFn.
 CpuTemplate gradient_tile_template(CpuIsa isa);
+// Nothing but what is known of tiles; its entry is a cpu::TileKindFn.
+CpuTemplate tile_facts_template();
 
 struct CodegenResult {
   std::unique_ptr<llvm::MemoryBuffer> object;

@@ -75,16 +75,7 @@ bool Frontend::run_backward(const ModProblem& problem, const CompileOptions& opt
 }
 
 bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Target target, bool backward) {
-  error_ = problem_error(problem);
-  if (!error_.empty()) return false;
-  {
-    const PhaseTimer timer(phases_, "context");
-    session_ = std::make_unique<MlirSession>();
-  }
-  {
-    const PhaseTimer timer(phases_, "build");
-    module_ = build_module(session_->context(), problem);
-  }
+  if (!build(problem)) return false;
   {
     const PhaseTimer timer(phases_, backward ? "differentiate" : "canonicalize");
     const bool done = backward ? session_->differentiate(*module_, problem.gradients, problem.partial_keys)
@@ -111,6 +102,28 @@ bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Tar
   return true;
 }
 
+bool Frontend::run_tile_facts(const ModProblem& problem) {
+  if (!build(problem)) return false;
+  {
+    const PhaseTimer timer(phases_, "canonicalize");
+    if (!session_->canonicalize(*module_)) return failed("canonical form");
+  }
+  const PhaseTimer timer(phases_, "facts");
+  return find_tile_facts(problem, Target::kCpu) || failed("facts");
+}
+
+bool Frontend::build(const ModProblem& problem) {
+  error_ = problem_error(problem);
+  if (!error_.empty()) return false;
+  {
+    const PhaseTimer timer(phases_, "context");
+    session_ = std::make_unique<MlirSession>();
+  }
+  const PhaseTimer timer(phases_, "build");
+  module_ = build_module(session_->context(), problem);
+  return true;
+}
+
 std::unique_ptr<llvm::Module> Frontend::lower(const ModProblem& problem, bool stage_reads, llvm::LLVMContext& context) {
   const PhaseTimer timer(phases_, "lower");
   if (stage_reads) {
@@ -128,6 +141,14 @@ std::unique_ptr<llvm::Module> Frontend::lower(const ModProblem& problem, bool st
   }
   std::unique_ptr<llvm::Module> module = session_->to_llvm(*module_, context);
   if (!module) failed("lowering");
+  return module;
+}
+
+std::unique_ptr<llvm::Module> Frontend::lower_tile_facts(llvm::LLVMContext& context) {
+  const PhaseTimer timer(phases_, "lower");
+  std::unique_ptr<llvm::Module> module = session_->to_llvm(*tile_facts_, context);
+  if (!module) failed("lowering");
+  tile_facts_ = {};
   return module;
 }
 

@@ -21,8 +21,12 @@ class Frontend {
   bool run(const ModProblem& problem, const CompileOptions& options, Target target);
   // The same for the backward; facts() have gradient_need and sinks, and are of the function with the gradients in it.
   bool run_backward(const ModProblem& problem, const CompileOptions& options, Target target);
+  // Of a forward no more than facts()' part about tiles, and tile_facts(); for the CPU.
+  bool run_tile_facts(const ModProblem& problem);
   // For the CPU; null with error() set.
   std::unique_ptr<llvm::Module> lower(const ModProblem& problem, bool stage_reads, llvm::LLVMContext& context);
+  // Of tile_facts() alone, which is there.
+  std::unique_ptr<llvm::Module> lower_tile_facts(llvm::LLVMContext& context);
 
   const ModFacts& facts() const { return facts_; }
   double score_factor() const { return score_factor_; }  // see CpuTile
@@ -31,11 +35,12 @@ class Frontend {
   const std::string& error() const { return error_; }
   // The `(f32) -> (f32, i1)` after the passes; for the backward `(f32, f32) -> (f32, i1, f32, f32...)`.
   mlir::func::FuncOp function();
-  // What compiler/tile_facts.h derived, after its passes; null where it says nothing. Gone after lower().
+  // What compiler/tile_facts.h derived, after its passes; null where it says nothing. Gone once it is lowered.
   mlir::func::FuncOp tile_facts();
 
  private:
   bool run(const ModProblem& problem, const CompileOptions& options, Target target, bool backward);
+  bool build(const ModProblem& problem);
   bool failed(const char* step);
   bool find_tile_facts(const ModProblem& problem, Target target);
   void collect_facts();

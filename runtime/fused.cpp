@@ -145,13 +145,11 @@ compiler::ModProblem tiled_problem(const Request& request, int tile_m, int tile_
 }
 
 std::optional<KnownTiles> KnownTiles::find(const Request& request, int tile_m, int tile_n) {
-  auto compiled = compiler::compile_cpu_tile(tiled_problem(request, tile_m, tile_n),
-                                             {.isa = request.context.cpu_isa(), .dump = nullptr});
-  if (compiled.error) return std::nullopt;
+  auto compiled = compiler::compile_cpu_tile_facts(tiled_problem(request, tile_m, tile_n),
+                                                   {.isa = request.context.cpu_isa(), .dump = nullptr});
+  if (compiled.error || !compiled.value) return std::nullopt;
   KnownTiles tiles;
-  tiles.code_ = std::move(compiled.value);
-  tiles.facts_ = tiles.code_->tile_facts();
-  if (!tiles.facts_.kind || tiles.code_->facts().tiles_read_captured) return std::nullopt;
+  tiles.facts_ = std::move(compiled.value);
   const Signature& s = request.call.signature;
   tiles.tile_m_ = tile_m;
   tiles.tile_n_ = tile_n;
@@ -172,12 +170,12 @@ KnownTiles::Counts KnownTiles::count(std::int64_t b, std::int64_t h, std::int64_
                     .kv_first = 0,
                     .kv_last = seqlen_kv_ - 1};
   cpu::IndexRange range = {tile.kv_first, tile.kv_last};
-  if (facts_.kv_range) facts_.kv_range(&tile, nullptr, &range);
+  if (facts_->kv_range) facts_->kv_range(&tile, nullptr, &range);
   Counts counts;
   for (std::int64_t n = range.first / tile_n_; range.first <= range.last && n <= range.last / tile_n_; ++n) {
     tile.kv_first = n * tile_n_;
     tile.kv_last = tile.kv_first + tile_n_ - 1;
-    const cpu::TileKind kind = facts_.kind(&tile, nullptr);
+    const cpu::TileKind kind = facts_->kind(&tile, nullptr);
     counts.full += kind == cpu::TileKind::kFull;
     counts.partial += kind == cpu::TileKind::kPartial;
   }

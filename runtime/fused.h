@@ -67,8 +67,7 @@ class KnownTiles {
  private:
   KnownTiles() = default;
 
-  std::shared_ptr<const compiler::CpuTile> code_;
-  cpu::TileFacts facts_;
+  std::shared_ptr<const cpu::TileFacts> facts_;
   std::int64_t tile_m_ = 0, tile_n_ = 0, m_tiles_ = 0, n_tiles_ = 0;
   std::int64_t seqlen_q_ = 0, seqlen_kv_ = 0;
 };

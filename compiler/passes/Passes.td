@@ -111,7 +111,7 @@ def LowerToLlvm : Pass<"attnjit-lower-to-llvm", "::mlir::ModuleOp"> {
     that are no row shifts; the places of those marked `attnjit.placed`, too. Where there are sinks also
     `attnjit_sink_offsets` (a cpu::SinkOffsetsFn), where there are row shifts `attnjit_row_shifts` (a cpu::RowShiftsFn).
 
-    A second function `@tile_facts` (compiler/tile_facts.h) becomes, as far as it says anything, `attnjit_tile_kind` (a
+    A second function, or the only one, `@tile_facts` (compiler/tile_facts.h) becomes, as far as it says anything, `attnjit_tile_kind` (a
     cpu::TileKindFn), `attnjit_kv_range` and `attnjit_q_range` (each a cpu::TileRangeFn).
   }];
   let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::arith::ArithDialect"];

@@ -424,25 +424,14 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
     mlir::ModuleOp module = getOperation();
     auto tile_facts = module.lookupSymbol<mlir::func::FuncOp>(kTileFactsName);
     auto functions = module.getOps<mlir::func::FuncOp>();
-    if (std::distance(functions.begin(), functions.end()) != (tile_facts ? 2 : 1) || *functions.begin() == tile_facts) {
+    const auto count = std::distance(functions.begin(), functions.end());
+    const bool alone = tile_facts && count == 1;
+    if (!alone && (count != (tile_facts ? 2 : 1) || *functions.begin() == tile_facts)) {
       module.emitError("expected one function");
       return signalPassFailure();
     }
-    mlir::func::FuncOp function = *functions.begin();
-    const mlir::FunctionType type = function.getFunctionType();
     mlir::OpBuilder builder(&getContext());
-    const mlir::Type f32 = builder.getF32Type(), i1 = builder.getI1Type();
-    const bool one_block = !function.isExternal() && function.getBody().hasOneBlock();
-    if (one_block && type == builder.getFunctionType({f32}, {f32, i1})) {
-      if (mlir::failed(lower_forward(builder, function))) return signalPassFailure();
-    } else if (one_block && type.getInputs() == llvm::ArrayRef<mlir::Type>{f32, f32} && type.getNumResults() >= 3 &&
-               type.getResults().take_front(3) == llvm::ArrayRef<mlir::Type>{f32, i1, f32}) {
-      if (mlir::failed(lower_backward(builder, function))) return signalPassFailure();
-    } else {
-      function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), or of a backward (f32, ")
-          << "f32) -> (f32, i1, f32, f32...), got " << type;
-      return signalPassFailure();
-    }
+    if (!alone && mlir::failed(lower_mod(builder, *functions.begin()))) return signalPassFailure();
     if (tile_facts && mlir::failed(lower_tile_facts(builder, tile_facts))) return signalPassFailure();
 
     const mlir::LLVMTypeConverter converter(&getContext());
@@ -452,6 +441,19 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
     mlir::LLVMConversionTarget target(getContext());
     target.addLegalOp<mlir::ModuleOp>();
     if (mlir::failed(mlir::applyFullConversion(module, target, std::move(patterns)))) signalPassFailure();
+  }
+
+  static mlir::LogicalResult lower_mod(mlir::OpBuilder& builder, mlir::func::FuncOp function) {
+    const mlir::FunctionType type = function.getFunctionType();
+    const mlir::Type f32 = builder.getF32Type(), i1 = builder.getI1Type();
+    const bool one_block = !function.isExternal() && function.getBody().hasOneBlock();
+    if (one_block && type == builder.getFunctionType({f32}, {f32, i1})) return lower_forward(builder, function);
+    if (one_block && type.getInputs() == llvm::ArrayRef<mlir::Type>{f32, f32} && type.getNumResults() >= 3 &&
+        type.getResults().take_front(3) == llvm::ArrayRef<mlir::Type>{f32, i1, f32}) {
+      return lower_backward(builder, function);
+    }
+    return function.emitOpError("is not split: expected one block and the type (f32) -> (f32, i1), or of a backward (")
+           << "f32, f32) -> (f32, i1, f32, f32...), got " << type;
   }
 
   static mlir::LogicalResult lower_forward(mlir::OpBuilder& builder, mlir::func::FuncOp function) {

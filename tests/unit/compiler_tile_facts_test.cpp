@@ -470,6 +470,7 @@ TEST(CompilerTileFacts, AreRightOnTheCpuForRandomMasks) {
   MaskGenerator generator(9);
   std::mt19937_64 random(10);
   Score score;
+  int told = 0;
   for (int i = 0; i < count; ++i) {
     const std::string mask = generator.condition(static_cast<int>(random() % 4));
     const Mod mod = mod_of(mask);
@@ -479,12 +480,24 @@ TEST(CompilerTileFacts, AreRightOnTheCpuForRandomMasks) {
     EXPECT_EQ(facts.kind != nullptr, compiled.compiled.facts.knows_tiles) << mask;
     EXPECT_EQ(facts.kv_range != nullptr, compiled.compiled.facts.knows_kv_range) << mask;
     EXPECT_EQ(facts.q_range != nullptr, compiled.compiled.facts.knows_q_range) << mask;
+    // Without captured values, the facts alone say the same.
+    const auto alone = compile_cpu_tile_facts(mod.problem);
+    ASSERT_FALSE(alone.error) << alone.error->message;
+    EXPECT_EQ(alone.value != nullptr, facts.kind && !compiled.compiled.facts.tiles_read_captured) << mask;
     const Kept kept(mod);
     for (int k = 0; k < 60; ++k) {
       const cpu::Tile tile = random_tile(random);
-      judge(mask, kept, tile, ask(facts, mod, tile), score);
+      const Said said = ask(facts, mod, tile);
+      judge(mask, kept, tile, said, score);
+      if (!alone.value) continue;
+      const Said again = ask(*alone.value, mod, tile);
+      EXPECT_EQ(again.kind, said.kind) << mask;
+      EXPECT_EQ(std::pair(again.kv.first, again.kv.last), std::pair(said.kv.first, said.kv.last)) << mask;
+      EXPECT_EQ(std::pair(again.q.first, again.q.last), std::pair(said.q.first, said.q.last)) << mask;
     }
+    told += alone.value != nullptr;
   }
+  EXPECT_GT(told, count / 10);
   EXPECT_GT(score.found * 10, score.uniform_tiles * 7) << score.found << " of " << score.uniform_tiles;
 }
 
@@ -587,7 +600,10 @@ TEST(CompilerTileFacts, OfTheTilesThatAreCompiledForTheCpu) {
   ASSERT_FALSE(forward.error) << forward.error->message;
   const auto backward = compile_cpu_gradient_tile(mod.problem);
   ASSERT_FALSE(backward.error) << backward.error->message;
-  for (const cpu::TileFacts& facts : {forward.value->tile_facts(), backward.value->tile_facts()}) {
+  const auto alone = compile_cpu_tile_facts(mod.problem);
+  ASSERT_FALSE(alone.error) << alone.error->message;
+  ASSERT_TRUE(alone.value);
+  for (const cpu::TileFacts& facts : {forward.value->tile_facts(), backward.value->tile_facts(), *alone.value}) {
     EXPECT_EQ(ask(facts, mod, above).kind, cpu::TileKind::kSkip);
     EXPECT_EQ(ask(facts, mod, below).kind, cpu::TileKind::kFull);
     EXPECT_EQ(ask(facts, mod, below).q.first, 8);
@@ -603,9 +619,23 @@ TEST(CompilerTileFacts, AreNotThereWhereNothingIsKnown) {
     ASSERT_FALSE(tile.error) << tile.error->message;
     const cpu::TileFacts facts = tile.value->tile_facts();
     EXPECT_TRUE(!facts.kind && !facts.kv_range && !facts.q_range) << mask;
+    const auto alone = compile_cpu_tile_facts(mod.problem);
+    EXPECT_TRUE(!alone.error && !alone.value) << mask;
     EXPECT_THAT(emitted(mod, false).text, Not(HasSubstr("tile"))) << mask;
     EXPECT_THAT(emitted(mod, false).text, Not(HasSubstr("kKnows"))) << mask;
   }
+}
+
+// Equal facts are one code while somebody uses it.
+TEST(CompilerTileFacts, AreSharedBetweenProblems) {
+  const auto first = compile_cpu_tile_facts(mod_of("q_idx >= kv_idx").problem);
+  const auto second = compile_cpu_tile_facts(mod_of("kv_idx <= q_idx").problem);
+  const auto other = compile_cpu_tile_facts(mod_of("kv_idx < q_idx").problem);
+  ASSERT_TRUE(first.value && second.value && other.value);
+  EXPECT_EQ(first.value->kind, second.value->kind);
+  EXPECT_NE(first.value->kind, other.value->kind);
+  ModProblem unbound;
+  EXPECT_THAT(compile_cpu_tile_facts(unbound).error.value_or(CompileError{}).message, HasSubstr("not bound"));
 }
 
 // Too long to be asked once per tile.

@@ -167,3 +167,23 @@ func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
   %3 = arith.trunci %q_last : i64 to i32
   return %never, %false, %0, %1, %2, %3 : i1, i1, i32, i32, i32, i32
 }
+
+// -----
+
+// What is known of tiles may be all there is.
+// CHECK-NOT: attnjit_mod
+// CHECK-LABEL: llvm.func @attnjit_tile_kind
+// CHECK-NOT: llvm.func
+func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
+  %false = arith.constant false
+  %q_first = attnjit.tile_end first q_idx below 1024
+  %q_last = attnjit.tile_end last q_idx below 1024
+  %kv_first = attnjit.tile_end first kv_idx below 1024
+  %kv_last = attnjit.tile_end last kv_idx below 1024
+  %never = arith.cmpi sgt, %kv_first, %q_last : i64
+  %0 = arith.trunci %kv_first : i64 to i32
+  %1 = arith.trunci %kv_last : i64 to i32
+  %2 = arith.trunci %q_first : i64 to i32
+  %3 = arith.trunci %q_last : i64 to i32
+  return %never, %false, %0, %1, %2, %3 : i1, i1, i32, i32, i32, i32
+}
