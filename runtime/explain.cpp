@@ -42,6 +42,8 @@ Result<compiler::CudaArch> parse_arch(std::string_view text) {
 struct Findings {
   compiler::ModFacts facts;
   compiler::PhaseTimes phases;
+  // What a mask's tiles are counted by: of the kernel that the call would take, the CPU's panels by its blocks of keys.
+  int tile_m = cpu::kPanelLanes, tile_n = cpu::kTileRows;
   // Of CUDA.
   Json kernels;
   Json unsupported = Json::array();  // backends that do not serve the call, each with its reason
@@ -64,6 +66,7 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
                        const std::shared_ptr<CudaDevice>& device, const CollectText& collect, Findings* findings) {
   const FusedTarget target = make_target(arch, device, false);
   findings->kernels = Json::array();
+  findings->tile_m = cpu::kTileRows;  // of kernels without tiles
   const auto found = [&](attnjit_backend backend, const Json& kernels, const auto& binary) {
     // At the top stands what the best backend says; each kernel has its own times.
     if (findings->kernels.empty()) {
@@ -85,7 +88,13 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
         failure = built.failure();
       }
     };
-    const auto kernel_of = [](const FusedBinary& binary) { return kernels_json(binary); };
+    const auto kernel_of = [findings](const FusedBinary& binary) {
+      if (findings->kernels.empty()) {
+        findings->tile_m = binary.kernel.tile_m;
+        findings->tile_n = binary.kernel.tile_n;
+      }
+      return kernels_json(binary);
+    };
     const bool backward = request.call.signature.backward != 0;
     if (backend == ATTNJIT_BACKEND_SM90 && backward) {
       failure = refuse_sm90_backward();
@@ -239,17 +248,7 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
   }
   json["hash"] = hash_text(findings.facts);
   if (!gradients && findings.facts.knows_tiles) {
-    // Of the kernel that the call would take; the CPU's panels by its blocks of keys.
-    int tile_m = cpu::kPanelLanes, tile_n = cpu::kTileRows;
-    if (arch) {
-      tile_m = tile_n = cpu::kTileRows;
-      // "128 x 64", of kernels that have tiles.
-      const std::string tile = json["kernels"][0].value("tile", "");
-      const char* const end = tile.data() + tile.size();
-      const auto [behind_m, error] = std::from_chars(tile.data(), end, tile_m);
-      if (error == std::errc() && end - behind_m > 3) std::from_chars(behind_m + 3, end, tile_n);
-    }
-    json["tiles"] = tiles_json(request, tile_m, tile_n);
+    json["tiles"] = tiles_json(request, findings.tile_m, findings.tile_n);
   }
   json["facts"] = gradients ? gradient_facts_json(findings.facts, call) : facts_json(findings.facts);
   json["phases_ms"] = phases_json(findings.phases);

@@ -87,6 +87,7 @@ using FusedLaunch = std::function<Check(const ForwardCall&, void* workspace, Cud
 struct FusedKernel {
   std::string name;  // its own among those of a call
   Json description;  // of the configuration: the resources it asks for, and how it cuts the work
+  int tile_m = 0, tile_n = 0;
   std::function<compiler::CompileResult<compiler::EmittedCuda>(const compiler::CompileOptions&)> emit;
   // Ready to launch for calls of the request's signature.
   std::function<Result<FusedLaunch>(const std::shared_ptr<CudaDevice>&, const KernelCode&)> load;

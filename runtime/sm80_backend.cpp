@@ -135,7 +135,10 @@ Json describe(const sm80::ForwardConfig& c) {
 }
 
 FusedKernel kernel_of(const Request& request, const sm80::ForwardConfig& config) {
-  return {config_name(config), describe(config),
+  return {config_name(config),
+          describe(config),
+          config.tile_m,
+          config.tile_n,
           [&request, config](const compiler::CompileOptions& options) { return emit(request, config, options); },
           [&request, config](const std::shared_ptr<CudaDevice>& device, const KernelCode& code) {
             return load(device, code, request.call.signature, config);

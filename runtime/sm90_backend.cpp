@@ -289,7 +289,10 @@ Json describe(const sm90::ForwardConfig& c) {
 }
 
 FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config, bool has_mask) {
-  return {config_name(config), describe(config),
+  return {config_name(config),
+          describe(config),
+          sm90::tile_m(config),
+          config.tile_n,
           [&request, config](const compiler::CompileOptions& options) { return emit(request, config, options); },
           [&request, config, has_mask](const std::shared_ptr<CudaDevice>& device, const KernelCode& code) {
             return load(request, device, code, config, has_mask);

@@ -990,6 +990,11 @@ TEST_F(CudaSm90, Explain) {
   EXPECT_EQ(ampere["backend"], "sm80");
   EXPECT_EQ(ampere["unsupported"], Json::parse(R"([{"backend": "sm90",
       "reason": "it needs compute capability 9.0, and not sm_80"}])"));
+  for (const Json& of : {json, ampere}) {
+    const Json& tiles = of["tiles"];
+    EXPECT_EQ(std::to_string(tiles["queries"].get<int>()) + " x " + std::to_string(tiles["keys"].get<int>()),
+              of["kernels"][0]["tile"].get<std::string>());
+  }
 
   // What the folded form makes of a mod, and what follows from it: of this family only.
   EXPECT_FALSE(ampere["facts"].contains("drifts"));
