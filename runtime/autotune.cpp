@@ -21,7 +21,7 @@
 namespace attnjit::runtime {
 namespace {
 
-constexpr std::string_view kFormat = "attnjit autotune 1";
+constexpr std::string_view kFormat = "attnjit autotune 2";
 
 // Contestants take turns, so that a clock that drifts hits all of them; the shortest sample of each counts.
 constexpr int kRounds = 7, kFewestRounds = 2;
@@ -75,6 +75,33 @@ std::uint64_t one(dsl::DType dtype) {
   }
 }
 
+// What is repeated over a captured tensor of integers whose values along `dimension` decide which tiles are computed:
+// they rise from 0 to 7, as the numbers of documents do. With one value everywhere a mask would drop nothing, and what
+// is timed would not be what runs. Empty where the pattern would be too long.
+std::vector<char> rising_pattern(const dsl::CaptureView& view, int dimension) {
+  constexpr std::int64_t kSteps = 8;
+  constexpr std::int64_t kMostBytes = std::int64_t{1} << 26;
+  const std::int64_t extent = view.extent[dimension], stride = view.stride[dimension];
+  const std::int64_t size = dsl::dtype_size(view.dtype);
+  // Over all that lies inside the dimension, up to where the next one around it steps.
+  std::int64_t period = 0;
+  if (stride == 0 || __builtin_mul_overflow(stride, extent, &period)) return {};
+  std::int64_t around = 0;
+  for (int d = 0; d < view.rank; ++d) {
+    if (d == dimension || view.stride[d] < period) continue;
+    around = around == 0 ? view.stride[d] : std::min(around, view.stride[d]);
+  }
+  period = std::max(period, around);
+  if (period > kMostBytes / size) return {};
+  std::vector<char> pattern(static_cast<std::size_t>(period * size));
+  for (std::int64_t i = 0; i < period; ++i) {
+    const std::int64_t value = kSteps * std::min(i / stride, extent - 1) / extent;
+    // Little-endian, as every machine with a CUDA device is.
+    std::memcpy(&pattern[static_cast<std::size_t>(i * size)], &value, static_cast<std::size_t>(size));
+  }
+  return pattern;
+}
+
 // Bytes from a tensor's first element to behind its last one.
 std::uint64_t reach(const std::int64_t* shape, const std::int64_t* stride, int rank, std::uint64_t element) {
   std::uint64_t last = 0;
@@ -93,8 +120,8 @@ std::uint64_t reach(const std::int64_t* shape, const std::int64_t* stride, int r
 // A call like another one, on memory of a workbench.
 class Rehearsal {
  public:
-  Rehearsal(const CheckedCall& call, CudaWorkbench& bench)
-      : bench_(bench), signature_(call.signature), forward_(call.forward) {}
+  Rehearsal(const CheckedCall& call, CudaWorkbench& bench, std::span<const compiler::TileSummary> summaries)
+      : bench_(bench), signature_(call.signature), forward_(call.forward), summaries_(summaries) {}
   Rehearsal(const Rehearsal&) = delete;
   Rehearsal& operator=(const Rehearsal&) = delete;
 
@@ -148,8 +175,15 @@ class Rehearsal {
     const auto* const bytes = reinterpret_cast<const char*>(&values_[capture]);
     view.data = bytes;
     if (forward_.host_scalars >> capture & 1u) return {};
-    std::vector<char> pattern(kPatternBytes);
-    for (std::size_t at = 0; at < pattern.size(); at += size) std::copy_n(bytes, size, &pattern[at]);
+    std::vector<char> pattern;
+    const auto summary = std::ranges::find(summaries_, static_cast<int>(capture), &compiler::TileSummary::capture);
+    if (summary != summaries_.end() && view.dtype != dsl::DType::kBool) {
+      pattern = rising_pattern(view, summary->dimension);
+    }
+    if (pattern.empty()) {
+      pattern.resize(kPatternBytes);
+      for (std::size_t at = 0; at < pattern.size(); at += size) std::copy_n(bytes, size, &pattern[at]);
+    }
     Result<void*> found = memory(reach(view.extent, view.stride, view.rank, size), pattern);
     if (!found) return found.failure();
     view.data = *found;
@@ -159,6 +193,7 @@ class Rehearsal {
   CudaWorkbench& bench_;
   const Signature& signature_;
   ForwardCall forward_;
+  std::span<const compiler::TileSummary> summaries_;
   std::array<dsl::CaptureView, dsl::kMaxCaptures> captures_;
   std::array<std::uint64_t, dsl::kMaxCaptures> values_{};
 };
@@ -190,10 +225,11 @@ std::vector<Lane> make_all(std::span<const Contestant> contestants) {
   return lanes;
 }
 
-Check race(const Request& request, const std::shared_ptr<CudaDevice>& device, std::vector<Lane>& lanes) {
+Check race(const Request& request, const std::shared_ptr<CudaDevice>& device,
+           std::span<const compiler::TileSummary> summaries, std::vector<Lane>& lanes) {
   Result<std::unique_ptr<CudaWorkbench>> bench = CudaWorkbench::create(device);
   if (!bench) return bench.failure();
-  Rehearsal rehearsal(request.call, **bench);
+  Rehearsal rehearsal(request.call, **bench, summaries);
   if (Check failure = rehearsal.set_up()) return failure;
   const auto sample = [&](const Lane& lane, int launches) {
     return (*bench)->milliseconds([&](CudaStream stream) -> Check {
@@ -267,7 +303,8 @@ std::string key_of(const Request& request, const CudaDevice& device, std::string
 }  // namespace
 
 Tuned autotune(const Request& request, const std::shared_ptr<CudaDevice>& device, std::string_view problem,
-               std::span<const Contestant> contestants, std::string_view why_not) {
+               std::span<const Contestant> contestants, std::string_view why_not,
+               std::span<const compiler::TileSummary> summaries) {
   const Logger& logger = request.context.logger();
   const auto log = [&](LogLevel level, std::string_view text) {
     if (!logger.enabled(level)) return;
@@ -307,7 +344,7 @@ Tuned autotune(const Request& request, const std::shared_ptr<CudaDevice>& device
   const auto start = std::chrono::steady_clock::now();
   std::vector<Lane> lanes = make_all(contestants);
   if (!lanes[0].launch) return not_tuned(lanes[0].left_out);
-  if (const Check failure = race(request, device, lanes)) return not_tuned(failure->message);
+  if (const Check failure = race(request, device, summaries, lanes)) return not_tuned(failure->message);
   tuned.winner = fastest(lanes);
   tuned.spent_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   Json& candidates = tuned.description["candidates"] = Json::array();

@@ -33,10 +33,11 @@ struct Tuned {
 // then. The first one is the usual choice: it wins where no other is measurably faster, and where nothing can be timed,
 // which the description and the log tell.
 // `problem`: all that the answer depends on, but device, driver, library and outputs. `why_not`: why nothing may be
-// timed; empty where it may. The tensors are not touched: kernels run over memory of their own, of the call's shapes
-// and strides.
+// timed; empty where it may. `summaries`: what of captured tensors decides which tiles are computed. The tensors are
+// not touched: kernels run over memory of their own, of the call's shapes and strides.
 Tuned autotune(const Request& request, const std::shared_ptr<CudaDevice>& device, std::string_view problem,
-               std::span<const Contestant> contestants, std::string_view why_not);
+               std::span<const Contestant> contestants, std::string_view why_not,
+               std::span<const compiler::TileSummary> summaries);
 
 // What an entry of the disk cache was stored for; nothing where it is no winner's.
 std::optional<std::string> tuned_about(std::string_view payload);

@@ -66,7 +66,7 @@ Result<Contestant::Launch> load_candidate(const Request& request, const FusedTar
 
 // `usual`: the text of the usual configuration, which tells mods, element types and alignments apart.
 Tuned tune(const Request& request, const FusedTarget& target, std::string_view family,
-           std::span<const FusedKernel> kernels, const compiler::CudaSource& usual) {
+           std::span<const FusedKernel> kernels, const compiler::EmittedCuda& usual) {
   std::vector<Contestant> contestants;
   for (const FusedKernel& kernel : kernels) {
     const bool first = contestants.empty();
@@ -84,8 +84,8 @@ Tuned tune(const Request& request, const FusedTarget& target, std::string_view f
   } else if (!target.may_time) {
     why_not = "nothing is stored; attnjit_prepare times candidates";
   }
-  return autotune(request, target.device, fmt::format("{} {}\n{}", family, shape_text(s), usual.text), contestants,
-                  why_not);
+  return autotune(request, target.device, fmt::format("{} {}\n{}", family, shape_text(s), usual.source.text),
+                  contestants, why_not, usual.facts.summaries);
 }
 
 }  // namespace
@@ -187,7 +187,7 @@ Result<FusedBinary> build_fused(const Request& request, const FusedTarget& targe
                                 const CollectText& collect) {
   Tuned tuned;
   if (request.call.signature.autotune != static_cast<std::uint8_t>(AutotuneMode::kOff)) {
-    tuned = tune(request, target, family, kernels, usual.source);
+    tuned = tune(request, target, family, kernels, usual);
   }
   FusedBinary binary{.kernel = std::move(kernels[tuned.winner]), .autotune = std::move(tuned.description)};
   compiler::CompileOptions options{.dump = request.files.collector(collect)};

@@ -60,7 +60,7 @@ class Autotune : public testing::Test {
     }
     launched_before_ = fake_->launched;
     return autotune({.context = context, .call = call, .mods = mods, .files = files}, *device, problem, contestants,
-                    why_not);
+                    why_not, {});
   }
   bool timed() const { return fake_->launched > launched_before_; }
 
@@ -108,10 +108,10 @@ TEST_F(Autotune, WhatIsStoredIsTakenAsFarAsItIsAChoice) {
   const std::vector<DiskCache::Entry> entries = disk.list(true);
   ASSERT_EQ(entries.size(), 2u);
   for (const char* payload :
-       {"", "no JSON", "[]", "{}", R"({"format":"attnjit autotune 1"})",
-        R"({"format":"attnjit autotune 1","about":"","config":5,"candidates":[]})",
-        R"({"format":"attnjit autotune 1","about":"","config":"200 threads","candidates":[{"config":"200 threads"}]})",
-        R"({"format":"attnjit autotune 2","about":"","config":"200 threads","candidates":[]})",
+       {"", "no JSON", "[]", "{}", R"({"format":"attnjit autotune 2"})",
+        R"({"format":"attnjit autotune 2","about":"","config":5,"candidates":[]})",
+        R"({"format":"attnjit autotune 2","about":"","config":"200 threads","candidates":[{"config":"200 threads"}]})",
+        R"({"format":"attnjit autotune 1","about":"","config":"200 threads","candidates":[]})",
         R"({"format":7,"about":"","config":"200 threads","candidates":[]})"}) {
     SCOPED_TRACE(payload);
     for (const DiskCache::Entry& entry : entries) ASSERT_TRUE(disk.put(entry.key, payload));
@@ -139,6 +139,57 @@ TEST_F(Autotune, NothingToTime) {
   environment_.cache_off = "off";
   EXPECT_EQ(tune({300, 100}).winner, 1u);
   EXPECT_TRUE(timed());
+}
+
+// Captured values that decide which tiles are computed rise along their dimension; all others are 1.
+TEST_F(Autotune, WhatIsCaptured) {
+  std::int64_t shape[] = {2, 50}, flags_shape[] = {50};
+  std::int64_t padded[] = {64, 1}, transposed[] = {1, 2}, broadcast[] = {0, 1};
+  const auto tensor = [](DLDataType type, std::int64_t* extents, int rank, std::int64_t* strides) {
+    return DLTensor{nullptr, {kDLCUDA, 0}, rank, type, extents, strides, 0};
+  };
+  constexpr DLDataType kInt8 = {kDLInt, 8, 1}, kInt64 = {kDLInt, 64, 1};
+  const DLTensor a = tensor(kInt64, shape, 2, padded), b = tensor(kInt8, shape, 2, transposed),
+                 c = tensor(kInt8, shape, 2, broadcast), d = tensor({6, 8, 1}, flags_shape, 1, nullptr),
+                 e = tensor(kInt64, shape, 2, nullptr);
+  const attnjit_capture captures[] = {{"a", &a}, {"b", &b}, {"c", &c}, {"d", &d}, {"e", &e}};
+  attnjit_attention attention = ATTNJIT_ATTENTION_INIT;
+  attention.q = &q_;
+  attention.k = attention.v = &k_;
+  attention.o = &o_;
+  attention.captures = captures;
+  attention.num_captures = std::size(captures);
+  Context context(environment_, 1);
+  CheckedCall call;
+  ASSERT_FALSE(check_call(&attention, Purpose::kPrepare, &call));
+  const Mods mods;
+  const DumpFiles files(context, "", "");
+  const auto device = context.cuda_device(0);
+  ASSERT_TRUE(device);
+  int launches = 0;
+  const auto look = [&](const ForwardCall& given, CudaStream) -> Check {
+    ++launches;
+    const auto at = [&](std::size_t capture, std::int64_t i, std::int64_t j) {
+      const dsl::CaptureView& view = given.captures[capture];
+      return dsl::read_as_int(view.data, view.dtype, i * view.stride[0] + j * view.stride[view.rank - 1]);
+    };
+    for (std::int64_t i = 0; i < 2; ++i) {
+      for (std::int64_t j = 0; j < 50; ++j) {
+        EXPECT_EQ(at(0, i, j), 8 * j / 50);
+        EXPECT_EQ(at(1, i, j), 8 * j / 50);
+        EXPECT_EQ(at(2, i, j), 8 * j / 50);
+        EXPECT_EQ(at(3, 0, j), 1);
+        EXPECT_EQ(at(4, i, j), 1);
+      }
+    }
+    return {};
+  };
+  const auto make = [&]() -> Result<Contestant::Launch> { return Contestant::Launch(look); };
+  const std::vector<Contestant> contestants = {{"one", make}, {"other", make}};
+  const compiler::TileSummary summaries[] = {{0, 1}, {1, 1}, {2, 1}, {3, 0}};
+  autotune({.context = context, .call = call, .mods = mods, .files = files}, *device, "problem", contestants, "",
+           summaries);
+  EXPECT_GT(launches, 0);
 }
 
 }  // namespace
