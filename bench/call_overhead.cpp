@@ -109,7 +109,7 @@ void cuda_prepared_call(benchmark::State& state, attnjit_backend backend, bool c
   const Workspace workspace(size, true);
   const GpuStream stream;
   int queued = 0;
-  for (auto _ : state) {
+  while (state.KeepRunning()) {
     check(attnjit_run(plan.get(), &attention, workspace.data(), size, stream.handle()));
     if (moves) {
       for (DLTensor* tensor : {&q_dl, &k_dl, &v_dl, &o_dl}) tensor->byte_offset ^= kBatchBytes;
@@ -141,7 +141,7 @@ void cuda_prepare_found(benchmark::State& state, attnjit_backend backend, const 
   attention.o = &o_dl;
   attention.backend = backend;
   prepare(make_context(1).get(), attention);
-  for (auto _ : state) {
+  while (state.KeepRunning()) {
     state.PauseTiming();
     const ContextPtr context = make_context(1);
     state.ResumeTiming();

@@ -232,9 +232,8 @@ Result<ReadyBackend> prepare_fused(const Request& request,
   Result<FusedBinary> binary = build(request, *target, nullptr);
   if (!binary) return binary.failure();
   std::shared_ptr<const CudaSummaries> summaries;
-  if (binary->summaries) {
-    auto loaded =
-        CudaSummaries::load(target->device, *binary->summaries, tiled_problem(request, 1, 1), binary->facts.summaries);
+  if (const std::optional<FoundBinary>& found = binary->summaries) {
+    auto loaded = CudaSummaries::load(target->device, *found, tiled_problem(request, 1, 1), binary->facts.summaries);
     if (!loaded) return loaded.failure();
     summaries = std::move(*loaded);
   }
