@@ -33,7 +33,8 @@ std::string label(std::string key) {
   return key;
 }
 
-// A JSON value as a person reads it: strings bare, objects and arrays on one line, of objects separated by semicolons.
+// A JSON value as a person reads it: strings bare, objects and arrays on one line, of objects separated by semicolons,
+// in objects in parentheses.
 std::string value_text(const Json& value) {
   if (value.is_string()) return value.get<std::string>();
   if (value.is_boolean()) return value.get<bool>() ? "yes" : "no";
@@ -46,7 +47,9 @@ std::string value_text(const Json& value) {
   }
   if (!value.is_object()) return value.dump();
   for (const auto& [key, part] : value.items()) {
-    text += fmt::format("{}{} {}", text.empty() ? "" : ", ", label(key), value_text(part));
+    const bool nested = part.is_object() && !part.empty();
+    text += fmt::format("{}{} {}{}{}", text.empty() ? "" : ", ", label(key), nested ? "(" : "", value_text(part),
+                        nested ? ")" : "");
   }
   return text;
 }

@@ -113,7 +113,29 @@ struct FoldedFacts {
   bool drifts = false;     // it moves with the key's position otherwise
 };
 
-// What was found out about an expression; the same for every backend but for `folded`, of those that ask for that form.
+// What is issued of a GPU's instructions, by the unit that does the work: ALU (integers, comparisons, choices), FMA
+// (products and sums), MUFU (functions and conversions, a quarter or less of the others' rate), loads.
+struct Slots {
+  int alu = 0, fma = 0, mufu = 0, load = 0;
+  Slots& operator+=(const Slots& other) {
+    alu += other.alu, fma += other.fma, mufu += other.mufu, load += other.load;
+    return *this;
+  }
+  bool operator==(const Slots&) const = default;
+};
+
+// What a mod's CUDA costs, counted on what is emitted and as it is hoisted there: per score, and apart what is computed
+// once for all elements of a diagonal, a column or a row. What is the same for a head is not counted, nor is the
+// scaling of scores. An estimate: ptxas may find a shorter way.
+struct ModCost {
+  Slots score;     // of the modified score
+  Slots mask;      // besides, where elements may be dropped
+  Slots gradient;  // besides, of the backward: the score's derivative, and what captured gradients are given
+  Slots diagonal, column, row;
+};
+
+// What was found out about an expression; the same for every backend but for `folded`, of those that ask for that form,
+// and `cost`.
 struct ModFacts {
   ScoreClass score_class = ScoreClass::kIdentity;
   bool has_mask = false;  // some element may be dropped
@@ -128,6 +150,7 @@ struct ModFacts {
   std::uint64_t hash_low = 0, hash_high = 0;  // of the canonical form: two spellings of one thing share it
   std::string canonical_mlir;
   std::optional<FoldedFacts> folded;
+  std::optional<ModCost> cost;  // of CUDA
   // Of a problem compiled for the backward, in the order of the code's sinks.
   GradientNeed gradient_need = GradientNeed::kNothing;
   std::vector<SinkFacts> sinks;

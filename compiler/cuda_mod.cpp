@@ -1040,6 +1040,171 @@ class Folding {
   const bool exact_difference_;
 };
 
+// ---- The cost
+
+// What a node's own operation takes of a multiprocessor. Of CUDA's functions as CUDA 13 compiles them, on the way that
+// usual arguments take; divisions of 64-bit integers and `wrapping_pow`, which loop, are rough.
+const std::map<std::string, Slots>& function_slots() {
+  static const std::map<std::string, Slots> slots{
+      {"__fmul_rn", {.fma = 1}},
+      {"fabsf", {}},
+      {"max_nan", {.alu = 1}},
+      {"min_nan", {.alu = 1}},
+      {"in_log2", {.alu = 4, .fma = 1}},
+      {"divide_by", {.alu = 2, .fma = 3}},
+      {"floorf", {.mufu = 1}},
+      {"ceilf", {.mufu = 1}},
+      {"rintf", {.mufu = 1}},
+      {"fmodf", {.alu = 8, .fma = 6, .mufu = 2}},
+      {"exp2_approx", {.mufu = 1}},
+      {"exp_approx", {.fma = 1, .mufu = 1}},
+      {"log2_approx", {.alu = 1, .fma = 2, .mufu = 1}},
+      {"log_approx", {.alu = 1, .fma = 3, .mufu = 1}},
+      {"sqrt_approx", {.alu = 1, .fma = 2, .mufu = 1}},
+      {"reciprocal_approx", {.mufu = 1}},
+      {"divide_approx", {.alu = 1, .fma = 3, .mufu = 1}},
+      {"tanh_approx", {.mufu = 1}},
+      {"tanh_by_exp2", {.fma = 3, .mufu = 2}},
+      {"expf", {.alu = 1, .fma = 6, .mufu = 1}},
+      {"exp2f", {.alu = 1, .fma = 2, .mufu = 1}},
+      {"logf", {.alu = 9, .fma = 15, .mufu = 1}},
+      {"log2f", {.alu = 9, .fma = 17, .mufu = 1}},
+      {"log1pf", {.alu = 8, .fma = 16, .mufu = 1}},
+      {"sqrtf", {.alu = 2, .fma = 5, .mufu = 1}},
+      {"rsqrtf", {.alu = 1, .fma = 2, .mufu = 1}},
+      {"tanhf", {.alu = 5, .fma = 9, .mufu = 2}},
+      {"erff", {.alu = 12, .fma = 9, .mufu = 1}},
+      {"gelu", {.alu = 13, .fma = 45, .mufu = 4}},
+      {"sinf", {.alu = 8, .fma = 12, .mufu = 2}},
+      {"cosf", {.alu = 8, .fma = 12, .mufu = 2}},
+      {"powf", {.alu = 33, .fma = 44, .mufu = 5}},
+      {"to_int", {.alu = 3, .mufu = 1}},
+      {"wrapping_add", {.alu = 2}},
+      {"wrapping_sub", {.alu = 2}},
+      {"wrapping_mul", {.fma = 3}},
+      {"wrapping_pow", {.alu = 60, .fma = 60}},
+      {"clamped", {.alu = 2}},
+      {"stride32", {}},
+  };
+  return slots;
+}
+
+// Counts what the hooks of a mod compute where, each node once.
+class Costs {
+ public:
+  explicit Costs(const Graph& graph) : g_(graph) {}
+
+  // Adds what `root` needs beside what is counted: of an element to `element`, else to the cost's own.
+  void count(NodeId root, Slots& element) {
+    std::vector<NodeId> fresh;
+    g_.walk(root, [&](NodeId id) {
+      if (!counted_.insert(id).second) return false;
+      fresh.push_back(id);
+      for (const NodeId arg : g_[id].args) {
+        ++uses_[arg];
+        outside_[arg] |= g_.level(arg) != g_.level(id);
+      }
+      return true;
+    });
+    std::set<NodeId> fused;
+    for (const NodeId id : fresh)
+      if (const NodeId product = product_of(id); product >= 0) fused.insert(product);
+    for (const NodeId id : fresh) {
+      if (fused.contains(id)) continue;
+      Slots* const slots = g_.level(id) == Level::kElement ? &element : hoisted(g_.level(id));
+      if (slots) *slots += own(id);
+    }
+  }
+
+  ModCost cost;
+
+ private:
+  Slots* hoisted(Level level) {
+    return level == Level::kDiagonal ? &cost.diagonal
+           : level == Level::kColumn ? &cost.column
+           : level == Level::kRow    ? &cost.row
+                                     : nullptr;
+  }
+
+  bool is_binary(NodeId id, const char* op) const { return g_[id].form == Form::kBinary && g_[id].text == op; }
+  bool is_sum(NodeId id) const { return (is_binary(id, "+") || is_binary(id, "-")) && g_[id].type != CType::kLong; }
+
+  // The product that a multiply-add takes in, or -1.
+  NodeId product_of(NodeId sum) const {
+    if (!is_sum(sum)) return -1;
+    for (const NodeId arg : g_[sum].args) {
+      const auto uses = uses_.find(arg);
+      if (is_binary(arg, "*") && g_[arg].type == g_[sum].type && uses != uses_.end() && uses->second == 1 &&
+          !outside_.at(arg))
+        return arg;
+    }
+    return -1;
+  }
+  bool is_comparison(NodeId id) const {
+    return g_[id].form == Form::kBinary && (g_[id].precedence == kOrder || g_[id].precedence == kEquality);
+  }
+
+  Slots own(NodeId id) const {
+    const Node& node = g_[id];
+    switch (node.form) {
+      case Form::kLeaf:
+        return {};
+      case Form::kUnary:
+        // The sign of an operand, and the sense of a predicate, cost nothing.
+        return {.alu = node.text == "~" ? words(node.type) : 0};
+      case Form::kChoice:
+        return {.alu = words(node.type)};
+      case Form::kBinary:
+        return binary(id);
+      case Form::kCall:
+        return call(node);
+    }
+    return {};
+  }
+
+  Slots binary(NodeId id) const {
+    const Node& node = g_[id];
+    const CType operands = g_[node.args[0]].type;
+    if (is_comparison(id)) return {.alu = words(std::max(operands, g_[node.args[1]].type))};
+    if (node.type == CType::kBool) {
+      // A comparison joins its result to another.
+      const auto joins = [&](NodeId arg) { return is_comparison(arg) && g_.level(arg) == g_.level(id); };
+      return {.alu = joins(node.args[0]) || joins(node.args[1]) ? 0 : 1};
+    }
+    if (node.text == "/") return {.alu = 2, .fma = 6, .mufu = 1};
+    if (node.type == CType::kFloat) return {.fma = 1};
+    if (node.text == "*") return {.fma = node.type == CType::kLong ? 3 : 1};
+    if (product_of(id) >= 0) return {.fma = 1};
+    return {.alu = words(node.type)};
+  }
+
+  Slots call(const Node& node) const {
+    if (node.text.starts_with("load<")) {
+      Slots slots{.fma = 1, .load = 1};  // its address, and itself
+      if (node.text == "load<BFloat16>" || node.text == "load<bool>") slots.alu = 1;
+      if (node.text == "load<Float16>") slots.fma = 2;
+      return slots;
+    }
+    const CType from = node.args.empty() ? node.type : g_[node.args[0]].type;
+    if (node.text == "static_cast<float>") return from == CType::kBool ? Slots{.alu = 1} : Slots{.mufu = 1};
+    if (node.text == "static_cast<int>" || node.text == "static_cast<long long>") return {.alu = 1};
+    if (node.text.starts_with("static_cast<")) return {};
+    if (node.text == "min" || node.text == "max") return {.alu = node.type == CType::kLong ? 4 : 1};
+    if (node.text == "floor_div" || node.text == "floor_mod")
+      return node.type == CType::kLong ? Slots{.alu = 60, .fma = 30, .mufu = 3} : Slots{.alu = 14, .fma = 4, .mufu = 3};
+    const auto found = function_slots().find(node.text);
+    return found == function_slots().end() ? Slots{} : found->second;
+  }
+
+  // Registers of a value.
+  static int words(CType type) { return type == CType::kLong ? 2 : 1; }
+
+  const Graph& g_;
+  std::set<NodeId> counted_;
+  std::map<NodeId, int> uses_;
+  std::map<NodeId, bool> outside_;  // whether it is a member of its level's struct
+};
+
 // ---- From nodes to text
 
 // Breaks lines at spaces.
@@ -1453,6 +1618,19 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
     if (sink.row_shift) continue;
     mod.demand = std::max(mod.demand, sink.level == SinkLevel::kElement ? ModDemand::kDense : ModDemand::kBusy);
   }
+  Costs costs(graph);
+  costs.count(folded.value, costs.cost.score);
+  if (has_mask) {
+    costs.count(lowering.keep, costs.cost.mask);
+    costs.cost.mask.alu += 1;  // the -inf in place of what it drops
+  }
+  if (!unit_derivative) costs.count(lowering.dscore, costs.cost.gradient);
+  for (const Sink& sink : lowering.sinks) {
+    if (sink.row_shift) continue;
+    costs.count(sink.value, costs.cost.gradient);
+    if (sink.level == SinkLevel::kElement) costs.count(sink.offset, costs.cost.gradient);
+  }
+  mod.cost = costs.cost;
   if (folds)
     mod.folded = FoldedFacts{.has_shift = folded.shift >= 0,
                              .additive = folded.term >= 0,

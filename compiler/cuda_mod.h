@@ -30,7 +30,8 @@ struct CudaMod {
   ModDemand demand = ModDemand::kNone;
   std::vector<SinkLevel> sink_levels;  // what the text's sinks say
   std::optional<FoldedFacts> folded;   // of ModForm::kFolded
-  std::string error;                   // set where an operation has no spelling; `text` is then empty
+  ModCost cost;
+  std::string error;  // set where an operation has no spelling; `text` is then empty
 };
 
 // `function` as Target::kCuda's passes leave it, for the forward or the backward; `sinks` are its facts. A backward has

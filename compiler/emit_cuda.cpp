@@ -212,6 +212,7 @@ bool emit_mod(const ModProblem& problem, Direction direction, CudaAccuracy accur
   }
   for (std::size_t i = 0; i < made.sink_levels.size(); ++i) emitted.facts.sinks[i].level = made.sink_levels[i];
   emitted.facts.folded = made.folded;
+  emitted.facts.cost = made.cost;
   emitted.demand = made.demand;
   emitted.source.score_factor = frontend.score_factor();
   emitted.source.header = describe(problem, emitted.facts, config);

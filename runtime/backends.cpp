@@ -385,6 +385,22 @@ std::string hash_text(const compiler::ModFacts& facts) {
   return fmt::format("{:016x}{:016x}", facts.hash_high, facts.hash_low);
 }
 
+namespace {
+
+Json cost_json(const compiler::ModCost& cost) {
+  Json json = Json::object();
+  const std::pair<const char*, const compiler::Slots&> parts[] = {
+      {"score", cost.score},       {"mask", cost.mask},     {"gradient", cost.gradient},
+      {"diagonal", cost.diagonal}, {"column", cost.column}, {"row", cost.row}};
+  for (const auto& [name, slots] : parts) {
+    if (slots == compiler::Slots() && &slots != &cost.score) continue;
+    json[name] = {{"alu", slots.alu}, {"fma", slots.fma}, {"mufu", slots.mufu}, {"load", slots.load}};
+  }
+  return json;
+}
+
+}  // namespace
+
 Json facts_json(const compiler::ModFacts& facts) {
   Json json = {{"score_class", score_class_name(facts.score_class)},
                {"has_mask", facts.has_mask},
@@ -401,6 +417,7 @@ Json facts_json(const compiler::ModFacts& facts) {
     json["linear"] = facts.folded->linear;
     json["drifts"] = facts.folded->drifts;
   }
+  if (facts.cost) json["cost"] = cost_json(*facts.cost);
   return json;
 }
 

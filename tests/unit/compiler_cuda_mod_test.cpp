@@ -37,6 +37,7 @@ struct Emitted {
   bool mask_reads_score = false;
   std::size_t sinks = 0;
   FoldedFacts folded;
+  ModCost cost;
 };
 
 Emitted emitted(const ModProblem& problem, CudaAccuracy accuracy = CudaAccuracy::kFull, bool backward = false,
@@ -50,8 +51,12 @@ Emitted emitted(const ModProblem& problem, CudaAccuracy accuracy = CudaAccuracy:
   CudaMod mod =
       emit_cuda_mod(frontend.function(), problem, accuracy, frontend.facts().sinks, frontend.tile_facts(), form);
   EXPECT_EQ(mod.error, "");
-  return {std::move(mod.text), frontend.score_factor(), frontend.facts().mask_reads_score, mod.sink_levels.size(),
-          mod.folded.value_or(FoldedFacts{})};
+  return {std::move(mod.text),
+          frontend.score_factor(),
+          frontend.facts().mask_reads_score,
+          mod.sink_levels.size(),
+          mod.folded.value_or(FoldedFacts{}),
+          mod.cost};
 }
 
 std::string text_of(const std::string& expression, CudaAccuracy accuracy = CudaAccuracy::kFull) {
@@ -739,6 +744,76 @@ TEST(CompilerCudaMod, FoldsWhatSoftmaxCannotSee) {
       {"where(score > 0, score + h, -inf)", "shift "}};
   for (const auto& [text, fact] : expected) EXPECT_EQ(facts(text), fact) << text;
   EXPECT_EQ(facts("score + h", "q_idx >= kv_idx"), "shift ");
+}
+
+TEST(CompilerCudaMod, CountsWhatAScoreCosts) {
+  constexpr Slots kNothing;
+  const std::vector<Tensor> tensors{Tensor::of<float>("t", DType::kF32, {64}, std::vector<float>(64)),
+                                    Tensor::of<float>("slope", DType::kF32, {8}, std::vector<float>(8)),
+                                    Tensor::of<float>("m", DType::kF32, {64, 64}, std::vector<float>(64 * 64)),
+                                    Tensor::of<std::int32_t>("ids", DType::kInt32, {64}, std::vector<int>(64))};
+  const auto cost = [&](const char* text, CudaAccuracy accuracy, bool backward = false) {
+    return emitted(Mod(text, tensors).problem, accuracy, backward).cost;
+  };
+  const auto full = [&](const char* text) { return cost(text, CudaAccuracy::kFull); };
+
+  const ModCost noop = full("noop");
+  for (const Slots& slots : {noop.score, noop.mask, noop.gradient, noop.diagonal, noop.column, noop.row})
+    EXPECT_EQ(slots, kNothing);
+
+  // A comparison per diagonal, and -inf where it says so.
+  const ModCost causal = full("where(q_idx >= kv_idx, score, -inf)");
+  EXPECT_EQ(causal.score, kNothing);
+  EXPECT_EQ(causal.mask, (Slots{.alu = 1}));
+  EXPECT_EQ(causal.diagonal, (Slots{.alu = 1}));
+  const ModCost window = full("where(q_idx >= kv_idx and q_idx - kv_idx <= 5, score, -inf)");
+  EXPECT_EQ(window.mask, (Slots{.alu = 1}));
+  EXPECT_EQ(window.diagonal, (Slots{.alu = 2}));
+  const ModCost prefix = full("where(kv_idx < 7 or q_idx >= kv_idx, score, -inf)");
+  EXPECT_EQ(prefix.mask, (Slots{.alu = 2}));
+  EXPECT_EQ(prefix.diagonal, (Slots{.alu = 1}));
+  EXPECT_EQ(prefix.column, (Slots{.alu = 1}));
+  const ModCost documents = full("where(ids[q_idx] == ids[kv_idx], score, -inf)");
+  EXPECT_EQ(documents.mask, (Slots{.alu = 2}));
+  EXPECT_EQ(documents.row, (Slots{.fma = 1, .load = 1}));
+  // Its index is clamped: there are more keys than elements.
+  EXPECT_EQ(documents.column, (Slots{.alu = 2, .fma = 1, .load = 1}));
+
+  // One addition; the rest per diagonal, with the difference as a float that the kernel has.
+  const ModCost rel = full("rel");
+  EXPECT_EQ(rel.score, (Slots{.fma = 1}));
+  EXPECT_EQ(rel.diagonal, (Slots{.fma = 1}));
+  EXPECT_EQ(rel.mask, kNothing);
+  const ModCost alibi = full("score + slope[h] * (kv_idx - q_idx)");
+  EXPECT_EQ(alibi.score, (Slots{.fma = 1}));
+  EXPECT_EQ(alibi.diagonal, (Slots{.fma = 1}));
+  EXPECT_EQ(full("head_bias").score, (Slots{.fma = 1}));
+  const ModCost folded = emitted(Mod("head_bias", tensors).problem, CudaAccuracy::kFull, false, ModForm::kFolded).cost;
+  EXPECT_EQ(folded.score, kNothing);
+  EXPECT_EQ(folded.row, kNothing);
+
+  // tanh and the factor, whose quotient the scale has.
+  EXPECT_EQ(full("softcap(30)").score, (Slots{.alu = 5, .fma = 10, .mufu = 2}));
+  EXPECT_EQ(cost("softcap(30)", CudaAccuracy::kBFloat16).score, (Slots{.fma = 1, .mufu = 1}));
+  EXPECT_EQ(cost("softcap(30)", CudaAccuracy::kFloat16).score, (Slots{.fma = 4, .mufu = 2}));
+
+  // A product that is added is one instruction with the sum; used twice, it is its own.
+  EXPECT_EQ(cost("tanh(score * score + 1) * 0.5", CudaAccuracy::kBFloat16).score, (Slots{.fma = 2, .mufu = 1}));
+  EXPECT_EQ(cost("tanh(score * score + 1) * (score * score)", CudaAccuracy::kFull).score,
+            (Slots{.alu = 5, .fma = 9 + 3 + 1, .mufu = 2}));
+  // A load per element and its address; one by column, of which the element pays a sum.
+  const ModCost element = full("score + m[q_idx, kv_idx]");
+  EXPECT_EQ(element.score.load, 1);
+  const ModCost column = full("score + t[kv_idx]");
+  EXPECT_EQ(column.score, (Slots{.fma = 1}));
+  // What is finite stays so in log2 units.
+  EXPECT_EQ(column.column, (Slots{.alu = 2 + 3, .fma = 1 + 1, .load = 1}));
+
+  // The score is in natural units. 1 - t * t, times grad, where grad is not 0.
+  const ModCost gradient = cost("softcap(30)", CudaAccuracy::kBFloat16, true);
+  EXPECT_EQ(gradient.score, (Slots{.fma = 2, .mufu = 1}));
+  EXPECT_EQ(gradient.gradient, (Slots{.alu = 2, .fma = 2}));
+  EXPECT_EQ(cost("rel", CudaAccuracy::kFull, true).gradient, kNothing);
 }
 
 // Their every point is decided, and nothing overflows.
