@@ -105,6 +105,11 @@ struct CompileOptions {
   std::function<void(std::string_view kind, std::string_view text)> dump;
 };
 
+// Constants that a modified score lies between, in natural units; both finite.
+struct ScoreBounds {
+  float low = 0, high = 0;
+};
+
 // How the folded form of a forward's mod (kernels_templates/cuda/mod_defaults.cuh) computes the modified score.
 struct FoldedFacts {
   bool has_shift = false;  // terms that softmax cannot see are left out of the loop
@@ -140,6 +145,8 @@ struct ModFacts {
   ScoreClass score_class = ScoreClass::kIdentity;
   bool has_mask = false;  // some element may be dropped
   bool mask_reads_score = false;
+  // Where literals say so, whatever the score is: of `softcap(30)` -30 and 30. A NaN stays one.
+  std::optional<ScoreBounds> score_bounds;
   // What the mask is over a tile, and which keys or queries of it count, is known for some tiles: code for it is there.
   bool knows_tiles = false, knows_kv_range = false, knows_q_range = false;
   bool tiles_read_captured = false;    // and it depends on captured values

@@ -17,6 +17,7 @@
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
+#include "compiler/score_bounds.h"
 #include "compiler/tile_facts.h"
 #include "llvm/ADT/DenseMap.h"
 #include "llvm/ADT/DenseSet.h"
@@ -1268,7 +1269,7 @@ class Printer {
     }
     if (roots.value < 0 && roots.keep < 0 && traits.empty()) return "struct Mod : ModDefaults {};\n";
     std::string text = "struct Mod : ModDefaults {\n";
-    for (const std::string& trait : traits) text += "  static constexpr bool " + trait + ";\n";
+    for (const std::string& trait : traits) text += "  static constexpr " + trait + ";\n";
     for (const Hook& hook : kHooks) text += maker(hook);
     if (roots.value >= 0) text += element_function("  ", "float score", kOfScore, roots.value);
     if (roots.shift >= 0) text += element_function("  ", "float shift", kOfShift, roots.shift);
@@ -1552,10 +1553,10 @@ std::string tile_hooks(mlir::func::FuncOp tile_facts, const ModProblem& problem,
   const bool kv = knows_kv_range(tile_facts), q = knows_q_range(tile_facts);
   std::string text;
   if (knows_tiles(tile_facts)) {
-    traits.emplace_back("kKnowsTiles = true");
+    traits.emplace_back("bool kKnowsTiles = true");
     text += Printer(graph).tile_kind(results);
   }
-  if (kv || q) traits.emplace_back("kKnowsRanges = true");
+  if (kv || q) traits.emplace_back("bool kKnowsRanges = true");
   if (kv) text += Printer(graph).tile_range("kv_range", node(TileResult::kKvFirst), node(TileResult::kKvLast));
   if (q) text += Printer(graph).tile_range("q_range", node(TileResult::kQFirst), node(TileResult::kQLast));
   return text;
@@ -1581,16 +1582,23 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   bool reads = false;
   function.walk([&](ReadOp) { reads = true; });
   std::vector<std::string> traits;
-  if (!in_log2) traits.emplace_back("kScoresInLog2 = false");
-  if (!is_score || (!in_log2 && !backward)) traits.emplace_back("kIdentity = false");
-  if (has_mask) traits.emplace_back("kHasMask = true");
-  if (has_mask && (graph[lowering.keep].depends & kOnScore)) traits.emplace_back("kMaskReadsScore = true");
-  if (folded.shift >= 0) traits.emplace_back("kHasShift = true");
-  if (folded.term >= 0) traits.emplace_back("kAdditive = true");
-  if (folded.slope >= 0) traits.emplace_back("kLinear = true");
-  if (folded.drifts) traits.emplace_back("kDrifts = true");
-  if (reads) traits.emplace_back("kReadsCaptured = true");
-  if (!unit_derivative) traits.emplace_back("kUnitDerivative = false");
+  if (!in_log2) traits.emplace_back("bool kScoresInLog2 = false");
+  if (!is_score || (!in_log2 && !backward)) traits.emplace_back("bool kIdentity = false");
+  if (has_mask) traits.emplace_back("bool kHasMask = true");
+  if (has_mask && (graph[lowering.keep].depends & kOnScore)) traits.emplace_back("bool kMaskReadsScore = true");
+  if (folded.shift >= 0) traits.emplace_back("bool kHasShift = true");
+  if (folded.term >= 0) traits.emplace_back("bool kAdditive = true");
+  if (folded.slope >= 0) traits.emplace_back("bool kLinear = true");
+  if (folded.drifts) traits.emplace_back("bool kDrifts = true");
+  // Of what score() returns, which the shift is no part of.
+  if (folds && folded.shift < 0) {
+    if (const std::optional<ScoreBounds> bounds = score_bounds(function, accuracy != CudaAccuracy::kFull)) {
+      traits.emplace_back("bool kBounded = true");
+      traits.push_back("float kLow = " + float_text(bounds->low) + ", kHigh = " + float_text(bounds->high));
+    }
+  }
+  if (reads) traits.emplace_back("bool kReadsCaptured = true");
+  if (!unit_derivative) traits.emplace_back("bool kUnitDerivative = false");
   std::string tiles, tiles_error;
   if (tile_facts) tiles = tile_hooks(tile_facts, problem, traits, tiles_error);
   if (!tiles_error.empty()) return {.text = {}, .error = tiles_error};

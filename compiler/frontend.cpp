@@ -8,6 +8,7 @@
 #include "compiler/dialect/dialect.h"
 #include "compiler/gradient_facts.h"
 #include "compiler/passes/passes.h"
+#include "compiler/score_bounds.h"
 #include "compiler/tile_facts.h"
 #include "llvm/Support/raw_ostream.h"
 #include "llvm/Support/xxhash.h"
@@ -90,6 +91,7 @@ bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Tar
   }
   if (options.dump) options.dump("mlir", facts_.canonical_mlir);
   const PhaseTimer timer(phases_, "facts");
+  facts_.score_bounds = score_bounds(function(), false);
   if (!find_tile_facts(problem, target)) return failed("facts");
   const bool found =
       backward ? session_->find_gradient_facts(*module_, target) : session_->find_facts(*module_, target);

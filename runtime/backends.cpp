@@ -411,6 +411,7 @@ Json facts_json(const compiler::ModFacts& facts) {
                {"reads_proven", facts.reads_proven},
                {"reads_clamped", facts.reads_clamped},
                {"indices_fit_32", facts.indices_fit_32}};
+  if (facts.score_bounds) json["score_bounds"] = {facts.score_bounds->low, facts.score_bounds->high};
   if (facts.folded) {
     json["has_shift"] = facts.folded->has_shift;
     json["additive"] = facts.folded->additive;

@@ -462,10 +462,7 @@ struct Case {
 };
 
 // The number of random expressions; more of them on request.
-int random_count() {
-  const char* const wanted = std::getenv("ATTNJIT_TEST_RANDOM_MODS");
-  return wanted ? static_cast<int>(std::strtol(wanted, nullptr, 10)) : 160;
-}
+int random_count() { return testing::random_count(160); }
 
 enum class Direction : std::uint8_t { kForward, kBackward };
 

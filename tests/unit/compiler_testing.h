@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -34,6 +35,12 @@ struct Tensor {
     return result;
   }
 };
+
+// How many random mods a test takes.
+inline int random_count(int usual) {
+  const char* const wanted = std::getenv("ATTNJIT_TEST_RANDOM_MODS");
+  return wanted ? static_cast<int>(std::strtol(wanted, nullptr, 10)) : usual;
+}
 
 struct Shape {
   std::int64_t batch = 2, num_heads = 4, seqlen_q = 64, seqlen_kv = 96;

@@ -409,11 +409,6 @@ class MaskGenerator {
   std::mt19937_64 random_;
 };
 
-int random_count(int usual) {
-  const char* const wanted = std::getenv("ATTNJIT_TEST_RANDOM_MODS");
-  return wanted ? static_cast<int>(std::strtol(wanted, nullptr, 10)) : usual;
-}
-
 // What people write: here nothing is to be missed.
 const std::vector<std::string>& usual_masks() {
   static const std::vector<std::string> masks{
