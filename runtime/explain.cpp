@@ -88,11 +88,13 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
         failure = built.failure();
       }
     };
-    const auto kernel_of = [findings](const FusedBinary& binary) {
-      if (findings->kernels.empty()) {
-        findings->tile_m = binary.kernel.tile_m;
-        findings->tile_n = binary.kernel.tile_n;
-      }
+    const auto cut_by = [findings](int tile_m, int tile_n) {
+      if (!findings->kernels.empty()) return;
+      findings->tile_m = tile_m;
+      findings->tile_n = tile_n;
+    };
+    const auto kernel_of = [cut_by](const FusedBinary& binary) {
+      cut_by(binary.kernel.tile_m, binary.kernel.tile_n);
       return kernels_json(binary);
     };
     const bool backward = request.call.signature.backward != 0;
@@ -101,8 +103,10 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
     } else if (backend == ATTNJIT_BACKEND_SM90) {
       take(build_sm90(request, target, collect), kernel_of);
     } else if (backend == ATTNJIT_BACKEND_SM80 && backward) {
-      take(build_sm80_backward(request, target, collect),
-           [](const Sm80BackwardBinary& binary) { return kernels_json(binary); });
+      take(build_sm80_backward(request, target, collect), [cut_by](const Sm80BackwardBinary& binary) {
+        cut_by(binary.config.tile_m, binary.config.tile_n);
+        return kernels_json(binary);
+      });
     } else if (backend == ATTNJIT_BACKEND_SM80) {
       take(build_sm80(request, target, collect), kernel_of);
     } else if (backward) {
@@ -127,8 +131,8 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
                              compiler::cuda_arch_name(arch), reasons)};
 }
 
-// How many tiles of the forward's kernel the mask drops, keeps and divides, over all heads; null where that is not
-// known, or not without captured values.
+// How many tiles of a kernel the mask drops, keeps and divides, over all heads; null where that is not known, or not
+// without captured values. A backward asks for the queries of each tile of keys.
 Json tiles_json(const Request& request, int tile_m, int tile_n) {
   const Signature& s = request.call.signature;
   const std::optional<KnownTiles> known = KnownTiles::find(request, tile_m, tile_n);
@@ -138,8 +142,9 @@ Json tiles_json(const Request& request, int tile_m, int tile_n) {
   }
   KnownTiles::Counts sum;
   for (std::int64_t head = 0; head < s.batch * s.num_heads; ++head) {
-    for (std::int64_t m = 0; m < known->m_tiles(); ++m) {
-      const KnownTiles::Counts counts = known->count(head / s.num_heads, head % s.num_heads, m);
+    const std::int64_t b = head / s.num_heads, h = head % s.num_heads;
+    for (std::int64_t i = 0; i < (s.backward ? known->n_tiles() : known->m_tiles()); ++i) {
+      const KnownTiles::Counts counts = s.backward ? known->count_queries(b, h, i) : known->count(b, h, i);
       sum.full += counts.full;
       sum.partial += counts.partial;
     }
@@ -247,7 +252,7 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
     json["host"] = host_json(context);
   }
   json["hash"] = hash_text(findings.facts);
-  if (!gradients && findings.facts.knows_tiles) {
+  if (findings.facts.knows_tiles) {
     json["tiles"] = tiles_json(request, findings.tile_m, findings.tile_n);
   }
   json["facts"] = gradients ? gradient_facts_json(findings.facts, call) : facts_json(findings.facts);

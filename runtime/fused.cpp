@@ -160,6 +160,11 @@ std::optional<KnownTiles> KnownTiles::find(const Request& request, int tile_m, i
   return tiles;
 }
 
+void KnownTiles::Counts::add(cpu::TileKind kind) {
+  full += kind == cpu::TileKind::kFull;
+  partial += kind == cpu::TileKind::kPartial;
+}
+
 KnownTiles::Counts KnownTiles::count(std::int64_t b, std::int64_t h, std::int64_t m) const {
   const std::int64_t first = m * tile_m_;
   cpu::Tile tile = {.b = b,
@@ -175,9 +180,27 @@ KnownTiles::Counts KnownTiles::count(std::int64_t b, std::int64_t h, std::int64_
   for (std::int64_t n = range.first / tile_n_; range.first <= range.last && n <= range.last / tile_n_; ++n) {
     tile.kv_first = n * tile_n_;
     tile.kv_last = tile.kv_first + tile_n_ - 1;
-    const cpu::TileKind kind = facts_->kind(&tile, nullptr);
-    counts.full += kind == cpu::TileKind::kFull;
-    counts.partial += kind == cpu::TileKind::kPartial;
+    counts.add(facts_->kind(&tile, nullptr));
+  }
+  return counts;
+}
+
+KnownTiles::Counts KnownTiles::count_queries(std::int64_t b, std::int64_t h, std::int64_t n) const {
+  const std::int64_t first = n * tile_n_;
+  cpu::Tile tile = {.b = b,
+                    .h_first = h,
+                    .h_last = h,
+                    .q_first = 0,
+                    .q_last = seqlen_q_ - 1,
+                    .kv_first = first,
+                    .kv_last = std::min(first + tile_n_, seqlen_kv_) - 1};
+  cpu::IndexRange range = {tile.q_first, tile.q_last};
+  if (facts_->q_range) facts_->q_range(&tile, nullptr, &range);
+  Counts counts;
+  for (std::int64_t m = range.first / tile_m_; range.first <= range.last && m <= range.last / tile_m_; ++m) {
+    tile.q_first = m * tile_m_;
+    tile.q_last = std::min<std::int64_t>(tile.q_first + tile_m_, seqlen_q_) - 1;
+    counts.add(facts_->kind(&tile, nullptr));
   }
   return counts;
 }

@@ -60,9 +60,12 @@ class KnownTiles {
   std::int64_t n_tiles() const { return n_tiles_; }
   struct Counts {
     std::int64_t full = 0, partial = 0;
+    void add(cpu::TileKind kind);
   };
   // Of the tiles of keys that tile number `m` of a head's queries meets; the others are skipped.
   Counts count(std::int64_t b, std::int64_t h, std::int64_t m) const;
+  // Transposed, as a backward goes: of the tiles of queries that tile number `n` of a head's keys meets.
+  Counts count_queries(std::int64_t b, std::int64_t h, std::int64_t n) const;
 
  private:
   KnownTiles() = default;

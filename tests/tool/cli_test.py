@@ -431,9 +431,14 @@ class Explain(Tool):
         self.assertEqual(tiles("causal"), {"queries": 32, "keys": 128, "skipped": 6 * 12, "full": 6 * 4, "partial": 6 * 8})
         self.assertEqual(tiles("where(kv_idx < 128 * h, score, -inf)"),
                          {"queries": 32, "keys": 128, "skipped": 2 * 8 * 6, "full": 2 * 8 * 3, "partial": 0})
+        # The backward's are the same, its keys first.
+        self.assertEqual(tiles("causal", "--backward"), tiles("causal"))
+        self.assertEqual(tiles("where(q_idx < 96 + 32 * h, score, -inf)", "--backward"),
+                         {"queries": 32, "keys": 128, "skipped": 6 * (5 + 4 + 3), "full": 6 * (3 + 4 + 5), "partial": 0})
         self.assertEqual(tiles("score * 2"), "none")
         self.assertEqual(tiles("where(score > 0, score, -inf)"), "none")
-        self.assertIsNone(tiles("where(kv_idx < ends[b], score, -inf)", "--captures", "ends:int32:B"))
+        for direction in [], ["--backward"]:
+            self.assertIsNone(tiles("where(kv_idx < ends[b], score, -inf)", "--captures", "ends:int32:B", *direction))
 
     def test_errors(self):
         for arguments, expected in [
