@@ -16,6 +16,7 @@
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
+#include "compiler/projection.h"
 #include "llvm/ADT/DenseMap.h"
 #include "llvm/ADT/SetVector.h"
 #include "llvm/ADT/SmallVector.h"
@@ -47,6 +48,10 @@ constexpr std::int64_t kLargestTrusted = 1 << 30;
 constexpr std::int64_t kLargestExact = 1 << 24;
 // How many choices of one comparison are told apart.
 constexpr int kDeepestChoice = 4;
+// Of a mask whose comparisons are looked at together: larger ones are left to intervals.
+constexpr std::size_t kMostConjuncts = 16;
+constexpr std::size_t kMostForms = 8;
+constexpr std::size_t kMostUnknowns = 4;
 
 enum Varies : unsigned { kWithH = 1, kWithQ = 2, kWithKv = 4, kWithScore = 8 };
 
@@ -140,7 +145,8 @@ class Analysis {
     }
     if (varies_.lookup(keep) & kWithScore) return false;
     const Truth truth = truths_.lookup(keep);
-    llvm::SmallVector<Value> results{truth.never, truth.always};
+    llvm::SmallVector<Value> results{projected(keep, true).value_or(truth.never),
+                                     projected(keep, false).value_or(truth.always)};
     for (const Role role : {Role::Kv, Role::Q}) {
       const Bounds bounds = bounds_.lookup(key(keep, role, true));
       const Value first = end(role, false), last = end(role, true);
@@ -916,6 +922,236 @@ class Analysis {
     return negative ? inverted(truth) : truth;
   }
 
+  // ---- Conditions together
+
+  // Forms that are at most 0, and conditions of which no more is known than where they cannot hold.
+  struct Conjunct {
+    std::vector<Form> forms;
+    std::vector<Value> impossible;
+  };
+  using Disjunction = std::vector<Conjunct>;
+
+  // Where `condition` cannot be `holds` anywhere in the tile, if two of its comparisons together say more of that than
+  // each by itself; nothing where they don't, or there are too many.
+  std::optional<Value> projected(Value condition, bool holds) {
+    disjunctions_.clear();
+    const std::optional<Disjunction> any = disjunction_of(condition, holds);
+    if (!any) return std::nullopt;
+    bool more = false;
+    std::size_t emitted = 0;
+    struct Found {
+      Symbols symbols;
+      std::vector<Affine> beyond;
+      bool never = false;
+    };
+    std::vector<Found> found(any->size());
+    for (const auto& [i, conjunct] : llvm::enumerate(*any)) {
+      const Conditions conditions = conditions_of(conjunct, found[i].symbols);
+      if (conditions.conditions.empty()) continue;
+      std::optional<Projection> projection = project(conditions);
+      if (!projection) return std::nullopt;
+      found[i].beyond = std::move(projection->beyond);
+      found[i].never = projection->never;
+      emitted += found[i].beyond.size();
+      // What values that are the same for all tiles exclude is no reason to ask of each.
+      more |= found[i].never || llvm::any_of(found[i].beyond, [&](const Affine& row) {
+                return llvm::any_of(llvm::enumerate(found[i].symbols.values), [&](auto symbol) {
+                  return row[symbol.index()] != 0 && !found[i].symbols.same[symbol.index()];
+                });
+              });
+    }
+    constexpr std::size_t kMostBeyond = 24;
+    if (!more || emitted > kMostBeyond) return std::nullopt;
+    Value none;
+    for (const auto& [i, conjunct] : llvm::enumerate(*any)) {
+      Value impossible = boolean(false);
+      for (const Value condition_fails : conjunct.impossible) impossible = either(impossible, condition_fails);
+      for (const Form& form : conjunct.forms)
+        impossible = either(impossible, both(end_compares(form, false, arith::CmpIPredicate::sgt), form.guard));
+      Value beyond = boolean(found[i].never);
+      for (const Affine& row : found[i].beyond) beyond = either(beyond, is_negative(row, found[i].symbols));
+      none = both(none, either(impossible, both(beyond, all_guards(conjunct))));
+    }
+    return none ? none : boolean(true);
+  }
+  Value all_guards(const Conjunct& conjunct) {
+    Value guard = boolean(true);
+    for (const Form& form : conjunct.forms) guard = both(guard, form.guard);
+    return guard;
+  }
+
+  // `condition` is `holds`, or opposite, as a disjunction of conjuncts; nothing where it is too long.
+  std::optional<Disjunction> disjunction_of(Value condition, bool holds) {
+    const auto known = disjunctions_.find({condition, holds ? 1u : 0u});
+    if (known != disjunctions_.end()) return known->second;
+    std::optional<Disjunction> made = make_disjunction(condition, holds);
+    disjunctions_[{condition, holds ? 1u : 0u}] = made;
+    return made;
+  }
+
+  std::optional<Disjunction> make_disjunction(Value condition, bool holds) {
+    mlir::Operation* const op = condition.getDefiningOp();
+    const auto of = [&](unsigned i, bool operand_holds) { return disjunction_of(op->getOperand(i), operand_holds); };
+    const bool is_joined =
+        varies_.lookup(condition) != 0 && llvm::all_of(op->getOperands(), [&](Value v) { return truths_.contains(v); });
+    if (is_joined && llvm::isa<arith::AndIOp, arith::OrIOp>(op)) {
+      return llvm::isa<arith::AndIOp>(op) == holds ? all_of(of(0, holds), of(1, holds))
+                                                   : any_of(of(0, holds), of(1, holds));
+    }
+    if (is_joined && llvm::isa<arith::XOrIOp>(op) && mlir::matchPattern(op->getOperand(1), mlir::m_One()))
+      return of(0, !holds);
+    if (is_joined && llvm::isa<arith::XOrIOp>(op))
+      return any_of(all_of(of(0, true), of(1, !holds)), all_of(of(0, false), of(1, holds)));
+    if (is_joined && llvm::isa<arith::SelectOp>(op))
+      return any_of(all_of(of(0, true), of(1, holds)), all_of(of(0, false), of(2, holds)));
+    if (const auto atom = atoms_.find(condition); atom != atoms_.end() && varies_.lookup(condition) != 0)
+      return expanded(holds ? atom->second : negated(atom->second), 0);
+    if (mlir::matchPattern(condition, holds ? mlir::m_Zero() : mlir::m_One())) return Disjunction{};
+    const Truth truth = truths_.lookup(condition);
+    return Disjunction{{.forms = {}, .impossible = {holds ? truth.never : truth.always}}};
+  }
+
+  std::optional<Disjunction> expanded(const Atom& atom, int depth) {
+    if (const int number = choice_in(atom); number >= 0 && depth < kDeepestChoice) {
+      const Term made = term(number);
+      const std::optional<Atom> a = with(atom, number, made.a), b = with(atom, number, made.b);
+      if (a && b) {
+        const std::optional<Disjunction> x = expanded(*a, depth + 1), y = expanded(*b, depth + 1);
+        if (made.kind == TermKind::kSelect)
+          return any_of(all_of(disjunction_of(made.condition, true), x),
+                        all_of(disjunction_of(made.condition, false), y));
+        return is_both(atom, number) ? all_of(x, y) : any_of(x, y);
+      }
+    }
+    const auto opposite = [&](Atom::Relation relation) -> std::optional<Atom> {
+      std::optional<Form> form = scaled_form(atom.form, -1);
+      if (!form) return std::nullopt;
+      return Atom{relation, std::move(*form)};
+    };
+    if (atom.relation == Atom::kEqual || atom.relation == Atom::kNotEqual) {
+      const bool equal = atom.relation == Atom::kEqual;
+      const Atom::Relation relation = equal ? Atom::kLessEqual : Atom::kLess;
+      const std::optional<Atom> other = opposite(relation);
+      if (!other) return std::nullopt;
+      const std::optional<Disjunction> x = expanded({relation, atom.form}, depth), y = expanded(*other, depth);
+      return equal ? all_of(x, y) : any_of(x, y);
+    }
+    Form form = atom.form;
+    if (atom.relation == Atom::kLess) form.constant += 1;
+    return Disjunction{{.forms = {std::move(form)}, .impossible = {}}};
+  }
+
+  static std::optional<Disjunction> any_of(std::optional<Disjunction> a, const std::optional<Disjunction>& b) {
+    if (!a || !b || a->size() + b->size() > kMostConjuncts) return std::nullopt;
+    a->insert(a->end(), b->begin(), b->end());
+    return a;
+  }
+  static std::optional<Disjunction> all_of(const std::optional<Disjunction>& a, const std::optional<Disjunction>& b) {
+    if (!a || !b || a->size() * b->size() > kMostConjuncts) return std::nullopt;
+    Disjunction all;
+    for (const Conjunct& x : *a) {
+      for (const Conjunct& y : *b) {
+        Conjunct conjunct = x;
+        conjunct.forms.insert(conjunct.forms.end(), y.forms.begin(), y.forms.end());
+        conjunct.impossible.insert(conjunct.impossible.end(), y.impossible.begin(), y.impossible.end());
+        if (conjunct.forms.size() > kMostForms) return std::nullopt;
+        all.push_back(std::move(conjunct));
+      }
+    }
+    return all;
+  }
+
+  // Values over a tile that are the same for its elements.
+  struct Symbols {
+    std::vector<Value> values;
+    std::vector<Range> ranges;
+    std::vector<bool> same;  // for all tiles of a batch
+  };
+
+  // The forms of a conjunct that share what varies within the tile with others; what varies is an unknown each, the
+  // same in all of them.
+  Conditions conditions_of(const Conjunct& conjunct, Symbols& symbols) {
+    std::map<int, int> uses;  // by term
+    for (const Form& form : conjunct.forms)
+      for (const auto& [number, factor] : form.terms)
+        if (term(number).kind != TermKind::kUniform) ++uses[number];
+    std::vector<const Form*> forms;
+    std::map<int, std::size_t> unknowns;
+    for (const Form& form : conjunct.forms) {
+      if (llvm::none_of(form.terms, [&](const auto& part) { return uses[part.first] > 1; })) continue;
+      forms.push_back(&form);
+      for (const auto& [number, factor] : form.terms)
+        if (term(number).kind != TermKind::kUniform) unknowns.try_emplace(number, unknowns.size());
+    }
+    Conditions conditions;
+    if (forms.size() < 2 || unknowns.size() > kMostUnknowns) return conditions;
+    // Numbers of symbols first: rows are as long as there are.
+    const auto note = [&](int number, Value value, bool same) {
+      if (mlir::matchPattern(value, mlir::m_Constant()) || llvm::is_contained(symbols.values, value)) return;
+      symbols.values.push_back(value);
+      symbols.ranges.push_back(term(number).range);
+      symbols.same.push_back(same);
+    };
+    for (const auto& [number, unknown] : unknowns) {
+      note(number, term(number).low, false);
+      note(number, term(number).high, false);
+    }
+    for (const Form* form : forms)
+      for (const auto& [number, factor] : form->terms)
+        if (!unknowns.contains(number)) note(number, term(number).low, true);
+    conditions.symbols = symbols.values.size();
+    const auto plus = [&](Affine& row, std::int64_t factor, Value value) {
+      if (llvm::APInt literal; mlir::matchPattern(value, mlir::m_ConstantInt(&literal))) {
+        row.back() += factor * literal.getSExtValue();
+      } else {
+        row[static_cast<std::size_t>(llvm::find(symbols.values, value) - symbols.values.begin())] += factor;
+      }
+    };
+    const Affine zero(conditions.symbols + 1, 0);
+    conditions.ends.assign(unknowns.size(), {zero, zero});
+    for (const auto& [number, unknown] : unknowns) {
+      plus(conditions.ends[unknown].first, 1, term(number).low);
+      plus(conditions.ends[unknown].second, 1, term(number).high);
+      // Of positions: what depends on lengths would make texts of their own.
+      if (term(number).kind == TermKind::kEnd) conditions.known.push_back(conditions.ends[unknown].first);
+    }
+    for (const Form* form : forms) {
+      Conditions::AtLeastZero condition{.unknowns = std::vector<std::int64_t>(unknowns.size(), 0), .rest = zero};
+      condition.rest.back() = -form->constant;
+      for (const auto& [number, factor] : form->terms) {
+        if (const auto unknown = unknowns.find(number); unknown != unknowns.end()) {
+          condition.unknowns[unknown->second] = -factor;
+        } else {
+          plus(condition.rest, -factor, term(number).low);
+        }
+      }
+      conditions.conditions.push_back(std::move(condition));
+    }
+    return conditions;
+  }
+
+  // Whether the sum is below 0; never where it might leave 64 bits.
+  Value is_negative(const Affine& row, const Symbols& symbols) {
+    constexpr std::int64_t kLargestSum = std::int64_t{1} << 60;
+    Value plus, minus;
+    std::int64_t largest = std::abs(row.back());
+    for (const auto& [i, symbol] : llvm::enumerate(symbols.values)) {
+      const std::int64_t factor = row[i];
+      if (factor == 0) continue;
+      const Range range = symbols.ranges[i];
+      largest += std::abs(factor) * std::max(std::abs(range.low), std::abs(range.high));
+      if (largest > kLargestSum) return boolean(false);
+      const Value part = std::abs(factor) == 1 ? symbol : make<arith::MulIOp>(symbol, i64(std::abs(factor)));
+      Value& sum = factor > 0 ? plus : minus;
+      sum = sum ? make<arith::AddIOp>(sum, part) : part;
+    }
+    if (row.back() > 0 && plus) plus = make<arith::AddIOp>(plus, i64(row.back()));
+    if (row.back() < 0 && minus) minus = make<arith::AddIOp>(minus, i64(-row.back()));
+    if (!plus) plus = i64(std::max<std::int64_t>(row.back(), 0));
+    if (!minus) minus = i64(std::max<std::int64_t>(-row.back(), 0));
+    return compare(arith::CmpIPredicate::slt, plus, minus);
+  }
+
   // ---- Ranges
 
   Bounds intersection(const Bounds& a, const Bounds& b) {
@@ -1060,6 +1296,7 @@ class Analysis {
   llvm::DenseMap<Value, Atom> atoms_;
   llvm::DenseMap<Value, Truth> truths_;
   llvm::DenseMap<std::pair<Value, unsigned>, Bounds> bounds_;
+  llvm::DenseMap<std::pair<Value, unsigned>, std::optional<Disjunction>> disjunctions_;
 };
 
 // Whether result number `i` is just the tile's end.

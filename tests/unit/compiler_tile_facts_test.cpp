@@ -547,6 +547,71 @@ TEST(CompilerTileFacts, MissNothingOfDocuments) {
   EXPECT_EQ(score.found, score.uniform_tiles) << emitted(summarised.mod, false).text;
 }
 
+// Up to eight comparisons of positions and their difference, of which not even a corner of a tile is missed.
+std::string difference_mask(std::mt19937_64& random, int depth) {
+  const auto one_of = [&](std::initializer_list<const char*> texts) {
+    return std::string(texts.begin()[random() % texts.size()]);
+  };
+  if (depth == 0)
+    return one_of({"q_idx", "kv_idx", "q_idx - kv_idx", "kv_idx - q_idx"}) + one_of({" < ", " <= ", " > ", " >= "}) +
+           std::to_string(static_cast<int>(random() % 36) - 8);
+  const std::string a = difference_mask(random, depth - 1), b = difference_mask(random, depth - 1);
+  return one_of({"", "not "}) + "(" + a + one_of({" and ", " or "}) + b + ")";
+}
+
+TEST(CompilerTileFacts, MissNothingOfDifferences) {
+  const int count = random_count(200);
+  std::mt19937_64 random(15);
+  std::vector<std::string> masks;
+  std::vector<Mod> mods;
+  mods.reserve(static_cast<std::size_t>(count));
+  for (int i = 0; i < count; ++i) {
+    masks.push_back(difference_mask(random, 1 + i % 3));
+    mods.push_back(mod_of(masks.back()));
+  }
+  const HostTiles host(mods, false);
+  for (std::size_t i = 0; i < mods.size(); ++i) {
+    const Kept kept(mods[i]);
+    Score score, of_cpu;
+    std::unique_ptr<Elementwise> compiled;
+    if (i % 8 == 0) compiled = std::make_unique<Elementwise>(mods[i]);
+    for (int k = 0; k < 100; ++k) {
+      const cpu::Tile tile = random_tile(random);
+      judge(masks[i], kept, tile, host.ask(i, tile), score);
+      if (compiled) judge(masks[i], kept, tile, ask(tile_facts_of(*compiled->compiled.code), mods[i], tile), of_cpu);
+    }
+    EXPECT_EQ(score.found, score.uniform_tiles) << masks[i];
+    EXPECT_EQ(of_cpu.found, of_cpu.uniform_tiles) << masks[i];
+  }
+}
+
+// Comparisons whose intervals say nothing, and what they say together.
+TEST(CompilerTileFacts, TakeComparisonsTogether) {
+  const auto kind = [](const char* mask, int q, int kv) {
+    const Mod mod = mod_of(mask);
+    const HostTiles host({mod}, false);
+    return host
+        .ask(0, {.b = 0, .h_first = 0, .h_last = 0, .q_first = q, .q_last = q + 7, .kv_first = kv, .kv_last = kv + 7})
+        .kind;
+  };
+  // Queries from 6 on and keys up to 1, of which none is before its query by less than 3.
+  EXPECT_EQ(kind("q_idx > 5 and kv_idx < 2 and q_idx - kv_idx < 3", 0, 0), cpu::TileKind::kSkip);
+  EXPECT_EQ(kind("q_idx <= 5 or kv_idx >= 2 or q_idx - kv_idx >= 3", 0, 0), cpu::TileKind::kFull);
+  EXPECT_EQ(kind("q_idx > 5 and kv_idx < 3 and q_idx - kv_idx < 5", 0, 0), cpu::TileKind::kPartial);
+  // Queries from 13 on: the batch's length is 11.
+  EXPECT_EQ(kind("q_idx >= kv_idx + len[b] and q_idx < 15 and kv_idx > 1", 5, 0), cpu::TileKind::kSkip);
+  EXPECT_EQ(kind("q_idx >= kv_idx + len[b] and q_idx < 15 and kv_idx > 1", 6, 0), cpu::TileKind::kPartial);
+}
+
+// What intervals decide is not asked for again.
+TEST(CompilerTileFacts, LeaveUsualMasksToIntervals) {
+  EXPECT_THAT(
+      emitted(mod_of("q_idx >= kv_idx and q_idx - kv_idx <= 5"), false).text,
+      HasSubstr("if ((tile.kv_first > tile.q_last) | (tile.q_first - tile.kv_last > 5)) return TileKind::kSkip;"));
+  EXPECT_THAT(emitted(mod_of("q_idx >= kv_idx and q_idx - kv_idx < window[0]"), false).text,
+              Not(HasSubstr("(i1 < 1)")));
+}
+
 // Nothing is read that the caller does not say to give.
 TEST(CompilerTileFacts, ReadSummariesOnlyWhereTheyAreGiven) {
   const auto facts = analyze(mod_of("documents[q_idx] == documents[kv_idx]").problem);
