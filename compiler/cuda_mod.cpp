@@ -17,7 +17,6 @@
 
 #include "compiler/dialect/dialect.h"
 #include "compiler/passes/passes.h"
-#include "compiler/score_bounds.h"
 #include "compiler/tile_facts.h"
 #include "llvm/ADT/DenseMap.h"
 #include "llvm/ADT/DenseSet.h"
@@ -1590,13 +1589,6 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   if (folded.term >= 0) traits.emplace_back("bool kAdditive = true");
   if (folded.slope >= 0) traits.emplace_back("bool kLinear = true");
   if (folded.drifts) traits.emplace_back("bool kDrifts = true");
-  // Of what score() returns, which the shift is no part of.
-  if (folds && folded.shift < 0) {
-    if (const std::optional<ScoreBounds> bounds = score_bounds(function, accuracy != CudaAccuracy::kFull)) {
-      traits.emplace_back("bool kBounded = true");
-      traits.push_back("float kLow = " + float_text(bounds->low) + ", kHigh = " + float_text(bounds->high));
-    }
-  }
   if (reads) traits.emplace_back("bool kReadsCaptured = true");
   if (!unit_derivative) traits.emplace_back("bool kUnitDerivative = false");
   std::string tiles, tiles_error;
@@ -1617,7 +1609,7 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
       return true;
     });
   }
-  if (column_loads) traits.emplace_back("kColumnLoads = true");
+  if (column_loads) traits.emplace_back("bool kColumnLoads = true");
   std::vector<bool> injective;
   for (std::size_t i = 0; i < lowering.sinks.size(); ++i) {
     const Sink& sink = lowering.sinks[i];

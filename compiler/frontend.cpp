@@ -91,7 +91,7 @@ bool Frontend::run(const ModProblem& problem, const CompileOptions& options, Tar
   }
   if (options.dump) options.dump("mlir", facts_.canonical_mlir);
   const PhaseTimer timer(phases_, "facts");
-  facts_.score_bounds = score_bounds(function(), false);
+  facts_.score_bounds = score_bounds(function());
   if (!find_tile_facts(problem, target)) return failed("facts");
   const bool found =
       backward ? session_->find_gradient_facts(*module_, target) : session_->find_facts(*module_, target);

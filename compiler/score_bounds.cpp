@@ -41,8 +41,6 @@ double rounded(double x, double towards) {
 
 class Intervals {
  public:
-  explicit Intervals(bool approximate) : approximate_(approximate) {}
-
   Interval of(mlir::func::FuncOp function) {
     for (mlir::Operation& op : function.front().without_terminator()) {
       if (op.getNumResults() != 1) continue;
@@ -110,21 +108,14 @@ class Intervals {
   }
 
   // A rising function whose values lie in `range`. Its code may be off by units of float32's last place and flush what
-  // is subnormal, or be off by what approximations are; beyond the range it does not go but for those.
+  // is subnormal, but does not go beyond the range.
   template <typename Function>
   Interval rising(Interval x, Function function, Interval range) const {
     const Interval exact{function(x.low), function(x.high)};
-    if (std::isnan(exact.low) || std::isnan(exact.high)) return approximated(range);
+    if (std::isnan(exact.low) || std::isnan(exact.high)) return range;
     constexpr double kUnits = 0x1p-19;
     const auto off = [](double end) { return std::isinf(end) ? 0 : kUnits * std::abs(end) + 0x1p-126; };
-    return approximated(
-        {std::max(exact.low - off(exact.low), range.low), std::min(exact.high + off(exact.high), range.high)});
-  }
-  Interval approximated(Interval x) const {
-    if (!approximate_) return x;
-    constexpr double kError = 0x1p-10;
-    const auto off = [](double end) { return std::isinf(end) ? 0 : kError * std::max(std::abs(end), 1.0); };
-    return {x.low - off(x.low), x.high + off(x.high)};
+    return {std::max(exact.low - off(exact.low), range.low), std::min(exact.high + off(exact.high), range.high)};
   }
 
   static std::optional<double> literal(Value v) {
@@ -208,7 +199,7 @@ class Intervals {
           return hull({std::trunc(arg(0).low), std::trunc(arg(0).high)}, {0, 0});
         })
         // Floats.
-        .Case<arith::DivFOp>([&](auto) { return approximated(quotient(arg(0), arg(1))); })
+        .Case<arith::DivFOp>([&](auto) { return quotient(arg(0), arg(1)); })
         .Case<arith::RemFOp>([&](auto) {
           const double by = std::max(std::abs(arg(1).low), std::abs(arg(1).high));
           const double largest = std::min(by, std::max(std::abs(arg(0).low), std::abs(arg(0).high)));
@@ -238,23 +229,22 @@ class Intervals {
         })
         .Case<math::TanhOp>([&](auto) { return rising(arg(0), [](double x) { return std::tanh(x); }, kUnit); })
         .Case<math::ErfOp>([&](auto) { return rising(arg(0), [](double x) { return std::erf(x); }, kUnit); })
-        .Case<math::SinOp, math::CosOp>([&](auto) { return approximated(kUnit); })
+        .Case<math::SinOp, math::CosOp>([&](auto) { return kUnit; })
         // From its smallest value on it rises.
-        .Case<GeluOp>([&](auto) { return approximated({-0.17, std::max(arg(0).high, 0.0)}); })
+        .Case<GeluOp>([&](auto) { return Interval{-0.17, std::max(arg(0).high, 0.0)}; })
         .Default([](mlir::Operation*) { return Interval{}; });
   }
 
   // Below `least` a function is NaN.
   static Interval raised(Interval x, double least) { return {std::max(x.low, least), std::max(x.high, least)}; }
 
-  const bool approximate_;
   llvm::DenseMap<Value, Interval> known_;
 };
 
 }  // namespace
 
-std::optional<ScoreBounds> score_bounds(mlir::func::FuncOp function, bool approximate) {
-  const Interval of_value = Intervals(approximate).of(function);
+std::optional<ScoreBounds> score_bounds(mlir::func::FuncOp function) {
+  const Interval of_value = Intervals().of(function);
   constexpr double kLargest = std::numeric_limits<float>::max();
   if (of_value.low < -kLargest || of_value.high > kLargest) return std::nullopt;
   return ScoreBounds{static_cast<float>(of_value.low), static_cast<float>(of_value.high)};

@@ -9,8 +9,7 @@
 namespace attnjit::compiler {
 
 // Of result 0 of a forward or a backward, in the units that the function has it in; nothing where an end is not finite.
-// A value that is NaN is in no bounds. `approximate`: of code whose functions err by up to 2^-11 of their value, or
-// of 1.
-std::optional<ScoreBounds> score_bounds(mlir::func::FuncOp function, bool approximate);
+// A value that is NaN is in no bounds.
+std::optional<ScoreBounds> score_bounds(mlir::func::FuncOp function);
 
 }  // namespace attnjit::compiler

@@ -216,24 +216,5 @@ TEST(CompilerScoreBounds, HoldForRandomExpressions) {
   EXPECT_GT(near, found / 3);
 }
 
-std::string folded(const std::string& text, CudaAccuracy accuracy) {
-  const Mod mod(text, tensors());
-  PhaseTimes phases;
-  Frontend frontend(phases);
-  if (!frontend.run(mod.problem, {}, Target::kCuda)) ADD_FAILURE() << frontend.error();
-  return emit_cuda_mod(frontend.function(), mod.problem, accuracy, {}, frontend.tile_facts(), ModForm::kFolded).text;
-}
-
-// In log2 units, with room for approximations.
-TEST(CompilerScoreBounds, AreConstantsOfTheFoldedForm) {
-  EXPECT_THAT(folded("softcap(30)", CudaAccuracy::kFull),
-              HasSubstr("static constexpr bool kBounded = true;\n"
-                        "  static constexpr float kLow = -43.28085f, kHigh = 43.28085f;\n"));
-  EXPECT_THAT(folded("softcap(30)", CudaAccuracy::kBFloat16),
-              HasSubstr("static constexpr float kLow = -43.323116f, kHigh = 43.323116f;\n"));
-  for (const char* const text : {"score", "softcap(30) + h", "softcap(30) + c", "exp(score)", "rel"})
-    EXPECT_THAT(folded(text, CudaAccuracy::kBFloat16), Not(HasSubstr("kBounded"))) << text;
-}
-
 }  // namespace
 }  // namespace attnjit::compiler::testing

@@ -1,8 +1,6 @@
 struct Mod : ModDefaults {
   static constexpr bool kScoresInLog2 = false;
   static constexpr bool kIdentity = false;
-  static constexpr bool kBounded = true;
-  static constexpr float kLow = -43.323116f, kHigh = 43.323116f;
 
   static __device__ __forceinline__ float score(const CapturedView* captured, float s, const Block& block,
                                                 const Row& row, const Column& column, const Diagonal& diagonal) {
