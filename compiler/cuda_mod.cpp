@@ -1609,7 +1609,7 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
       return true;
     });
   }
-  if (column_loads) traits.emplace_back("bool kColumnLoads = true");
+  if (folds && column_loads) traits.emplace_back("bool kColumnLoads = true");
   std::vector<bool> injective;
   for (std::size_t i = 0; i < lowering.sinks.size(); ++i) {
     const Sink& sink = lowering.sinks[i];

@@ -30,6 +30,9 @@ struct Tiling {
   bool for_arithmetic = false;               // only for what Sm90Problem::arithmetic says, and long sequences
 };
 
+// Four warpgroups take no turns where the tiles of one are of no use to others: of documents they waited more than they
+// gained.
+//
 // By rising head_dim, and of one head_dim the best first: the first that fits and serves is taken, or a smaller tile of
 // queries where its tiles would leave multiprocessors without work. Measured on an H200, bf16 (bench/notes.md, "The
 // sm90 family's forward kernel").
@@ -91,7 +94,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      .tile_n = row.tile_n,
                                      .stages = row.stages,
                                      .o_buffer = row.o_buffer,
-                                     .ping_pong = true,
+                                     .ping_pong = !(row.warpgroups == 4 && problem.summarised),
                                      .frozen = freezes(problem),
                                      .fma_exponentials = row.head_dim == 64 && problem.nonlinear ? 1 : 0};
     if (!fits(config, problem)) continue;
@@ -320,6 +323,7 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
   problem->has_busy_mask = facts.has_mask && facts.score_class == compiler::ScoreClass::kNonlinear &&
                            facts.reads_proven + facts.reads_clamped > 0;
   problem->has_dense_mask = facts.has_mask && emitted.demand == compiler::ModDemand::kDense;
+  problem->summarised = !facts.summaries.empty();
   problem->drifts = facts.folded && facts.folded->drifts;
   problem->nonlinear =
       facts.score_class == compiler::ScoreClass::kNonlinear && emitted.demand == compiler::ModDemand::kNone;

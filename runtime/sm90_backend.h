@@ -29,6 +29,7 @@ struct Sm90Problem {
   bool drifts = false;    // compiler::FoldedFacts::drifts
   // What takes registers beside a mask: captured reads in a nonlinear mod, an element of its own for each score.
   bool has_busy_mask = false, has_dense_mask = false;
+  bool summarised = false;  // captured values decide which tiles the mask drops
   // The mod is more than a product and a sum of each score, as a soft cap: special functions, and nothing read.
   bool nonlinear = false;
   // Nonlinear or linear along the keys, and no score is dropped: registers are not what the mod is short of.

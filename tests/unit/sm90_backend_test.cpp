@@ -231,6 +231,17 @@ TEST(Sm90Backend, WhatAConfigurationIsChosenBy) {
   EXPECT_EQ(with(128, ScoreClass::kNonlinear, 2, ModDemand::kBusy), std::pair(128, 128));
   EXPECT_EQ(with(128, ScoreClass::kAffine, 1, ModDemand::kDense), std::pair(128, 112));
 
+  // Four warpgroups take turns but where captured values decide which tiles each of them sees.
+  compiler::EmittedCuda documents;
+  documents.facts.has_mask = true;
+  documents.facts.summaries = {compiler::TileSummary{}};
+  for (const int head_dim : {64, 128}) {
+    problem = problem_of(head_dim, head_dim);
+    EXPECT_TRUE(chosen(problem).ping_pong);
+    learn(documents, &problem);
+    EXPECT_EQ(chosen(problem).ping_pong, head_dim == 128);
+  }
+
   problem.max_shared_memory = 1000;
   EXPECT_FALSE(choose_config(problem));
 }
