@@ -1,4 +1,4 @@
-// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that loads and several that compute. Compiled behind
+// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that plans and loads and several that compute. Compiled behind
 // cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products that the compiler writes
 // for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
 //
@@ -64,7 +64,7 @@ constexpr int kJobs = (kListEmpty + 8 * kListSlots + 15) / 16 * 16;  // two, of 
 constexpr int kLists = kJobs + 64;                                   // of eight words
 constexpr int kVerdicts = kLists + 32 * kListSlots;  // of the last four jobs, by warpgroup: the tile to be done again
                                                      // and 1, or 0
-constexpr int kKeys = kVerdicts + 64;                // by stage: a KeyWord
+constexpr int kKeys = kVerdicts + 64;                // by stage: its tile of keys, see kSkipShift
 static_assert(kKeys + 4 * kStages <= kBarrierBytes);
 
 __device__ __forceinline__ void store_shared(Address address, int x) {
