@@ -305,6 +305,7 @@ int run(const RunOptions& options) {
       {"score_mod", attention.score_mod != nullptr ? score_mod : "noop"},
   };
   if (attention.mask_mod != nullptr) metadata["mask_mod"] = options.mask_mod;
+  if (options.partial_keys) metadata["partial_keys"] = "true";
   write_safetensors(options.output, outputs, metadata);
   if (options.check_reads) {
     // The interpreter reads the program's memory.

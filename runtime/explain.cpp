@@ -42,7 +42,8 @@ Result<compiler::CudaArch> parse_arch(std::string_view text) {
 struct Findings {
   compiler::ModFacts facts;
   compiler::PhaseTimes phases;
-  // What a mask's tiles are counted by: of the kernel that the call would take, the CPU's panels by its blocks of keys.
+  // What a mask's tiles are counted by: of the kernel that the call would take, the CPU's panels by its blocks of keys;
+  // 0 where that has no tiles.
   int tile_m = cpu::kPanelLanes, tile_n = cpu::kTileRows;
   // Of CUDA.
   Json kernels;
@@ -66,7 +67,7 @@ Check compile_for_cuda(const Request& request, const std::vector<attnjit_backend
                        const std::shared_ptr<CudaDevice>& device, const CollectText& collect, Findings* findings) {
   const FusedTarget target = make_target(arch, device, false);
   findings->kernels = Json::array();
-  findings->tile_m = cpu::kTileRows;  // of kernels without tiles
+  findings->tile_m = 0;
   const auto found = [&](attnjit_backend backend, const Json& kernels, const auto& binary) {
     // At the top stands what the best backend says; each kernel has its own times.
     if (findings->kernels.empty()) {
@@ -252,8 +253,10 @@ Result<std::string> explain(Context& context, const attnjit_attention* attention
     json["host"] = host_json(context);
   }
   json["hash"] = hash_text(findings.facts);
-  if (findings.facts.knows_tiles) {
-    json["tiles"] = tiles_json(request, findings.tile_m, findings.tile_n);
+  if (findings.facts.knows_tiles && findings.tile_m > 0) {
+    // What captured values decide is known when the kernel runs.
+    const bool by_values = findings.facts.tiles_read_captured || !findings.facts.summaries.empty();
+    json["tiles"] = by_values ? Json() : tiles_json(request, findings.tile_m, findings.tile_n);
   }
   json["facts"] = gradients ? gradient_facts_json(findings.facts, call) : facts_json(findings.facts);
   json["phases_ms"] = phases_json(findings.phases);

@@ -179,7 +179,7 @@ KnownTiles::Counts KnownTiles::count(std::int64_t b, std::int64_t h, std::int64_
   Counts counts;
   for (std::int64_t n = range.first / tile_n_; range.first <= range.last && n <= range.last / tile_n_; ++n) {
     tile.kv_first = n * tile_n_;
-    tile.kv_last = tile.kv_first + tile_n_ - 1;
+    tile.kv_last = std::min<std::int64_t>(tile.kv_first + tile_n_, seqlen_kv_) - 1;
     counts.add(facts_->kind(&tile, nullptr));
   }
   return counts;

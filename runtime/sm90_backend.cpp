@@ -30,9 +30,6 @@ struct Tiling {
   bool for_arithmetic = false;               // only for what Sm90Problem::arithmetic says, and long sequences
 };
 
-// Four warpgroups take no turns where the tiles of one are of no use to others: of documents they waited more than they
-// gained.
-//
 // By rising head_dim, and of one head_dim the best first: the first that fits and serves is taken, or a smaller tile of
 // queries where its tiles would leave multiprocessors without work. Measured on an H200, bf16 (bench/notes.md, "The
 // sm90 family's forward kernel").
@@ -94,6 +91,8 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      .tile_n = row.tile_n,
                                      .stages = row.stages,
                                      .o_buffer = row.o_buffer,
+                                     // Of documents, whose tiles are of use to some warpgroups only, four waited
+                                     // for their turns more than they gained.
                                      .ping_pong = !(row.warpgroups == 4 && problem.summarised),
                                      .frozen = freezes(problem),
                                      .fma_exponentials = row.head_dim == 64 && problem.nonlinear ? 1 : 0};
@@ -320,10 +319,13 @@ std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
 void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
   const compiler::ModFacts& facts = emitted.facts;
   problem->has_mask = facts.has_mask;
-  problem->has_busy_mask = facts.has_mask && facts.score_class == compiler::ScoreClass::kNonlinear &&
-                           facts.reads_proven + facts.reads_clamped > 0;
-  problem->has_dense_mask = facts.has_mask && emitted.demand == compiler::ModDemand::kDense;
   problem->summarised = !facts.summaries.empty();
+  const bool reads_nonlinearly =
+      facts.score_class == compiler::ScoreClass::kNonlinear && facts.reads_proven + facts.reads_clamped > 0;
+  // More than one comparison of 64 bits, or one of 32 and one of the positions, beside the tables' addresses.
+  const bool compares_much = problem->summarised && facts.cost && facts.cost->mask.alu + facts.cost->diagonal.alu > 3;
+  problem->has_busy_mask = facts.has_mask && (reads_nonlinearly || compares_much);
+  problem->has_dense_mask = facts.has_mask && emitted.demand == compiler::ModDemand::kDense;
   problem->drifts = facts.folded && facts.folded->drifts;
   problem->nonlinear =
       facts.score_class == compiler::ScoreClass::kNonlinear && emitted.demand == compiler::ModDemand::kNone;
@@ -427,7 +429,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
   std::optional<sm90::ForwardConfig> config = choose_config(by);
   if (!config) return no_configuration(target);
   // A block asks for the tile of its next round before it knows that there is none.
-  const std::int64_t most = kMaxGrid - 2 * by.num_sms;
+  const std::int64_t most = kMaxGrid - 8 * by.num_sms;
   const auto too_many = [&](const sm90::ForwardConfig& of) { return tiles_of(s, of) > most; };
   if (too_many(*config)) {
     return unsupported(fmt::format("{} tiles of queries are beyond {}", tiles_of(s, *config), most));

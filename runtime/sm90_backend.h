@@ -27,7 +27,8 @@ struct Sm90Problem {
   bool has_row_max = false;
   bool has_mask = false;  // some element may be dropped
   bool drifts = false;    // compiler::FoldedFacts::drifts
-  // What takes registers beside a mask: captured reads in a nonlinear mod, an element of its own for each score.
+  // What takes registers beside a mask: captured reads in a nonlinear mod, or many comparisons by captured values; an
+  // element of its own for each score.
   bool has_busy_mask = false, has_dense_mask = false;
   bool summarised = false;  // captured values decide which tiles the mask drops
   // The mod is more than a product and a sum of each score, as a soft cap: special functions, and nothing read.

@@ -1,6 +1,13 @@
 // Single instructions that C++ has no spelling for, as the emitted mods use them.
 namespace attnjit::cuda {
 
+// The same number, of which the compiler knows nothing: what is computed from it is computed in its place, and not kept
+// over a loop in registers that others want.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The smaller and the larger; NaN where either is.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float result;

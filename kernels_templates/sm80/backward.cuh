@@ -5,8 +5,8 @@
 // warp owns whole keys: with S^T = K Q^T and dP^T = V dO^T, P^T and dS^T lie in registers as the left operands of
 // dV += P^T dO and dK += dS^T Q, which stay in registers from the first query to the last. Only dS passes through
 // shared memory, for dQ = dS K. Blocks add their parts of dQ to dq_sum by atomics; where two runs have to give the same
-// bits, a block walks over several tiles of keys, and adds to a dq_sum of its own. Compiled behind tile.cuh and
-// gradients.cuh.
+// bits, a block walks over several tiles of keys, and adds to a dq_sum of its own. Compiled behind
+// walk.cuh, tile.cuh and gradients.cuh.
 namespace attnjit::sm80 {
 
 using cuda::BackwardParams;

@@ -2,7 +2,7 @@
 //
 // Follows FlashAttention-2 (arXiv 2307.08691): a block owns tile_m queries of one head and walks over the keys, each
 // warp owning whole rows, so that the softmax needs no more than the four lanes that share a row. Scores never leave
-// the registers (f32 elements: probabilities pass through shared memory). Compiled behind tile.cuh.
+// the registers (f32 elements: probabilities pass through shared memory). Compiled behind walk.cuh and tile.cuh.
 namespace attnjit::sm80 {
 
 using cuda::ForwardParams;

@@ -2,6 +2,7 @@
 // or for f32 by fused multiply-adds. Compiled behind params.h, mod_defaults.cuh, config.h, the emitted Mod and kConfig.
 namespace attnjit::sm80 {
 
+using cuda::anew;
 using cuda::exp2_approx;
 
 constexpr Element kElement = kConfig.element;
@@ -9,13 +10,6 @@ constexpr int kBytes = bytes_of(kElement);
 constexpr int kWarps = kConfig.warps;
 constexpr int kThreads = 32 * kWarps;
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-
-// The same number, of which the compiler knows nothing: what is computed from it is computed in its place, and not kept
-// over a loop in registers that accumulators want.
-__device__ __forceinline__ int anew(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 // ---- Shared memory and global memory
 

@@ -10,7 +10,7 @@ struct ForwardConfig {
   Element element = Element::kBF16;
   int head_dim = 128;     // of q and k, as the problem has it; padded in shared memory
   int head_dim_v = 128;   // of v and o
-  int warpgroups = 2;     // that compute, 64 queries each: 2, 3 or 4; one more loads
+  int warpgroups = 2;     // that compute, 64 queries each: 2, 3 or 4; one more plans and loads
   int tile_n = 128;       // keys of one step; a multiple of 16, at most 256
   int stages = 2;         // buffers for K and for V each
   bool o_buffer = true;   // O leaves from memory of its own, so that the next Q can arrive; else from Q's

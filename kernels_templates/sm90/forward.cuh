@@ -1,10 +1,11 @@
-// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that plans and loads and several that compute. Compiled behind
-// cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products that the compiler writes
-// for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
+// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that plans and loads and several that compute. Compiled
+// behind cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products that the compiler
+// writes for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
 //
 // docs/sm90.md explains roles, barriers and what was tried.
 namespace attnjit::sm90 {
 
+using cuda::anew;
 using cuda::exp2_approx;
 using cuda::IndexRange;
 using cuda::Mod;
@@ -79,12 +80,6 @@ __device__ __forceinline__ int load_shared(Address address) {
 // The same value in every lane, and known to be: what is computed from it, descriptors above all, stays in uniform
 // registers. Of loop bounds, too.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
-// The same value, as if from elsewhere: a loop is not taken apart for what it starts with.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 // ---- Barriers
 
@@ -259,7 +254,7 @@ struct Planner {
     const int number = min(lane, count - 1);
     const int n = job.ascending ? first + number : first - number;
     const bool whole = (n + 1) * kTileN <= params.call.seqlen_kv;
-    Kinds kinds = {};
+    Kinds result = {};
     bool some = !Mod::kHasMask, all = !Mod::kHasMask;
     if constexpr (Mod::kHasMask) {
       all = true;
@@ -278,13 +273,13 @@ struct Planner {
         const bool skips = kind == TileKind::kSkip || !exists;
         some |= !skips;
         all &= kind == TileKind::kFull || !exists;
-        kinds.skipped[w] = __ballot_sync(0xffffffffu, skips);
+        result.skipped[w] = __ballot_sync(0xffffffffu, skips);
       }
     }
     some &= lane < count;
-    kinds.full = __ballot_sync(0xffffffffu, some && all && whole);
-    kinds.partial = __ballot_sync(0xffffffffu, some && !(all && whole));
-    return kinds;
+    result.full = __ballot_sync(0xffffffffu, some && all && whole);
+    result.partial = __ballot_sync(0xffffffffu, some && !(all && whole));
+    return result;
   }
 
   __device__ __forceinline__ void send(const Job& job) {
@@ -444,7 +439,7 @@ struct Loader {
       if (job.tile == kEnd) break;
       if (job.tile == kNothing) continue;
       const int h_kv = quotient(job.h, params.by_group);
-      int previous = opaque(-1);
+      int previous = anew(-1);  // else the loop is taken apart for what it starts with
       for (int steps_left = job.partial + job.full; steps_left > 0;) {
         const int slot = lists % kListSlots;
         wait(barrier(kListFull + 8 * slot), lists / kListSlots % 2);
@@ -873,15 +868,17 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     if (takes_q) wait(barrier(kQFull), queries % 2);
     int step = 0;
     // Tiles of keys that this warpgroup's part of the queries does not see, as long as nothing is under way.
-    if constexpr (Mod::kKnowsTiles && kWarpgroups > 1) {
+    if constexpr (Mod::kKnowsTiles) {
 #pragma unroll 1
       for (; step < partial_steps; ++step) {
         const int stage = (base + step) % kStages;
         const int parity = (base + step) / kStages % 2;
         wait(barrier(kKFull + 8 * stage), parity);
         if ((word_of(stage) >> (kSkipShift + warpgroup) & 1) == 0) break;
-        if (step > 0) await_turn();
-        if (step > 0) pass_turn();
+        if (step > 0) {
+          await_turn();
+          pass_turn();
+        }
         release(barrier(kKEmpty + 8 * stage));
         wait(barrier(kVFull + 8 * stage), parity);
         release(barrier(kVEmpty + 8 * stage));
@@ -947,7 +944,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 #pragma unroll 1
         for (; step < min(exact_steps, steps); ++step) advance(Choice<true>());
         if (!Mod::kHasMask || step >= steps) break;
-        const bool unset = state.reference[0] == -kInfinity || state.reference[1] == -kInfinity;
+        const bool unset = (state.reference[0] == -kInfinity && query < call.seqlen_q) ||
+                           (state.reference[1] == -kInfinity && query + 8 < call.seqlen_q);
         if (!any_of_warpgroup(warpgroup, unset)) break;
         exact_steps = step + 1;
       }

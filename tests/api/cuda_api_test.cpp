@@ -934,6 +934,16 @@ TEST_F(CudaSm90, RunOfFarStrides) {
   EXPECT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
 }
 
+// What sm80 serves it serves of any plan.
+TEST_F(CudaApi, RunOfFarStrides) {
+  p_.attention.backend = ATTNJIT_BACKEND_SM80;
+  PREPARE_OR_SKIP(plan);
+  const std::int64_t rows = p_.k.shape[2], dim = p_.k.shape[3];
+  p_.k.strides = {std::int64_t{1} << 39, rows * dim, dim, 1};
+  p_.k.sync();
+  EXPECT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+}
+
 TEST_F(CudaSm90, RowMaximum) {
   p_.attention.row_max = &p_.row_max.dl;
   PREPARE_OR_SKIP(plan);

@@ -206,6 +206,12 @@ TEST(NumericsBackwardShape, MasksThatLeaveTilesOut) {
       "dense[h, q_idx, kv_idx]\"";
   std::size_t number = 0;
   for (const std::string& backend : target().backends) {
+    // More tiles of keys than parts of dQ: a block adds onto its own.
+    for (const char* const fields : {"\"causal\"", "\"sliding_window(40)\"", "\"prefix_lm(130)\"",
+                                     "\"ids[q_idx] == ids[kv_idx]\" capture=ids:int32:2600:packed:blocks"}) {
+      expect_accepted("b=1 hq=2 hkv=1 sq=330 skv=2600 d=32 dtype=bfloat16 deterministic=1 inputs=poisoned backend=" +
+                      backend + " backward=dq,dk,dv mask_mod=" + fields);
+    }
     for (const auto& [mask, captured] : kMasks) {
       for (const char* const rest : {" inputs=poisoned", kAllLevels}) {
         ++number;

@@ -435,8 +435,20 @@ class Explain(Tool):
         self.assertEqual(tiles("causal", "--backward"), tiles("causal"))
         self.assertEqual(tiles("where(q_idx < 96 + 32 * h, score, -inf)", "--backward"),
                          {"queries": 32, "keys": 128, "skipped": 6 * (5 + 4 + 3), "full": 6 * (3 + 4 + 5), "partial": 0})
+        # Keys that do not exist are not asked about, whichever way.
+        ragged = ["noop", "--mask-mod", "kv_idx < 300", "--shape", "1,1,300,1,300,64", "--dtype", "bfloat16"]
+        for arch in [], ["--arch", "sm_80", "--backend", "sm80"]:
+            for direction in [], ["--backward"]:
+                counts = tiles(*ragged, *arch, *direction)
+                self.assertEqual((counts["skipped"], counts["partial"]), (0, 0), counts)
+        # Eager kernels have no tiles.
+        self.assertEqual(tiles("causal", "--arch", "sm_80", "--backend", "math"), "none")
         self.assertEqual(tiles("score * 2"), "none")
         self.assertEqual(tiles("where(score > 0, score, -inf)"), "none")
+        for arch in [], ["--arch", "sm_80", "--backend", "sm80"]:
+            for direction in [], ["--backward"]:
+                self.assertIsNone(tiles("where(ids[b, q_idx] == ids[b, kv_idx] and q_idx >= kv_idx, score, -inf)",
+                                        "--captures", "ids:int32:B,384", "--dtype", "bfloat16", *arch, *direction))
         for direction in [], ["--backward"]:
             self.assertIsNone(tiles("where(kv_idx < ends[b], score, -inf)", "--captures", "ends:int32:B", *direction))
 

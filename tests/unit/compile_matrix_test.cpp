@@ -39,6 +39,8 @@ constexpr const char* kGradients =
 
 std::vector<Tensor> tensors() {
   return {Tensor::of<std::int32_t>("ids", DType::kInt32, {2, 4096}, std::vector<std::int32_t>(2 * 4096)),
+          Tensor::of<std::int64_t>("wide", DType::kInt64, {2, 4096}, std::vector<std::int64_t>(2 * 4096)),
+          Tensor::of<std::int32_t>("lengths", DType::kInt32, {2}, std::vector<std::int32_t>(2)),
           Tensor::of<float>("alibi_slopes", DType::kF32, {16}, std::vector<float>(16)),
           Tensor::of<std::uint16_t>("dense", DType::kBF16, {16, 64, 4096}, std::vector<std::uint16_t>(16 * 64 * 4096)),
           Tensor::of<std::uint16_t>("table", DType::kF16, {16, 8192}, std::vector<std::uint16_t>(16 * 8192))};
@@ -133,6 +135,7 @@ Compiled sm90_case(const std::string& expression, runtime::Sm90Problem by) {
       break;
     }
     ModProblem problem = mod.problem;
+    problem.summaries = true;
     problem.seqlen_q = runtime::round_up(problem.seqlen_q, sm90::tile_m(*config));
     problem.seqlen_kv = runtime::round_up(problem.seqlen_kv, config->tile_n);
     emitted = emit_sm90_forward(problem, *config);
@@ -293,6 +296,15 @@ TEST(CompileMatrix, Sm90) {
 
 TEST(CompileMatrix, Sm90OtherMods) {
   expect_clean(sm90_cases({"causal", "alibi", "softcap(30)", kCausalDense}, {{64, 64}, {128, 128}}, {false, true}));
+  // Masks by tables: four warpgroups where they leave registers.
+  expect_clean(sm90_cases(
+      {"where(ids[b, q_idx] == ids[b, kv_idx], score, -inf)",
+       "where(ids[b, q_idx] == ids[b, kv_idx] and q_idx >= kv_idx and q_idx - kv_idx < 256, score, -inf)",
+       "where(ids[b, q_idx] == ids[b, kv_idx] and kv_idx < lengths[b] and q_idx >= kv_idx, score, -inf)",
+       "where(wide[b, q_idx] == wide[b, kv_idx] and q_idx >= kv_idx, score, -inf)",
+       "where(wide[b, q_idx] == wide[b, kv_idx] and ids[b, q_idx] == ids[b, kv_idx], score + 0.3 * (q_idx - kv_idx), "
+       "-inf)"},
+      {{64, 64}, {128, 128}}, {false}));
 }
 
 TEST(CompileMatrix, SlowSm90Everything) {
