@@ -103,7 +103,7 @@ TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
     EXPECT_TRUE(check.accepted) << check.message;
     // Moderate values without jumps: nothing may be left out.
     if (style == 0) {
-      EXPECT_EQ(check.verdict.undecided, 0) << check.message;
+      EXPECT_EQ(check.verdict.undecided, 0) << check.message << "\n  --case '" << to_line(spec) << "'";
     }
   }
 }
