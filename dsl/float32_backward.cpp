@@ -39,7 +39,7 @@ double rounded_to(DType dtype, double x) {
   return std::fabs(rounded) > format.max ? std::copysign(kInfinity, x) : rounded;
 }
 
-// What is multiplied by nothing is nothing, an infinite bound included.
+// What is multiplied by nothing is nothing, an infinite bound of a finite number included.
 double product(double a, double b) { return a == 0.0 || b == 0.0 ? 0.0 : a * b; }
 
 double finite_magnitude(double x) { return std::isfinite(x) ? std::fabs(x) : 0.0; }
@@ -51,6 +51,8 @@ std::size_t index_of(std::int64_t i) { return static_cast<std::size_t>(i); }
 struct Term {
   double value = 0.0, ideal = 0.0;
   double scatter = 0.0, error = 0.0;
+  // False: a kernel's may be NaN or infinite, and is not nothing where it is multiplied by 0. Then `error` is infinite.
+  bool finite = true;
 
   bool is_nothing() const { return value == 0.0 && error == 0.0; }
 };
@@ -74,6 +76,7 @@ struct CapturedTerm {
 // A term and the factors that it is multiplied by, one for each of neighbouring sums.
 struct Factored {
   double value, ideal, magnitude, error, scatter;
+  bool finite;
   const double* factors;
 };
 
@@ -85,6 +88,7 @@ Factored factored(const Term& term, std::span<const double> factors, double roun
           .magnitude = magnitude,
           .error = term.error + rounding * (magnitude + term.error) + least,
           .scatter = term.scatter,
+          .finite = term.finite,
           .factors = factors.data()};
 }
 
@@ -190,8 +194,7 @@ class Sums {
       gradient_.value[at + d] += term.value * factor;
       gradient_.ideal[at + d] += term.ideal * factor;
       magnitude_[at + d] += term.magnitude * std::fabs(factor);
-      // A term that may be NaN is NaN times 0, too.
-      gradient_.bound[at + d] += std::isnan(term.value) ? term.error : product(term.error, std::fabs(factor));
+      gradient_.bound[at + d] += term.finite ? product(term.error, std::fabs(factor)) : term.error;
     }
   }
 
@@ -339,7 +342,8 @@ Term scaled(const Term& term, double exact, const Interval& derivative) {
   return {.value = product(term.value, exact),
           .ideal = product(term.ideal, exact),
           .scatter = moved + product(term.scatter, reach),
-          .error = moved + product(term.error, reach)};
+          .error = moved + product(term.error, reach),
+          .finite = term.finite};
 }
 
 bool same(double a, double b, const Interval& reach) {
@@ -475,13 +479,21 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   }
 
   // ---- The elements.
-  const auto unspecified = [](Term* term) { term->error = term->scatter = kInfinity; };
+  const auto unspecified = [](Term* term) {
+    term->error = term->scatter = kInfinity;
+    term->finite = false;
+  };
+  // Of what a kernel holds in `dtype`; false for what is not a number.
+  const auto fits = [](const Term& term, DType dtype) {
+    return std::fabs(term.value) + term.error <= format_of(dtype).max;
+  };
   // No forward gives an lse that is not NaN to a row of such a score: P may be what is computed from the two, or 0.
   const auto contradicts = [&](std::size_t j) { return is_given && !std::isnan(given_lse) && is_nan(j); };
-  // What is surely -infinity has a P of exactly 0.
   const auto contributes = [&](std::size_t j) {
-    return nothing ? contradicts(j) : reach[j].hi != -kInfinity || (poisoned && reach[j].keep);
+    return nothing ? contradicts(j) : reach[j].hi != -kInfinity || reach[j].keep;
   };
+  // The least that a kernel is given: of a row that float32 does not decide, too, lse is no less than its maximum.
+  const double least_lse = lse_error == kInfinity ? decision.maximum_lo : lse - lse_error;
   bool decided = is_given || !decision.undecided;
   dot_rows(grad_out, head.v, contributes, &worker->dots);
   for (std::size_t j = 0; j < keys; ++j) {
@@ -490,6 +502,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     Cell& cell = cells[j];
     Term dm;
     const auto [dp, dp_magnitude] = worker->dots[j];
+    const double difference = dp - delta;
     if (poisoned || contradicts(j)) {
       // NaN, whatever is computed from it.
       if (score.keep) cell.p.value = cell.p.ideal = dm.value = dm.ideal = kNan;
@@ -500,17 +513,21 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
         unspecified(&cell.p);
         unspecified(&dm);
       }
+    } else if (score.hi == -kInfinity) {
+      // What is surely -infinity has a P of exactly 0, which only what is not finite makes anything of.
+      if (std::isfinite(difference)) continue;
+      unspecified(&dm);
     } else {
       const double p = score.keep && !empty ? std::exp(score.value - lse) : 0.0;
       const double ideal_p = score.keep && !empty ? std::exp(score.value - ideal_lse) : 0.0;
       // Up to what exp makes of the largest score in reach; what is very small may be flushed.
-      const double change =
-          score.hi == kInfinity || lse_error == kInfinity
-              ? kInfinity
-              : std::max(std::exp(score.hi - lse + lse_error) - p, p - std::exp(score.lo - lse - lse_error)) + 0x1p-126;
-      decided = decided && (!is_given || change != kInfinity);
+      const double largest = std::exp(score.hi - least_lse);
+      const double change = score.hi == kInfinity || lse_error == kInfinity
+                                ? kInfinity
+                                : std::max(largest - p, p - std::exp(score.lo - lse - lse_error)) + 0x1p-126;
       cell.p = {.value = p, .ideal = rounded_to(options.dtype, ideal_p), .scatter = change, .error = change};
-      const double difference = dp - delta;
+      if (!(largest <= format_of(options.dtype).max)) unspecified(&cell.p);
+      decided = decided && (!is_given || cell.p.error != kInfinity);
       // 16-bit products may be added 16 at a time, and what does not fit the sum cut off.
       const double cut =
           options.dtype == DType::kF32 ? 0.0 : static_cast<double>(head.head_dim_v) / 8.0 * kUnit * dp_magnitude;
@@ -520,7 +537,9 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
       dm.error = error + product(p + change, delta_given);
       // Of errors of both signs a mean has an eighth of the bound; of what is cut off, half.
       dm.scatter = (options.own_forward ? dm.error : error) + product(p + change, 3.0 * cut);
-      if (!std::isfinite(dm.value)) unspecified(&dm);
+      // A difference of 0 is not nothing times an infinite P.
+      const bool p_fits = largest <= format_of(DType::kF32).max;
+      if (!p_fits || !fits(dm, DType::kF32)) unspecified(&dm);
     }
     ElementGradient gradient;
     if (score.keep) {
@@ -532,8 +551,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
       worker->agree = worker->agree && agree(gradient, worker->derivatives[j], reads, captures);
     }
     cell.ds = scaled(dm, score.keep ? gradient.dscore : 0.0, worker->derivatives[j]);
-    if (!poisoned && !std::isfinite(cell.ds.value)) unspecified(&cell.ds);
-    if (std::fabs(cell.ds.value) + cell.ds.error > format_of(options.dtype).max) unspecified(&cell.ds);
+    if (!poisoned && !fits(cell.ds, options.dtype)) unspecified(&cell.ds);
     cell.ds.ideal = rounded_to(options.dtype, cell.ds.ideal);
     for (const ReadDerivative& read : reads) {
       Term term = scaled(dm, score.keep ? read.derivative.value : 0.0, read.derivative);

@@ -307,6 +307,38 @@ TEST(NumericsBackwardPart, PoisonReachesEveryPart) {
   }
 }
 
+// A value of one part that is infinite makes o infinite where lse is finite: in every part, delta times the P of
+// exactly 0 of a score of -infinity is not nothing, unless the mask dropped it.
+TEST(NumericsBackwardPart, AnInfiniteValueReachesElementsOfMinusInfinity) {
+  for (const std::string& backend : target().backends) {
+    for (const char* const dtype : {"float32", "float16", "bfloat16"}) {
+      Problem whole =
+          make_whole(line_of(R"_(score_mod="score + t[h, kv_idx + first]" mask_mod="kv_idx + first != 32" )_"
+                             R"_(capture=first:int32::packed:normal capture=t:float32:4x56:packed:normal grads=t)_",
+                             dtype, backend));
+      for (std::int64_t h = 0; h < 4; ++h) {
+        for (const std::int64_t key : {30, 31, 32}) whole.captures[1].tensor.set({h, key}, -kInfinity);
+      }
+      whole.v.set({0, 1, 5, 3}, kInfinity);
+      for (const Forward which : {Forward::kGold, Forward::kWhole, Forward::kMerged}) {
+        const PartGold golds = expect_parts(whole, {24}, which);
+        if (golds.empty()) continue;  // nothing runs
+        const GoldGradients& gold = golds[1];
+        for (const GoldGradient& each : gold.wanted) {
+          if (each.name != "dk" && each.name != "dv") continue;
+          const auto dim = static_cast<std::size_t>(each.shape[3]), keys = static_cast<std::size_t>(each.shape[2]);
+          for (std::size_t at = 0; at < each.bound.size(); ++at) {
+            const std::size_t key = 24 + at / dim % keys, head = at / dim / keys;
+            const bool open = each.name == "dk" && head == 1 && key != 32, nothing = key >= 30 && key <= 32;
+            ASSERT_EQ(each.bound[at] == kInfinity, open) << each.name << ' ' << at;
+            ASSERT_EQ(each.bound[at] == 0.0, nothing && !open) << each.name << ' ' << at;
+          }
+        }
+      }
+    }
+  }
+}
+
 // Scores on a jump: given lse, each element is within the height of its own, whatever share of its part it has.
 TEST(NumericsBackwardPart, JumpsAreBoundedByTheirElements) {
   for (const std::string& backend : target().backends) {

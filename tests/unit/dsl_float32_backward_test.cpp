@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <random>
@@ -492,6 +493,174 @@ TEST(DslFloat32Backward, JumpsOfAPartAreBoundedByItsElements) {
     EXPECT_LT(gold.dq.bound[at], at / 3 == 0 ? 100.0 : 1e-4) << at;
     EXPECT_GT(gold.dq.bound[at], 0.0) << at;
   }
+}
+
+// ---- What may not be finite has no bound, times 0 or not.
+
+// Whether no element has a bound where `is_open(row, feature)`, and every one elsewhere.
+template <typename IsOpen>
+void expect_open(const JudgedGradient& gradient, std::size_t features, IsOpen&& is_open, std::string_view what) {
+  for (std::size_t at = 0; at < gradient.bound.size(); ++at) {
+    const bool open = is_open(at / features, at % features);
+    EXPECT_EQ(gradient.bound[at] == kInfinity, open) << what << ' ' << at << ' ' << gradient.bound[at];
+    if (!open) EXPECT_LT(gradient.bound[at], kInfinity) << what << ' ' << at;
+  }
+}
+
+// A dS beyond float16's range is infinite in float16 only.
+TEST(DslFloat32Backward, ADsThatOverflowsIsNotNothingTimesZero) {
+  std::mt19937_64 random(41);
+  Head head({.num_heads = 1, .seqlen_q = 3, .seqlen_kv = 4, .head_dim = 3, .head_dim_v = 2}, random, 0x1p-4);
+  for (std::vector<double>* const of : {&head.q, &head.k}) {
+    for (std::size_t at = 0; at < of->size(); at += 3) (*of)[at] = 0.0;
+  }
+  const auto expr = test::bound("score * 10000000");
+  ASSERT_TRUE(expr);
+  for (const DType dtype : {DType::kF16, DType::kBF16, DType::kF32}) {
+    const HeadGradients gold =
+        Float32Backward({.dtype = dtype, .scale = 1e-7}, *expr, {}, nullptr, {}).run(head.view());
+    for (const JudgedGradient* each : {&gold.dq, &gold.dk}) {
+      expect_open(*each, 3, [&](std::size_t, std::size_t) { return dtype == DType::kF16; }, dtype_name(dtype));
+    }
+    expect_open(gold.dv, 2, [](std::size_t, std::size_t) { return false; }, dtype_name(dtype));
+  }
+}
+
+// A row of lse = +infinity may be NaN.
+TEST(DslFloat32Backward, ARowThatMayBeNanIsNotNothingTimesZero) {
+  std::mt19937_64 random(42);
+  GivenHead head(random, {3.0, kInfinity, 3.0});
+  for (std::size_t d = 0; d < 3; ++d) head.q[3 + d] = 0.0;
+  for (std::size_t j = 0; j < 5; ++j) head.k[3 * j] = 0.0;
+  head.grad_out[2] = 0.0;
+  const auto expr = test::bound("score");
+  const auto mask = test::bound("kv_idx != 4", {}, ModKind::kMaskMod);
+  ASSERT_TRUE(expr && mask);
+  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, &*mask, {}).run(head.view());
+  expect_open(gold.dq, 3, [](std::size_t row, std::size_t) { return row == 1; }, "dq");
+  expect_open(gold.dk, 3, [](std::size_t key, std::size_t) { return key != 4; }, "dk");
+  expect_open(gold.dv, 2, [](std::size_t key, std::size_t) { return key != 4; }, "dv");
+}
+
+// A forward of its own may have normalised a row otherwise: P is anything, but a number.
+TEST(DslFloat32Backward, AnUndecidedPIsNothingTimesZero) {
+  std::mt19937_64 random(43);
+  Head head({.num_heads = 1, .seqlen_q = 3, .seqlen_kv = 4, .head_dim = 2, .head_dim_v = 2}, random, 0x1p-4);
+  for (std::size_t j = 0; j < 4; ++j) head.k[2 * j] = j == 3 ? 0.5 : 0.0, head.k[2 * j + 1] = 0.0;
+  for (std::size_t i = 0; i < 3; ++i) head.q[2 * i] = i == 1 ? 1.0 : 0.25;
+  head.grad_out[2] = 0.0;
+  const auto run = [&](const char* text) {
+    const auto expr = test::bound(text);
+    EXPECT_TRUE(expr) << text;
+    return Float32Backward({.dtype = DType::kF16, .own_forward = true}, *expr, {}, nullptr, {}).run(head.view());
+  };
+  const HeadGradients gold = run("where(score >= 0.5, score + 2, score)");
+  EXPECT_EQ(gold.decided[1], 0);
+  expect_open(gold.dv, 2, [](std::size_t, std::size_t d) { return d == 1; }, "dv");
+  // Of a score that may exceed the others by more than float16 holds, or that may be anything, it is no number.
+  expect_open(
+      run("where(score >= 0.5, score + 20, score)").dv, 2,
+      [](std::size_t key, std::size_t d) { return d == 1 || key == 3; }, "far");
+  expect_open(
+      run("where(score >= 0.5, -inf, score)").dv, 2, [](std::size_t key, std::size_t d) { return d == 1 || key == 3; },
+      "dropped");
+}
+
+// P = 0 times what is not finite, unless the mask dropped it.
+TEST(DslFloat32Backward, AnInfiniteDeltaOrDpReachesElementsOfMinusInfinity) {
+  std::mt19937_64 random(44);
+  const float infinite = std::numeric_limits<float>::infinity();
+  const test::Captures captures = {{"t", test::captured<float>(DType::kF32, {5}, {0, -infinite, 0, 0, -infinite})}};
+  const auto expr = test::bound("score + t[kv_idx]", captures);
+  const auto mask = test::bound("kv_idx != 4", {}, ModKind::kMaskMod);
+  ASSERT_TRUE(expr && mask);
+  const GivenHead usual(random, {3.0, 3.0, -kInfinity});
+  // Which keys of the first row are open to anything.
+  const auto expect = [&](const GivenHead& head, const char* what, auto&& is_open) {
+    Float32Backward backward({.dtype = DType::kF32, .captures = 1}, *expr, test::views(*expr, captures), &*mask, {});
+    const HeadGradients gold = backward.run(head.view());
+    bool any = false;
+    for (std::size_t key = 0; key < 5; ++key) any = any || is_open(key);
+    expect_open(gold.dq, 3, [&](std::size_t row, std::size_t) { return any && row == 0; }, what);
+    expect_open(gold.dk, 3, [&](std::size_t key, std::size_t) { return is_open(key); }, what);
+    expect_open(gold.dv, 2, [](std::size_t, std::size_t) { return false; }, what);
+    expect_open(backward.captured(0), 1, [&](std::size_t key, std::size_t) { return is_open(key); }, what);
+    for (const std::size_t key : {1, 4}) {
+      EXPECT_EQ(gold.dv.bound[2 * key], 0.0) << what;
+      if (!is_open(key)) EXPECT_EQ(gold.dk.bound[3 * key], 0.0) << what;
+    }
+  };
+  expect(usual, "finite", [](std::size_t) { return false; });
+  for (const double value : {kInfinity, std::numeric_limits<double>::quiet_NaN()}) {
+    GivenHead head = usual;
+    head.o[0] = value;
+    expect(head, "o", [](std::size_t key) { return key != 4; });
+    // Nothing is done in a row of lse = -infinity.
+    head = usual;
+    head.o[4] = value;
+    expect(head, "o of an empty row", [](std::size_t) { return false; });
+  }
+  GivenHead head = usual;
+  head.lse[1] = -kInfinity;
+  head.v[2 * 1] = head.v[2 * 4] = kInfinity;
+  expect(head, "v", [](std::size_t key) { return key == 1; });
+}
+
+// An lse that is far below a score is of no forward: float32 has no P for it, nor has float16 for one less far.
+TEST(DslFloat32Backward, AGivenLseFarBelowAScoreLeavesItNoBound) {
+  struct FarCase {
+    double lse;
+    DType dtype;
+    bool open;
+  };
+  for (const FarCase& each : std::initializer_list<FarCase>{{-1000.0, DType::kF32, true},
+                                                            {-1000.0, DType::kBF16, true},
+                                                            {-100.0, DType::kF32, true},
+                                                            {-60.0, DType::kF32, false},
+                                                            {-60.0, DType::kBF16, false},
+                                                            {-20.0, DType::kF16, true},
+                                                            {-20.0, DType::kBF16, false},
+                                                            {-4.0, DType::kF16, false}}) {
+    const std::string what = std::string(dtype_name(each.dtype)) + ' ' + std::to_string(each.lse);
+    std::mt19937_64 random(45);
+    GivenHead head(random, {3.0, each.lse, 3.0});
+    head.grad_out[2] = head.q[3] = 0.0;
+    for (std::size_t j = 0; j < 5; ++j) head.k[3 * j] = 0.0;
+    const auto expr = test::bound("0.125 * score");
+    ASSERT_TRUE(expr);
+    const HeadGradients gold = Float32Backward({.dtype = each.dtype}, *expr, {}, nullptr, {}).run(head.view());
+    for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(gold.decided[row], !(each.open && row == 1)) << what;
+    expect_open(gold.dq, 3, [&](std::size_t row, std::size_t) { return each.open && row == 1; }, what);
+    expect_open(gold.dk, 3, [&](std::size_t, std::size_t) { return each.open; }, what);
+    expect_open(gold.dv, 2, [&](std::size_t, std::size_t) { return each.open; }, what);
+  }
+  // A P that float32 holds, and a product with it that it does not, though dS would be in range again.
+  std::mt19937_64 random(46);
+  GivenHead head(random, {3.0, -87.0, 3.0});
+  for (std::size_t d = 2; d < 4; ++d) head.grad_out[d] = 1024.0;
+  const auto expr = test::bound("0.0001 * score");
+  ASSERT_TRUE(expr);
+  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+  expect_open(gold.dq, 3, [](std::size_t row, std::size_t) { return row == 1; }, "dm");
+  // Nor does nothing that flows into the row make a number of an infinite P.
+  head.lse[1] = -100.0;
+  head.grad_out[2] = head.grad_out[3] = head.grad_lse[1] = 0.0;
+  const HeadGradients still = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+  expect_open(still.dq, 3, [](std::size_t row, std::size_t) { return row == 1; }, "dq");
+  expect_open(still.dv, 2, [](std::size_t, std::size_t) { return true; }, "dv");
+}
+
+// An element that its score may keep or drop has a P without a bound: its row is counted, and no other.
+TEST(DslFloat32Backward, RowsOfAPartWithAPWithoutBoundAreCounted) {
+  std::mt19937_64 random(47);
+  GivenHead head(random, {3.0, 3.0, 3.0});
+  for (std::size_t at = 0; at < head.q.size(); ++at) head.q[at] = at == 3 ? 1.0 : at % 3 == 0 ? 0.5 : 0.0;
+  for (std::size_t j = 0; j < 5; ++j) head.k[3 * j] = j == 2 ? 1.0 : 0.0;
+  const auto expr = test::bound("where(score >= 1, -inf, score)");
+  ASSERT_TRUE(expr);
+  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+  for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(gold.decided[row], row != 1) << row;
+  expect_open(gold.dv, 2, [](std::size_t key, std::size_t) { return key == 2; }, "dv");
 }
 
 // A tile multiplies what stands at dropped positions by 0: unspecified where that is not finite, and only there.
