@@ -33,6 +33,7 @@ for part in "${parts[@]}"; do
 done
 
 minutes=${RUN_GPU_MINUTES:-9}
+[[ $minutes =~ ^[1-9][0-9]{0,3}$ ]] || { echo "run_gpu.sh: RUN_GPU_MINUTES is $minutes, and not a whole number" >&2; exit 2; }
 deadline=$((SECONDS + minutes * 60 - 10))  # to write the table and pack the logs
 logs=$out/logs
 mkdir -p "$logs"
