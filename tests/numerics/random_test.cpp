@@ -101,8 +101,9 @@ TEST_P(NumericsGenerated, ExpressionsMeetTheRules) {
     spec.backend = target().pick(seed % 4 == 0);
     const Check check = check_case(spec);
     EXPECT_TRUE(check.accepted) << check.message;
-    // Moderate values without jumps: nothing may be left out.
-    if (style == 0) {
+    // Moderate values of moderate scores, without jumps: nothing may be left out. A position's square is not moderate.
+    const bool is_moderate = spec.inputs != Inputs::kLarge && spec.score_mod.find("**") == std::string::npos;
+    if (style == 0 && is_moderate) {
       EXPECT_EQ(check.verdict.undecided, 0) << check.message << "\n  --case '" << to_line(spec) << "'";
     }
   }
