@@ -110,15 +110,14 @@ class Backward {
   Backward(const SafetensorsReader& file, bool on_gpu, const RunOptions& options)
       : on_gpu_(on_gpu),
         grad_out_(read_named(file, "grad_out", "gradient of o (B, Hq, Sq, Dv)"), on_gpu),
-        grad_out_dl_(lend(grad_out_)),
-        grad_lse_dl_{} {
+        grad_out_dl_(lend(grad_out_)) {
     if (file.find("grad_lse")) grad_lse_.emplace(read_named(file, "grad_lse", ""), on_gpu);
     gradients_.deterministic = options.deterministic ? 1 : 0;
     gradients_.partial_keys = options.partial_keys ? 1 : 0;
     gradients_.grad_out = &grad_out_dl_;
     if (!grad_lse_) return;
     grad_lse_dl_ = lend(*grad_lse_);
-    gradients_.grad_lse = &grad_lse_dl_;
+    gradients_.grad_lse = &*grad_lse_dl_;
   }
   Backward(const Backward&) = delete;
   Backward& operator=(const Backward&) = delete;
@@ -166,7 +165,8 @@ class Backward {
   bool on_gpu_;
   Placed grad_out_;
   std::optional<Placed> grad_lse_;
-  DLTensor grad_out_dl_, grad_lse_dl_;
+  DLTensor grad_out_dl_;
+  std::optional<DLTensor> grad_lse_dl_;
   std::vector<std::pair<std::string, const Tensor*>> of_;
   std::vector<DLTensor> dl_;
   std::vector<std::unique_ptr<Placed>> outputs_;

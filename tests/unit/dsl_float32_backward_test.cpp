@@ -415,8 +415,8 @@ struct GivenHead : Head {
              random, 0x1p-4),
         o(2 * of_rows.size(), 0.25),
         lse(std::move(of_rows)) {}
-  BackwardHead view() const {
-    BackwardHead head = Head::view();
+  BackwardHead given_view() const {
+    BackwardHead head = view();
     head.o = o;
     head.lse = lse;
     return head;
@@ -435,7 +435,7 @@ TEST(DslFloat32Backward, AGivenLseDecidesItsRow) {
   const auto run = [&](const BackwardHead& view) {
     return Float32Backward({.dtype = DType::kBF16}, *expr, {}, &*mask, {}).run(view);
   };
-  const HeadGradients gold = run(head.view());
+  const HeadGradients gold = run(head.given_view());
   for (std::size_t at = 0; at < gold.dq.value.size(); ++at) {
     const std::size_t row = at / 3;
     EXPECT_EQ(std::isnan(gold.dq.value[at]), row == 1 || row == 2) << at;
@@ -448,7 +448,7 @@ TEST(DslFloat32Backward, AGivenLseDecidesItsRow) {
   // Without the row of +infinity the NaN of the other is what a column has to have, but one that is dropped.
   GivenHead without = head;
   without.lse[2] = 3.0;
-  const HeadGradients columns = run(without.view());
+  const HeadGradients columns = run(without.given_view());
   for (const JudgedGradient* each : {&columns.dk, &columns.dv}) {
     const std::size_t features = each == &columns.dk ? 3 : 2;
     for (std::size_t at = 0; at < each->value.size(); ++at) {
@@ -466,7 +466,7 @@ TEST(DslFloat32Backward, AGivenLseMayContradictAScore) {
     const auto expr =
         test::bound(std::string("where(q_idx < 2 and kv_idx == 1, ") + score + " * (1 + 0 * score), score)");
     ASSERT_TRUE(expr);
-    const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+    const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.given_view());
     for (std::size_t at = 0; at < gold.dv.value.size(); ++at) {
       EXPECT_EQ(gold.dv.bound[at] == kInfinity, at / 2 == 1) << score << ' ' << at;
     }
@@ -486,8 +486,8 @@ TEST(DslFloat32Backward, JumpsOfAPartAreBoundedByItsElements) {
   const auto run = [&](const BackwardHead& view) {
     return Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(view);
   };
-  EXPECT_EQ(std::ranges::count(run(head.Head::view()).decided, 0), 3);
-  const HeadGradients gold = run(head.view());
+  EXPECT_EQ(std::ranges::count(run(head.view()).decided, 0), 3);
+  const HeadGradients gold = run(head.given_view());
   EXPECT_EQ(std::ranges::count(gold.decided, 0), 0);
   for (std::size_t at = 0; at < gold.dq.bound.size(); ++at) {
     EXPECT_LT(gold.dq.bound[at], at / 3 == 0 ? 100.0 : 1e-4) << at;
@@ -536,7 +536,7 @@ TEST(DslFloat32Backward, ARowThatMayBeNanIsNotNothingTimesZero) {
   const auto expr = test::bound("score");
   const auto mask = test::bound("kv_idx != 4", {}, ModKind::kMaskMod);
   ASSERT_TRUE(expr && mask);
-  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, &*mask, {}).run(head.view());
+  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, &*mask, {}).run(head.given_view());
   expect_open(gold.dq, 3, [](std::size_t row, std::size_t) { return row == 1; }, "dq");
   expect_open(gold.dk, 3, [](std::size_t key, std::size_t) { return key != 4; }, "dk");
   expect_open(gold.dv, 2, [](std::size_t key, std::size_t) { return key != 4; }, "dv");
@@ -578,7 +578,7 @@ TEST(DslFloat32Backward, AnInfiniteDeltaOrDpReachesElementsOfMinusInfinity) {
   // Which keys of the first row are open to anything.
   const auto expect = [&](const GivenHead& head, const char* what, auto&& is_open) {
     Float32Backward backward({.dtype = DType::kF32, .captures = 1}, *expr, test::views(*expr, captures), &*mask, {});
-    const HeadGradients gold = backward.run(head.view());
+    const HeadGradients gold = backward.run(head.given_view());
     bool any = false;
     for (std::size_t key = 0; key < 5; ++key) any = any || is_open(key);
     expect_open(gold.dq, 3, [&](std::size_t row, std::size_t) { return any && row == 0; }, what);
@@ -628,7 +628,7 @@ TEST(DslFloat32Backward, AGivenLseFarBelowAScoreLeavesItNoBound) {
     for (std::size_t j = 0; j < 5; ++j) head.k[3 * j] = 0.0;
     const auto expr = test::bound("0.125 * score");
     ASSERT_TRUE(expr);
-    const HeadGradients gold = Float32Backward({.dtype = each.dtype}, *expr, {}, nullptr, {}).run(head.view());
+    const HeadGradients gold = Float32Backward({.dtype = each.dtype}, *expr, {}, nullptr, {}).run(head.given_view());
     for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(gold.decided[row], !(each.open && row == 1)) << what;
     expect_open(gold.dq, 3, [&](std::size_t row, std::size_t) { return each.open && row == 1; }, what);
     expect_open(gold.dk, 3, [&](std::size_t, std::size_t) { return each.open; }, what);
@@ -640,12 +640,12 @@ TEST(DslFloat32Backward, AGivenLseFarBelowAScoreLeavesItNoBound) {
   for (std::size_t d = 2; d < 4; ++d) head.grad_out[d] = 1024.0;
   const auto expr = test::bound("0.0001 * score");
   ASSERT_TRUE(expr);
-  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.given_view());
   expect_open(gold.dq, 3, [](std::size_t row, std::size_t) { return row == 1; }, "dm");
   // Nor does nothing that flows into the row make a number of an infinite P.
   head.lse[1] = -100.0;
   head.grad_out[2] = head.grad_out[3] = head.grad_lse[1] = 0.0;
-  const HeadGradients still = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+  const HeadGradients still = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.given_view());
   expect_open(still.dq, 3, [](std::size_t row, std::size_t) { return row == 1; }, "dq");
   expect_open(still.dv, 2, [](std::size_t, std::size_t) { return true; }, "dv");
 }
@@ -658,7 +658,7 @@ TEST(DslFloat32Backward, RowsOfAPartWithAPWithoutBoundAreCounted) {
   for (std::size_t j = 0; j < 5; ++j) head.k[3 * j] = j == 2 ? 1.0 : 0.0;
   const auto expr = test::bound("where(score >= 1, -inf, score)");
   ASSERT_TRUE(expr);
-  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.view());
+  const HeadGradients gold = Float32Backward({.dtype = DType::kF32}, *expr, {}, nullptr, {}).run(head.given_view());
   for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(gold.decided[row], row != 1) << row;
   expect_open(gold.dv, 2, [](std::size_t key, std::size_t) { return key == 2; }, "dv");
 }
