@@ -49,6 +49,8 @@ Result<std::shared_ptr<const Plan>> make_plan(Context& context, const dsl::Regis
   plan->mask_mod = attention.mask_mod ? attention.mask_mod : "";
   for (std::size_t i = 0; i < call.forward.num_captures; ++i) plan->names.emplace_back(call.capture_names[i]);
   plan->backend = ready->backend;
+  // Only tensor maps mind how far tensors reach.
+  if (plan->backend != ATTNJIT_BACKEND_SM90) plan->signature.near_strides = 0;
   plan->forward = std::move(ready->forward);
   plan->backward = std::move(ready->backward);
 
@@ -222,8 +224,6 @@ bool same_call(const Plan& plan, const CheckedCall& call, const attnjit_attentio
 Check run_checked(const Context& context, const Plan& plan, const attnjit_attention& attention, CheckedCall* call,
                   void* workspace, std::size_t workspace_size, void* stream) {
   weaken(plan.signature, &call->signature);
-  // Only tensor maps mind how far tensors reach.
-  if (plan.backend != ATTNJIT_BACKEND_SM90) call->signature.near_strides = plan.signature.near_strides;
   if (!same_call(plan, *call, attention)) return difference(plan, *call, attention);
   if (stream && plan.signature.device == kCpu) {
     return Failure{ATTNJIT_INVALID_ARGUMENT, "stream is not NULL; a CPU plan runs on the calling thread"};

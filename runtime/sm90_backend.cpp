@@ -428,7 +428,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
       .has_mask = request.mods.mask_mod.has_value()};
   std::optional<sm90::ForwardConfig> config = choose_config(by);
   if (!config) return no_configuration(target);
-  // A block asks for the tile of its next round before it knows that there is none.
+  // A block goes on to ask for tiles a few times after the last, each time for a number higher by the blocks there are.
   const std::int64_t most = kMaxGrid - 8 * by.num_sms;
   const auto too_many = [&](const sm90::ForwardConfig& of) { return tiles_of(s, of) > most; };
   if (too_many(*config)) {
