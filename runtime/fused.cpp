@@ -165,44 +165,41 @@ void KnownTiles::Counts::add(cpu::TileKind kind) {
   partial += kind == cpu::TileKind::kPartial;
 }
 
-KnownTiles::Counts KnownTiles::count(std::int64_t b, std::int64_t h, std::int64_t m) const {
-  const std::int64_t first = m * tile_m_;
-  cpu::Tile tile = {.b = b,
-                    .h_first = h,
-                    .h_last = h,
-                    .q_first = first,
-                    .q_last = std::min(first + tile_m_, seqlen_q_) - 1,
-                    .kv_first = 0,
-                    .kv_last = seqlen_kv_ - 1};
-  cpu::IndexRange range = {tile.kv_first, tile.kv_last};
-  if (facts_->kv_range) facts_->kv_range(&tile, nullptr, &range);
+cpu::Tile KnownTiles::whole(std::int64_t b, std::int64_t h) const {
+  return {.b = b,
+          .h_first = h,
+          .h_last = h,
+          .q_first = 0,
+          .q_last = seqlen_q_ - 1,
+          .kv_first = 0,
+          .kv_last = seqlen_kv_ - 1};
+}
+
+KnownTiles::Counts KnownTiles::count_along(const Axis& axis, cpu::Tile tile) const {
+  cpu::IndexRange range = {tile.*axis.first, tile.*axis.last};
+  if (axis.range) axis.range(&tile, nullptr, &range);
+  const long long end = tile.*axis.last;
   Counts counts;
-  for (std::int64_t n = range.first / tile_n_; range.first <= range.last && n <= range.last / tile_n_; ++n) {
-    tile.kv_first = n * tile_n_;
-    tile.kv_last = std::min<std::int64_t>(tile.kv_first + tile_n_, seqlen_kv_) - 1;
+  for (long long i = range.first / axis.step; range.first <= range.last && i <= range.last / axis.step; ++i) {
+    tile.*axis.first = i * axis.step;
+    tile.*axis.last = std::min(tile.*axis.first + axis.step - 1, end);
     counts.add(facts_->kind(&tile, nullptr));
   }
   return counts;
 }
 
+KnownTiles::Counts KnownTiles::count(std::int64_t b, std::int64_t h, std::int64_t m) const {
+  cpu::Tile tile = whole(b, h);
+  tile.q_first = m * tile_m_;
+  tile.q_last = std::min<long long>(tile.q_first + tile_m_, seqlen_q_) - 1;
+  return count_along({&cpu::Tile::kv_first, &cpu::Tile::kv_last, tile_n_, facts_->kv_range}, tile);
+}
+
 KnownTiles::Counts KnownTiles::count_queries(std::int64_t b, std::int64_t h, std::int64_t n) const {
-  const std::int64_t first = n * tile_n_;
-  cpu::Tile tile = {.b = b,
-                    .h_first = h,
-                    .h_last = h,
-                    .q_first = 0,
-                    .q_last = seqlen_q_ - 1,
-                    .kv_first = first,
-                    .kv_last = std::min(first + tile_n_, seqlen_kv_) - 1};
-  cpu::IndexRange range = {tile.q_first, tile.q_last};
-  if (facts_->q_range) facts_->q_range(&tile, nullptr, &range);
-  Counts counts;
-  for (std::int64_t m = range.first / tile_m_; range.first <= range.last && m <= range.last / tile_m_; ++m) {
-    tile.q_first = m * tile_m_;
-    tile.q_last = std::min<std::int64_t>(tile.q_first + tile_m_, seqlen_q_) - 1;
-    counts.add(facts_->kind(&tile, nullptr));
-  }
-  return counts;
+  cpu::Tile tile = whole(b, h);
+  tile.kv_first = n * tile_n_;
+  tile.kv_last = std::min<long long>(tile.kv_first + tile_n_, seqlen_kv_) - 1;
+  return count_along({&cpu::Tile::q_first, &cpu::Tile::q_last, tile_m_, facts_->q_range}, tile);
 }
 
 Result<FusedBinary> build_fused(const Request& request, const FusedTarget& target, std::string_view family,

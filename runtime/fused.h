@@ -68,7 +68,18 @@ class KnownTiles {
   Counts count_queries(std::int64_t b, std::int64_t h, std::int64_t n) const;
 
  private:
+  // What tiles follow one another along: its ends in a tile, a tile's length, and what of it is worth looking at.
+  struct Axis {
+    long long cpu::Tile::* first;
+    long long cpu::Tile::* last;
+    long long step;
+    cpu::TileRangeFn range;
+  };
+
   KnownTiles() = default;
+  cpu::Tile whole(std::int64_t b, std::int64_t h) const;
+  // Of the tiles that `tile` is cut into along an axis.
+  Counts count_along(const Axis& axis, cpu::Tile tile) const;
 
   std::shared_ptr<const cpu::TileFacts> facts_;
   std::int64_t tile_m_ = 0, tile_n_ = 0, m_tiles_ = 0, n_tiles_ = 0;
