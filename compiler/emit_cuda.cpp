@@ -165,7 +165,7 @@ std::string config_text(const sm90::ForwardConfig& c) {
                       {"warpgroups", std::to_string(c.warpgroups)},
                       {"tile_n", std::to_string(c.tile_n)},
                       {"stages", std::to_string(c.stages)},
-                      {"o_buffer", bool_text(c.o_buffer)},
+                      {"q_buffers", std::to_string(c.q_buffers)},
                       {"ping_pong", bool_text(c.ping_pong)},
                       {"frozen", bool_text(c.frozen)},
                       {"fma_exponentials", std::to_string(c.fma_exponentials)}});

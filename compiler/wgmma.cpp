@@ -104,7 +104,6 @@ std::string wgmma_products(const sm90::ForwardConfig& config) {
          function("multiply_pv(" + o + ", const " + array("unsigned", "p", probabilities) + ", unsigned long long v)",
                   pv, all_outputs, registers("r", "p", probabilities) + ", \"l\"(v)") +
          "\n" + wait("wait_for_scores(" + s + ")", 1, all_scores) + "\n" +
-         wait("wait_for_scores_alone(" + s + ")", 0, all_scores) + "\n" +
          wait("wait_for_output(" + o + ")", 0, all_outputs) + "\n" +
          wait("wait_for_all(" + s + ", " + o + ")", 0, all_scores + ",\n        " + all_outputs);
 }

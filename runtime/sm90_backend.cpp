@@ -25,7 +25,7 @@ constexpr int kMaxTileN = 256;
 struct Tiling {
   int head_dim;
   int warpgroups, tile_n, stages;
-  bool o_buffer;
+  int q_buffers;
   bool busy_mask = true, dense_mask = true;  // whether such a mod finds registers: Sm90Problem
   bool for_arithmetic = false;               // only for what Sm90Problem::arithmetic says, and long sequences
 };
@@ -34,14 +34,14 @@ struct Tiling {
 // queries where its tiles would leave multiprocessors without work. Measured on an H200, bf16 (bench/notes.md, "The
 // sm90 family's forward kernel").
 constexpr Tiling kTilings[] = {
-    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .o_buffer = true, .busy_mask = false},
-    {.head_dim = 64, .warpgroups = 2, .tile_n = 64, .stages = 4, .o_buffer = true},
+    {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .q_buffers = 2, .busy_mask = false},
+    {.head_dim = 64, .warpgroups = 2, .tile_n = 64, .stages = 4, .q_buffers = 2},
     // Three warpgroups hide a mod's arithmetic that two do not.
-    {.head_dim = 128, .warpgroups = 3, .tile_n = 80, .stages = 3, .o_buffer = true, .for_arithmetic = true},
-    {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .o_buffer = true, .dense_mask = false},
-    {.head_dim = 128, .warpgroups = 2, .tile_n = 112, .stages = 2, .o_buffer = true},
-    {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .o_buffer = false},
-    {.head_dim = 256, .warpgroups = 2, .tile_n = 64, .stages = 2, .o_buffer = false},
+    {.head_dim = 128, .warpgroups = 3, .tile_n = 80, .stages = 3, .q_buffers = 2, .for_arithmetic = true},
+    {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .q_buffers = 2, .dense_mask = false},
+    {.head_dim = 128, .warpgroups = 2, .tile_n = 112, .stages = 2, .q_buffers = 2},
+    {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .q_buffers = 1},
+    {.head_dim = 256, .warpgroups = 2, .tile_n = 64, .stages = 2, .q_buffers = 1},
 };
 
 bool fits(const sm90::ForwardConfig& config, const Sm90Problem& problem) {
@@ -90,7 +90,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      .warpgroups = row.warpgroups,
                                      .tile_n = row.tile_n,
                                      .stages = row.stages,
-                                     .o_buffer = row.o_buffer,
+                                     .q_buffers = row.q_buffers,
                                      // Of documents, whose tiles are of use to some warpgroups only, four waited
                                      // for their turns more than they gained.
                                      .ping_pong = !(row.warpgroups == 4 && problem.summarised),
@@ -284,7 +284,7 @@ Json describe(const sm90::ForwardConfig& c) {
           {"tile", fmt::format("{} x {}", sm90::tile_m(c), c.tile_n)},
           {"warpgroups", c.warpgroups},
           {"stages", c.stages},
-          {"o_buffer", c.o_buffer},
+          {"q_buffers", c.q_buffers},
           {"ping_pong", c.ping_pong},
           {"frozen", c.frozen},
           {"fma_exponentials", c.fma_exponentials}};
@@ -335,7 +335,7 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
 std::string config_name(const sm90::ForwardConfig& config) {
   std::string name = fmt::format("{} x {}, {} warpgroups, {} stages", sm90::tile_m(config), config.tile_n,
                                  config.warpgroups, config.stages);
-  if (config.o_buffer) name += ", O apart";
+  if (config.q_buffers > 1) name += ", next Q meanwhile";
   if (config.ping_pong) name += ", ping-pong";
   if (!config.frozen) name += ", exact";
   if (config.fma_exponentials > 0) name += fmt::format(", {} of 4 exponentials by FMAs", config.fma_exponentials);
@@ -374,7 +374,7 @@ std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
     if (neighbour.tile_n >= 32 && neighbour.tile_n <= kMaxTileN) add(neighbour);
   }
   neighbour = *chosen;
-  neighbour.o_buffer = !chosen->o_buffer;
+  neighbour.q_buffers = 3 - chosen->q_buffers;
   add(neighbour);
   return candidates;
 }

@@ -10,10 +10,10 @@ struct ForwardConfig {
   Element element = Element::kBF16;
   int head_dim = 128;     // of q and k, as the problem has it; padded in shared memory
   int head_dim_v = 128;   // of v and o
-  int warpgroups = 2;     // that compute, 64 queries each: 2, 3 or 4; one more plans and loads
+  int warpgroups = 2;     // that compute, 64 queries each: 2, 3 or 4; one more plans, loads and stores
   int tile_n = 128;       // keys of one step; a multiple of 16, at most 256
   int stages = 2;         // buffers for K and for V each
-  bool o_buffer = true;   // O leaves from memory of its own, so that the next Q can arrive; else from Q's
+  int q_buffers = 2;      // for Q, and then O: with two the next Q comes meanwhile
   bool ping_pong = true;  // warpgroups take turns at the tensor cores
   // The reference of the exponentials stays where the first steps put it, and a tile whose sums run too high is done
   // again; else it is the running maximum. Without it row_max is exact, and only then.
@@ -88,22 +88,20 @@ constexpr int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 constexpr int columns(int head_dim) { return (head_dim + 63) / 64; }
 constexpr int tile_bytes(int rows, int head_dim) { return columns(head_dim) * rows * 128; }
 
-// Shared memory of a block, in order: Q, K and V by stage, O where it has a buffer, barriers. Its start is aligned to
-// 1024 bytes by the kernel, which may cost as many.
-constexpr int q_bytes(const ForwardConfig& c) {
+// Shared memory of a block, in order: Q by buffer, K and V by stage, barriers. O leaves from where its Q was. The start
+// is aligned to 1024 bytes by the kernel, which may cost as many.
+constexpr int q_bytes_of_warpgroup(const ForwardConfig& c) {
   const int q = tile_bytes(kRowsOfWarpgroup, c.head_dim);
-  const int o = c.o_buffer ? 0 : tile_bytes(kRowsOfWarpgroup, c.head_dim_v);
-  return c.warpgroups * (q > o ? q : o);
+  const int o = tile_bytes(kRowsOfWarpgroup, c.head_dim_v);
+  return q > o ? q : o;
 }
+constexpr int q_bytes(const ForwardConfig& c) { return c.warpgroups * q_bytes_of_warpgroup(c); }
 constexpr int k_bytes(const ForwardConfig& c) { return tile_bytes(c.tile_n, c.head_dim); }
 constexpr int v_bytes(const ForwardConfig& c) { return tile_bytes(c.tile_n, c.head_dim_v); }
-constexpr int o_bytes(const ForwardConfig& c) {
-  return c.o_buffer ? c.warpgroups * tile_bytes(kRowsOfWarpgroup, c.head_dim_v) : 0;
-}
 inline constexpr int kBarrierBytes = 1024;
 inline constexpr int kTileAlignment = 1024;
 constexpr int forward_shared_memory(const ForwardConfig& c) {
-  return q_bytes(c) + c.stages * (k_bytes(c) + v_bytes(c)) + o_bytes(c) + kBarrierBytes + kTileAlignment;
+  return c.q_buffers * q_bytes(c) + c.stages * (k_bytes(c) + v_bytes(c)) + kBarrierBytes + kTileAlignment;
 }
 
 }  // namespace attnjit::sm90

@@ -1,6 +1,6 @@
-// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that plans and loads and several that compute. Compiled
-// behind cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products that the compiler
-// writes for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
+// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that plans, loads and stores and several that compute.
+// Compiled behind cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products that the
+// compiler writes for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
 //
 // docs/sm90.md explains roles, barriers and what was tried.
 namespace attnjit::sm90 {
@@ -41,12 +41,13 @@ struct Choice {
 
 using Address = unsigned;  // in the shared window
 
-constexpr int kQOfWarpgroup = q_bytes(kConfig) / kWarpgroups;
-constexpr int kOOfWarpgroup = tile_bytes(kRows, kConfig.head_dim_v);
-constexpr int kKAt = q_bytes(kConfig);
+constexpr int kQBuffers = kConfig.q_buffers;
+constexpr int kQOfWarpgroup = q_bytes_of_warpgroup(kConfig);
+constexpr int kKAt = kQBuffers * q_bytes(kConfig);
 constexpr int kVAt = kKAt + kStages * k_bytes(kConfig);
-constexpr int kOAt = kVAt + kStages * v_bytes(kConfig);
-constexpr int kBarriersAt = kOAt + o_bytes(kConfig);
+constexpr int kBarriersAt = kVAt + kStages * v_bytes(kConfig);
+// Of a warpgroup's part of the queries.
+constexpr int q_at(int buffer, int warpgroup) { return buffer * q_bytes(kConfig) + warpgroup * kQOfWarpgroup; }
 
 // Barriers, as bytes behind kBarriersAt; of stages and slots one behind the other.
 constexpr int kKFull = 0;
@@ -54,8 +55,10 @@ constexpr int kKEmpty = kKFull + 8 * kStages;
 constexpr int kVFull = kKEmpty + 8 * kStages;
 constexpr int kVEmpty = kVFull + 8 * kStages;
 constexpr int kQFull = kVEmpty + 8 * kStages;
-constexpr int kQEmpty = kQFull + 8;
-constexpr int kJobFull = kQEmpty + 8;
+constexpr int kOFull = kQFull + 8 * kQBuffers;
+constexpr int kVerdictSlots = 4;
+constexpr int kJudged = kOFull + 8 * kQBuffers;
+constexpr int kJobFull = kJudged + 8 * kVerdictSlots;
 constexpr int kJobEmpty = kJobFull + 16;
 constexpr int kListSlots = 4;
 constexpr int kListFull = kJobEmpty + 16;
@@ -63,9 +66,9 @@ constexpr int kListEmpty = kListFull + 8 * kListSlots;
 // And what warps tell each other.
 constexpr int kJobs = (kListEmpty + 8 * kListSlots + 15) / 16 * 16;  // two, of eight words
 constexpr int kLists = kJobs + 64;                                   // of eight words
-constexpr int kVerdicts = kLists + 32 * kListSlots;  // of the last four jobs, by warpgroup: the tile to be done again
-                                                     // and 1, or 0
-constexpr int kKeys = kVerdicts + 64;                // by stage: its tile of keys, see kSkipShift
+constexpr int kVerdicts = kLists + 32 * kListSlots;                  // by slot and warpgroup: the tile to be done again
+                                                                     // and 1, or 0
+constexpr int kKeys = kVerdicts + 16 * kVerdictSlots;                // by stage: its tile of keys, see kSkipShift
 static_assert(kKeys + 4 * kStages <= kBarrierBytes);
 
 __device__ __forceinline__ void store_shared(Address address, int x) {
@@ -99,6 +102,16 @@ __device__ __forceinline__ void wait(Address barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// Whether it is, without waiting.
+__device__ __forceinline__ bool is_complete(Address barrier, int parity) {
+  int result;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.s32 %0, 1, 0, done;\n}"
+      : "=r"(result)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return uniform(result) != 0;
+}
 // Named barriers.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -118,6 +131,11 @@ __device__ __forceinline__ bool any_of_warpgroup(int warpgroup, bool condition) 
       : "r"(kOwnBarrier + warpgroup)
       : "memory");
   return uniform(result) != 0;
+}
+
+// In the place of a product, so that what is waited for is the same.
+__device__ __forceinline__ void multiply_nothing() {
+  asm volatile("wgmma.fence.sync.aligned;\nwgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // ---- TMA
@@ -151,13 +169,23 @@ __device__ __forceinline__ void store_column(const TensorMap& map, Address from,
 struct Job {
   int first_query;
   int h, b;
-  int tile;           // its number; kNothing: no work; kEnd: nor will there be
+  int tile;           // its number; kEnd: there is no more work
   int partial, full;  // steps
   bool again;         // the second time, exactly
   bool ascending;     // the keys go by in their order, else backwards
 };
 constexpr int kEnd = -1;
-constexpr int kNothing = -2;
+constexpr int kAgain = 1 << 30;  // beside the number of a tile
+
+// Where the tile of queries of a number is.
+struct Place {
+  int b, h, first_query;
+};
+__device__ __forceinline__ Place place_of(int tile, const ForwardParams& params) {
+  const auto [head, m] = Mod::kHasMask ? masked_place(tile, params) : plain_place(tile, params);
+  const int b = quotient(head, params.by_heads);
+  return {b, head - b * params.call.num_heads, m * kTileM};
+}
 
 __device__ __forceinline__ void store_job(Address slot, const Job& job) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(job.first_query), "r"(job.h), "r"(job.b),
@@ -207,6 +235,7 @@ struct Planner {
   Address shared;
   int jobs = 0;   // so far
   int lists = 0;  // likewise
+  int round = 0;  // of the block's own tiles
 
   __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
 
@@ -220,14 +249,6 @@ struct Planner {
     int taken = 0;
     if (threadIdx.x % 32 == 0) taken = atomicAdd(params.counter, 1);
     return blocks + uniform(taken);
-  }
-
-  __device__ __forceinline__ void place(Job& job, int tile) const {
-    const auto [head, m] = Mod::kHasMask ? masked_place(tile, params) : plain_place(tile, params);
-    job.tile = tile;
-    job.b = quotient(head, params.by_heads);
-    job.h = head - job.b * params.call.num_heads;
-    job.first_query = m * kTileM;
   }
 
   // `rows` queries, or those of them that there are, and all keys.
@@ -305,37 +326,61 @@ struct Planner {
     ++lists;
   }
 
-  // The tile of a job if some warpgroup found its sums too high, or -1.
+  // The tile of a job if some warpgroup found its sums too high, once, or -1; as soon as all have ended the job.
   __device__ __forceinline__ int failed(int job) const {
+    if (job < 0) return -1;
+    const int slot = job % kVerdictSlots;
+    wait(barrier(kJudged + 8 * slot), job / kVerdictSlots % 2);
     int words[4] = {};
     // The lane that lets them be written again reads.
     if (threadIdx.x % 32 == 0) {
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(barrier(kVerdicts + 16 * (job & 3)))
+      const Address from = barrier(kVerdicts + 16 * slot);
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\nst.shared.v4.b32 [%4], {%5, %5, %5, %5};"
+                   : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+                   : "r"(from), "r"(0)
                    : "memory");
     }
     return uniform(max(max(words[0], words[1]), max(words[2], words[3]))) - 1;
   }
 
+  // The next tile to be worked on, with kAgain one that failed; kEnd where there is none.
+  __device__ __forceinline__ int next_tile() {
+    // Of the four slots for verdicts this job takes the one after its.
+    int behind = 3;
+#pragma unroll 1
+    while (true) {
+      if constexpr (kConfig.frozen) {
+        const int tile = failed(jobs - behind);
+        if (tile >= 0) return tile | kAgain;
+      }
+      if (behind == 3) {
+        const int tile = tile_of_round(round);
+        if (tile >= 0 && tile < params.tiles) {
+          ++round;
+          return tile;
+        }
+      }
+      // There is no other work than what may have failed of what is under way.
+      if (--behind == 0 || !kConfig.frozen) return kEnd;
+    }
+  }
+
   // All jobs of this block, and again those whose sums ran too high.
   __device__ __forceinline__ void run() {
     const cuda::ForwardParams& call = params.call;
-    constexpr int kBehind = 3;  // when the room of a job is free, all have finished the one that far before
-    int round = 0, idle = 0;
-#pragma unroll 1
-    while (idle < (kConfig.frozen ? kBehind : 1)) {
+    for (bool ends = false; !ends;) {
       // Not before there is room: work is taken as late as may be.
       wait(barrier(kJobEmpty + 8 * (jobs % 2)), jobs / 2 % 2 ^ 1);
-      const int again = kConfig.frozen ? failed(jobs - kBehind) : -1;
-      const int tile = again >= 0 ? again : tile_of_round(round);
-      Job job = {.tile = kNothing};
+      Job job = {.tile = next_tile()};
       int first = 0, count = 0;  // of the tiles of keys that may be looked at
-      if (tile >= 0 && tile < params.tiles) {
-        round += again < 0;
-        idle = 0;
-        place(job, tile);
-        job.again = again >= 0;
+      ends = job.tile == kEnd;
+      if (!ends) {
+        job.again = (job.tile & kAgain) != 0;
+        job.tile &= ~kAgain;
+        const Place place = place_of(job.tile, params);
+        job.b = place.b;
+        job.h = place.h;
+        job.first_query = place.first_query;
         int begin = 0, end = (call.seqlen_kv + kTileN - 1) / kTileN;
         if constexpr (Mod::kKnowsRanges) {
           const IndexRange range = Mod::kv_range(call.captured, whole_tile(job, job.first_query, kTileM));
@@ -348,30 +393,24 @@ struct Planner {
         }
         first = job.ascending ? begin : end - 1;
         count = end - begin;
-      } else {
-        // Jobs of nothing, until there is word of all others.
-        ++idle;
-        if (idle == (kConfig.frozen ? kBehind : 1)) job.tile = kEnd;
       }
       // First the steps are counted, then come those that are partial, then those that are full.
-      const int groups = (count + 31) / 32;
       Kinds of = {};
 #pragma unroll 1
-      for (int turn = 0;; ++turn) {
-        if (turn == groups) send(job);
-        if (turn == 3 * groups) break;
-        const int pass = turn < groups ? 0 : turn < 2 * groups ? 1 : 2;
-        const int number = 32 * (turn - pass * groups);
-        const int first_of = job.ascending ? first + number : first - number;
-        // Of a single group it is known already.
-        if (pass == 0 || groups > 1) of = kinds(job, first_of, count - number);
-        if (pass == 0) {
-          job.partial += __popc(of.partial);
-          job.full += __popc(of.full);
-          continue;
+      for (int pass = 0; pass < 3; ++pass) {
+#pragma unroll 1
+        for (int number = 0; number < count; number += 32) {
+          const int first_of = job.ascending ? first + number : first - number;
+          // Of a single group it is known already.
+          if (pass == 0 || count > 32) of = kinds(job, first_of, count - number);
+          if (pass == 0) {
+            job.partial += __popc(of.partial);
+            job.full += __popc(of.full);
+          } else if (const unsigned tiles = pass == 1 ? of.partial : of.full; tiles != 0) {
+            push(tiles, first_of, of);
+          }
         }
-        const unsigned tiles = pass == 1 ? of.partial : of.full;
-        if (tiles != 0) push(tiles, first_of, of);
+        if (pass == 0) send(job);
       }
     }
   }
@@ -383,49 +422,30 @@ struct Planner {
 struct Loader {
   const ForwardParams& params;
   Address shared;
-  int loads = 0;    // of K, so far
-  int queries = 0;  // jobs that took Q's memory
+  int loads = 0;  // of K, so far
 
   __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
 
   // `word`: what the computing warps are told of the tile.
-  __device__ __forceinline__ void load_k(const Job& job, int h_kv, int n, int word) {
+  __device__ __forceinline__ void load_k(int b, int h_kv, int n, int word) {
     const int stage = loads % kStages;
     wait(barrier(kKEmpty + 8 * stage), loads / kStages % 2 ^ 1);
     if (elected()) {
       store_shared(barrier(kKeys + 4 * stage), word);
       arrive_expecting(barrier(kKFull + 8 * stage), k_bytes(kConfig));
       load_tile<kQColumns>(shared + kKAt + stage * k_bytes(kConfig), params.k, barrier(kKFull + 8 * stage), kTileN,
-                           n * kTileN, h_kv, job.b);
+                           n * kTileN, h_kv, b);
     }
     ++loads;
   }
-  __device__ __forceinline__ void load_q(const Job& job) {
-    wait(barrier(kQEmpty), queries % 2 ^ 1);
-    if (elected()) {
-      arrive_expecting(barrier(kQFull), kWarpgroups * tile_bytes(kRows, kConfig.head_dim));
-#pragma unroll
-      for (int w = 0; w < kWarpgroups; ++w) {
-        load_tile<kQColumns>(shared + w * kQOfWarpgroup, params.q, barrier(kQFull), kRows, job.first_query + w * kRows,
-                             job.h, job.b);
-      }
-    }
-    ++queries;
-  }
-  // For a job without steps: its O passes through Q's memory all the same, and no Q may come meanwhile.
-  __device__ __forceinline__ void leave_q() {
-    wait(barrier(kQEmpty), queries % 2 ^ 1);
-    if (elected()) arrive(barrier(kQFull));
-    ++queries;
-  }
-  // Of the load of K number `load`.
-  __device__ __forceinline__ void load_v(const Job& job, int h_kv, int load, int n) {
+  // Beside the load of K number `load`.
+  __device__ __forceinline__ void load_v(int b, int h_kv, int n, int load) {
     const int stage = load % kStages;
     wait(barrier(kVEmpty + 8 * stage), load / kStages % 2 ^ 1);
     if (elected()) {
       arrive_expecting(barrier(kVFull + 8 * stage), v_bytes(kConfig));
       load_tile<kVColumns>(shared + kVAt + stage * v_bytes(kConfig), params.v, barrier(kVFull + 8 * stage), kTileN,
-                           n * kTileN, h_kv, job.b);
+                           n * kTileN, h_kv, b);
     }
   }
 
@@ -437,7 +457,6 @@ struct Loader {
       const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
       if (elected()) arrive(barrier(kJobEmpty + 8 * (jobs % 2)));
       if (job.tile == kEnd) break;
-      if (job.tile == kNothing) continue;
       const int h_kv = quotient(job.h, params.by_group);
       int previous = anew(-1);  // else the loop is taken apart for what it starts with
       for (int steps_left = job.partial + job.full; steps_left > 0;) {
@@ -459,20 +478,86 @@ struct Loader {
 #pragma unroll
             for (int w = 0; w < kWarpgroups; ++w) word |= (list[4 + w] >> bit & 1) << (kSkipShift + w);
           }
-          load_k(job, h_kv, n, word);
-          if (previous < 0) {
-            load_q(job);
-          } else {
-            load_v(job, h_kv, loads - 2, previous);
-          }
+          load_k(job.b, h_kv, n, word);
+          if (previous >= 0) load_v(job.b, h_kv, previous, loads - 2);
           previous = n;
         }
       }
-      if (previous >= 0) {
-        load_v(job, h_kv, loads - 1, previous);
-      } else if (!kConfig.o_buffer) {
-        leave_q();
+      if (previous >= 0) load_v(job.b, h_kv, previous, loads - 1);
+    }
+  }
+};
+
+// ---- The queries' warp
+
+// Brings queries, and takes what the computing warps leave in their place.
+struct Porter {
+  const ForwardParams& params;
+  Address shared;
+
+  __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
+
+  __device__ __forceinline__ void load_q(const Job& job, int jobs) const {
+    const int buffer = jobs % kQBuffers;
+    const Address full = barrier(kQFull + 8 * buffer);
+    if (!elected()) return;
+    if (job.partial + job.full == 0) {
+      arrive(full);
+      return;
+    }
+    arrive_expecting(full, kWarpgroups * tile_bytes(kRows, kConfig.head_dim));
+#pragma unroll 1
+    for (int w = 0; w < kWarpgroups; ++w) {
+      load_tile<kQColumns>(shared + q_at(buffer, w), params.q, full, kRows, job.first_query + w * kRows, job.h, job.b);
+    }
+  }
+  // When it returns, its memory is free.
+  __device__ __forceinline__ void store_o(const Job& job, int jobs) const {
+    const int buffer = jobs % kQBuffers;
+    wait(barrier(kOFull + 8 * buffer), jobs / kQBuffers % 2);
+    if (!elected()) return;
+    // What is done again is written after what was.
+    if (job.again) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#pragma unroll 1
+    for (int w = 0; w < kWarpgroups; ++w) {
+      const int row = job.first_query + w * kRows;
+      if (row >= params.call.seqlen_q) break;
+#pragma unroll
+      for (int c = 0; c < kVColumns; ++c) {
+        store_column(params.o, shared + q_at(buffer, w) + c * kRows * 128, 64 * c, row, job.h, job.b);
       }
+    }
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+  }
+
+  __device__ __forceinline__ void run() {
+    Job open[kQBuffers] = {};  // jobs whose output has not left, the oldest first
+    int count = 0;
+    const auto store_oldest = [&](int jobs) {
+      store_o(open[0], jobs - count);
+#pragma unroll
+      for (int i = 1; i < kQBuffers; ++i) open[i - 1] = open[i];
+      --count;
+    };
+#pragma unroll 1
+    for (int jobs = 0;; ++jobs) {
+      const Address full = barrier(kJobFull + 8 * (jobs % 2));
+      // Output leaves when there is nothing else to do, or its memory is needed.
+      while (count > 0 && !is_complete(full, jobs / 2 % 2)) {
+        const int oldest = jobs - count;
+        if (is_complete(barrier(kOFull + 8 * (oldest % kQBuffers)), oldest / kQBuffers % 2)) store_oldest(jobs);
+      }
+      wait(full, jobs / 2 % 2);
+      const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
+      if (elected()) arrive(barrier(kJobEmpty + 8 * (jobs % 2)));
+      while (count > (job.tile == kEnd ? 0 : kQBuffers - 1)) store_oldest(jobs);
+      if (job.tile == kEnd) break;
+      load_q(job, jobs);
+#pragma unroll
+      for (int i = 0; i < kQBuffers; ++i) {
+        if (i == count) open[i] = job;
+      }
+      ++count;
     }
   }
 };
@@ -501,6 +586,12 @@ __device__ __forceinline__ float exp2_by_fma(float x) {
   y = fmaf(y, rest, 6.9315308e-1f);
   y = fmaf(y, rest, 9.9999994e-1f);
   return __int_as_float((__float_as_int(floored) << 23) + __float_as_int(y));
+}
+
+// The first of a thread's two rows in the tile; the other one is 8 further.
+__device__ __forceinline__ int query_of_thread(int warpgroup) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  return warpgroup * kRows + thread / 32 * 16 + thread % 32 / 4;
 }
 
 struct RowState {
@@ -602,9 +693,7 @@ struct Warpgroup {
     }
   }
 
-  // What the softmax is given, of all elements, in place: -inf where the mask drops it or, if the tile may be the last
-  // one, there is no key.
-  template <bool kMayBeLast>
+  // What the softmax is given, of all elements, in place: -inf where the mask drops it or there is no key.
   __device__ __forceinline__ void modify(float (&s)[kScores], const Keys& keys) const {
     const cuda::ForwardParams& call = params.call;
     if (call.score_prescale != 1.0f) {
@@ -622,7 +711,7 @@ struct Warpgroup {
         s[i] = value;
       });
     }
-    if (kMayBeLast && keys.n * kTileN + kTileN > call.seqlen_kv) {
+    if (keys.n * kTileN + kTileN > call.seqlen_kv) {
       const int keys_left = call.seqlen_kv - keys.n * kTileN - first_column;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
@@ -709,75 +798,82 @@ struct Warpgroup {
 // A frozen sum that is not below this is done again: of NaN, too, and where P may have left the element type's range.
 constexpr float kHighestSum = kConfig.element == Element::kBF16 ? 18446744073709551616.0f : 65504.0f;
 
-// Normalises this thread's rows in place and writes their lse and row_max. Whether the rows have to be done again.
+// Writes lse and row_max of this thread's rows, of which `query` is the first, and finds what O is to be multiplied by:
+// 0 of a row without keys, whose O is 0 whatever it was. Whether a frozen sum is too high to stand.
 template <typename Block, typename Row>
-__device__ __forceinline__ bool finish_rows(const Warpgroup<Block, Row>& own, float (&o)[kOutputs], RowState& state,
-                                            int b, int h, int first_query, bool exact) {
-  const cuda::ForwardParams& call = own.params.call;
-  bool again = false;
+__device__ __forceinline__ bool finish_rows(const ForwardParams& params, const Job& job, int query, const Block& block,
+                                            const Row (&rows)[2], const RowState& state, float (&inverse)[2]) {
+  const cuda::ForwardParams& call = params.call;
+  const float factor = kIdentity ? call.score_scale : 1.0f;
+  bool is_high = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = state.sum[r];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const float reference = state.reference[r] * own.factor;
+    const float reference = state.reference[r] * factor;
     bool empty = state.reference[r] == -kInfinity && sum == 0.0f;
     float shift = 0.0f;
     if constexpr (Mod::kHasShift) {
-      shift = Mod::shift(call.captured, own.block, own.rows[r]);
+      shift = Mod::shift(call.captured, block, rows[r]);
       empty |= shift == -kInfinity && sum == sum;
       // Infinite less itself: NaN spreads over the row.
       if (!empty) sum += shift - shift;
     }
-    const float inverse = empty ? 0.0f : cuda::reciprocal_approx(sum);
-    float magnitude = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kOutputs / 4; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = o[4 * i + 2 * r + e];
-        // 0 times a V that is not finite stays out of an empty row.
-        x = empty ? 0.0f : x * inverse;
-        if constexpr (kConfig.frozen) magnitude += fabsf(x);
-      }
-    }
-    const int query = first_query + 8 * r;
-    if (query >= call.seqlen_q) continue;
-    if constexpr (kConfig.frozen) again |= !exact && !(sum < kHighestSum && magnitude < kInfinity);
+    inverse[r] = empty ? 0.0f : cuda::reciprocal_approx(sum);
+    const int own = query + 8 * r;
+    if (own >= call.seqlen_q) continue;
+    is_high |= !(sum < kHighestSum);
     if (threadIdx.x % 4 != 0) continue;
     if (call.lse) {
       float log_sum;
       asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log_sum) : "f"(sum));
-      call.lse[b * call.lse_stride[0] + h * call.lse_stride[1] + query * call.lse_stride[2]] =
+      call.lse[job.b * call.lse_stride[0] + job.h * call.lse_stride[1] + own * call.lse_stride[2]] =
           empty ? -kInfinity : (reference + shift + log_sum) * kLn2;
     }
     if constexpr (!kConfig.frozen) {
       if (call.row_max) {
         const float max = reference + shift;
-        call.row_max[b * call.row_max_stride[0] + h * call.row_max_stride[1] + query * call.row_max_stride[2]] =
+        call.row_max[job.b * call.row_max_stride[0] + job.h * call.row_max_stride[1] + own * call.row_max_stride[2]] =
             empty                            ? -kInfinity
             : sum != sum && max != kInfinity ? sum
                                              : max * kLn2;
       }
     }
   }
-  return again;
+  return is_high;
 }
 
-// Writes this warp's rows of a normalised O to shared memory as TMA takes them.
-__device__ __forceinline__ void stage_output(const float (&o)[kOutputs], Address tile, int warp, int lane) {
+// Writes this warp's rows of O times `inverse` to shared memory as TMA takes them. Whether all that exist are finite.
+__device__ __forceinline__ bool stage_output(const float (&o)[kOutputs], const float (&inverse)[2], int existing_rows,
+                                             Address tile, int warp, int lane) {
   const Address row = tile + (warp * 16 + lane % 16) * 128;
+  unsigned largest[2] = {};
 #pragma unroll
   for (int i = 0; i < kOutputs / 8; ++i) {
-    const int chunk = 2 * i % 8 + lane / 16;  // of 16 bytes; 8 features
-    const Address address = row + i / 4 * kRows * 128 + ((chunk ^ lane % 8) << 4);
     unsigned words[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) words[k] = pack(o[8 * i + 2 * k], o[8 * i + 2 * k + 1]);
+    for (int k = 0; k < 4; ++k) {
+      const int r = k % 2;
+      // What V has that is not finite stays out of rows without keys. Were O itself set to 0, ptxas would see its
+      // registers change while the next product is under way.
+      words[k] = inverse[r] == 0.0f ? 0 : pack(o[8 * i + 2 * k] * inverse[r], o[8 * i + 2 * k + 1] * inverse[r]);
+      if constexpr (!kConfig.frozen) continue;
+      if constexpr (kConfig.element == Element::kBF16) {
+        asm("max.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(largest[r]) : "r"(words[k]));
+      } else {
+        asm("max.NaN.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(largest[r]) : "r"(words[k]));
+      }
+    }
+    const int chunk = 2 * i % 8 + lane / 16;  // of 16 bytes; 8 features
+    const Address address = row + i / 4 * kRows * 128 + ((chunk ^ lane % 8) << 4);
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
                  "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
   }
+  constexpr unsigned kInfinite = kConfig.element == Element::kBF16 ? 0x7f80 : 0x7c00;
+  const auto is_finite = [](unsigned word) { return (word & 0x7fff) < kInfinite && (word >> 16 & 0x7fff) < kInfinite; };
+  return (existing_rows < 1 || is_finite(largest[0])) && (existing_rows < 2 || is_finite(largest[1]));
 }
 
 // ---- A warpgroup's work
@@ -796,12 +892,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   const auto descriptor = [&](int at, int column_bytes) {
     return 1ull << 62 | 64ull << 32 | static_cast<unsigned long long>(column_bytes >> 4) << 16 | (shared + at) >> 4;
   };
-  const unsigned long long q = descriptor(warpgroup * kQOfWarpgroup, 16);
-  const unsigned long long k = descriptor(kKAt, 16);
-  const unsigned long long v = descriptor(kVAt, kTileN * 128);
-  const auto k_of = [&](int stage) { return k + static_cast<unsigned long long>(stage * (k_bytes(kConfig) >> 4)); };
-  const auto v_of = [&](int stage) { return v + static_cast<unsigned long long>(stage * (v_bytes(kConfig) >> 4)); };
-  const Address o_tile = shared + (kConfig.o_buffer ? kOAt + warpgroup * kOOfWarpgroup : warpgroup * kQOfWarpgroup);
+  const auto k_at = [](int stage) { return kKAt + stage * k_bytes(kConfig); };
+  const auto v_at = [](int stage) { return kVAt + stage * v_bytes(kConfig); };
 
   // The warpgroups issue their products in turns, so that one's softmax runs beside another's products.
   const auto await_turn = [&] {
@@ -822,10 +914,13 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   };
   const auto keys_of = [&](int stage) { return word_of(stage) & kNumberMask; };
 
-  int base = 0;     // loads of K of the jobs before
-  int queries = 0;  // jobs that took Q's memory
+  int load = 0;  // of K: the number of the next step's
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
   bool always_exact = !kConfig.frozen || call.score_prescale != 1.0f;
+
+  using Block = decltype(Mod::block(call.captured, 0, 0));
+  using Row = decltype(Mod::row(call.captured, Block(), 0));
+  using Own = Warpgroup<Block, Row>;
 
 #pragma unroll 1
   for (int jobs = 0;; ++jobs) {
@@ -833,21 +928,12 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
     release(barrier(kJobEmpty + 8 * (jobs % 2)));
     if (job.tile == kEnd) break;
-    const auto report = [&](int tile) {
-      if (thread == 0) store_shared(barrier(kVerdicts + 16 * (jobs % 4) + 4 * warpgroup), tile + 1);
-    };
-    if (job.tile == kNothing) {
-      report(-1);
-      continue;
-    }
+    const int buffer = jobs % kQBuffers;
     const bool exact = always_exact || job.again;
-    const int b = job.b, h = job.h, first_query = job.first_query;
-    const int query = first_query + warpgroup * kRows + warp * 16 + lane / 4;
+    const int query = job.first_query + query_of_thread(warpgroup);
     const int first_row = call.q_idx_origin + query;
-    const auto block = Mod::block(call.captured, b, h);
-    const decltype(Mod::row(call.captured, block, 0)) rows[2] = {Mod::row(call.captured, block, first_row),
-                                                                 Mod::row(call.captured, block, first_row + 8)};
-    using Own = Warpgroup<decltype(Mod::block(call.captured, b, h)), decltype(Mod::row(call.captured, block, 0))>;
+    const Block block = Mod::block(call.captured, job.b, job.h);
+    const Row rows[2] = {Mod::row(call.captured, block, first_row), Mod::row(call.captured, block, first_row + 8)};
     const Own own{.params = params,
                   .block = block,
                   .rows = rows,
@@ -860,148 +946,120 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     unsigned p[kProbabilities];
     RowState state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}};
 #pragma unroll
-    for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
+    for (float& x : o) x = 0.0f;
 
-    const int partial_steps = job.partial;
-    const int steps = partial_steps + job.full;
-    const bool takes_q = steps > 0 || !kConfig.o_buffer;
-    if (takes_q) wait(barrier(kQFull), queries % 2);
-    int step = 0;
+    wait(barrier(kQFull + 8 * buffer), jobs / kQBuffers % 2);
+    const unsigned long long q = descriptor(q_at(buffer, warpgroup), 16);
+    const int partial_end = load + job.partial;
+    const int end = partial_end + job.full;
+    // All warpgroups begin at once, and take turns from the second step on, also at steps that they leave out.
+    bool takes_turn = false;
     // Tiles of keys that this warpgroup's part of the queries does not see, as long as nothing is under way.
     if constexpr (Mod::kKnowsTiles) {
 #pragma unroll 1
-      for (; step < partial_steps; ++step) {
-        const int stage = (base + step) % kStages;
-        const int parity = (base + step) / kStages % 2;
+      for (; load < partial_end; ++load) {
+        const int stage = load % kStages;
+        const int parity = load / kStages % 2;
         wait(barrier(kKFull + 8 * stage), parity);
         if ((word_of(stage) >> (kSkipShift + warpgroup) & 1) == 0) break;
-        if (step > 0) {
+        if (takes_turn) {
           await_turn();
           pass_turn();
         }
+        takes_turn = true;
         release(barrier(kKEmpty + 8 * stage));
         wait(barrier(kVFull + 8 * stage), parity);
         release(barrier(kVEmpty + 8 * stage));
       }
     }
-    const bool some = step < steps;
-    if (some) {
-      const int stage = (base + step) % kStages;
-      wait(barrier(kKFull + 8 * stage), (base + step) / kStages % 2);
-      if (step > 0) await_turn();
-      multiply_qk(s, q, k_of(stage));
-      if (step > 0) pass_turn();
-      const auto keys = own.keys(keys_of(stage));
-      wait_for_scores_alone(s);
-      release(barrier(kKEmpty + 8 * stage));
-      if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
-      own.template modify<true>(s, keys);
-      float rescale[2];
-      own.exact_softmax(s, state, rescale);
-      pack_all(p, s);
-      ++step;
-    }
+    bool is_first = anew(1) != 0;  // else the loop is taken apart for it
 
-    // S of the next tile of keys beside O of the one before.
+    // S of a tile of keys beside O of the one before, if there is one.
     const auto advance = [&](auto is_exact) {
       constexpr bool kExact = decltype(is_exact)::kValue;
-      const int before = (base + step - 1) % kStages;
-      const int before_parity = (base + step - 1) / kStages % 2;
-      const int stage = (base + step) % kStages;
-      wait(barrier(kKFull + 8 * stage), (base + step) / kStages % 2);
-      await_turn();
-      multiply_qk(s, q, k_of(stage));
-      wait(barrier(kVFull + 8 * before), before_parity);
-      multiply_pv(o, p, v_of(before));
-      pass_turn();
+      const bool has_v = !kExact || !is_first;
+      const int before = (load - 1) % kStages;
+      const int stage = load % kStages;
+      wait(barrier(kKFull + 8 * stage), load / kStages % 2);
+      if (!kExact || takes_turn) await_turn();
+      multiply_qk(s, q, descriptor(k_at(stage), 16));
+      if (has_v) {
+        wait(barrier(kVFull + 8 * before), (load - 1) / kStages % 2);
+        multiply_pv(o, p, descriptor(v_at(before), kTileN * 128));
+      } else {
+        multiply_nothing();
+      }
+      if (!kExact || takes_turn) pass_turn();
       typename Own::Keys keys = {};
       if constexpr (kExact || !kIdentity) keys = own.keys(keys_of(stage));
       wait_for_scores(s);
       release(barrier(kKEmpty + 8 * stage));
-      if (kConfig.o_buffer && step + 1 == steps) release(barrier(kQEmpty));
       float rescale[2];
       if constexpr (kExact) {
-        // The last tile of keys comes first of the partial ones, but where the keys rise and others are partial, too.
-        own.template modify<Mod::kLinear && Mod::kHasMask>(s, keys);
+        own.modify(s, keys);
         own.exact_softmax(s, state, rescale);
       } else {
         own.frozen_softmax(s, state, keys);
       }
       wait_for_all(s, o);
-      release(barrier(kVEmpty + 8 * before));
+      if (has_v) release(barrier(kVEmpty + 8 * before));
       if constexpr (kExact) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
       }
+      is_first = false;
+      takes_turn = true;
       pack_all(p, s);
+      ++load;
     };
 
     if constexpr (kConfig.frozen) {
       // A linear term may leave the tiles before behind by any amount: one step more shows where it starts.
-      int exact_steps = exact ? steps : max(step, partial_steps + (Mod::kLinear ? 1 : 0));
+      int exact_end = min(exact ? end : max(load + 1, partial_end + (Mod::kLinear ? 1 : 0)), end);
 #pragma unroll 1
       while (true) {
 #pragma unroll 1
-        for (; step < min(exact_steps, steps); ++step) advance(Choice<true>());
-        if (!Mod::kHasMask || step >= steps) break;
+        while (load < exact_end) advance(Choice<true>());
+        if (!Mod::kHasMask || load >= end) break;
         const bool unset = (state.reference[0] == -kInfinity && query < call.seqlen_q) ||
                            (state.reference[1] == -kInfinity && query + 8 < call.seqlen_q);
         if (!any_of_warpgroup(warpgroup, unset)) break;
-        exact_steps = step + 1;
+        exact_end = load + 1;
       }
 #pragma unroll 1
-      for (; step < steps; ++step) advance(Choice<false>());
+      while (load < end) advance(Choice<false>());
     } else {
 #pragma unroll 1
-      for (; step < steps; ++step) advance(Choice<true>());
+      while (load < end) advance(Choice<true>());
     }
 
-    if (some) {
-      const int stage = (base + steps - 1) % kStages;
-      wait(barrier(kVFull + 8 * stage), (base + steps - 1) / kStages % 2);
-      multiply_pv(o, p, v_of(stage));
+    if (!is_first) {
+      const int stage = (load - 1) % kStages;
+      wait(barrier(kVFull + 8 * stage), (load - 1) / kStages % 2);
+      multiply_pv(o, p, descriptor(v_at(stage), kTileN * 128));
       wait_for_output(o);
       release(barrier(kVEmpty + 8 * stage));
     }
-    base += steps;
-    if (kConfig.o_buffer && steps > 0 && !some) release(barrier(kQEmpty));
-
-    const bool again = finish_rows(own, o, state, b, h, query, exact);
-    // Whatever left this memory before has been read; and without a buffer everybody is done with Q.
-    if (thread == 0) {
-      if (job.again) {
-        // It is to write after itself.
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-      } else {
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-      }
-    }
+    // All of the warpgroup are done with Q: O may take its place.
+    sync_threads(kOwnBarrier + warpgroup, 128);
+    float inverse[2];  // 0 of a row without keys
+    const bool is_high = finish_rows(params, job, query, block, rows, state, inverse);
+    const int existing_rows = query + 8 < call.seqlen_q ? 2 : query < call.seqlen_q ? 1 : 0;
+    const bool is_finite = stage_output(o, inverse, existing_rows, shared + q_at(buffer, warpgroup), warp, lane);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    release(barrier(kOFull + 8 * buffer));
     if constexpr (kConfig.frozen) {
-      const bool failed = any_of_warpgroup(warpgroup, again);
-      report(failed ? job.tile : -1);
+      const bool failed = any_of_warpgroup(warpgroup, !exact && (is_high || !is_finite));
+      if (thread == 0) {
+        const int slot = jobs % kVerdictSlots;
+        store_shared(barrier(kVerdicts + 16 * slot + 4 * warpgroup), failed ? job.tile + 1 : 0);
+        arrive(barrier(kJudged + 8 * slot));
+      }
       // Which block takes which tile off a counter is chance, and must not decide what is computed exactly.
       always_exact |= failed && params.counter == nullptr;
-    } else {
-      sync_threads(kOwnBarrier + warpgroup, 128);
     }
-    stage_output(o, o_tile, warp, lane);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    sync_threads(kOwnBarrier + warpgroup, 128);
-    if (thread == 0) {
-      const int row = first_query + warpgroup * kRows;
-      if (row < call.seqlen_q) {
-#pragma unroll
-        for (int c = 0; c < kVColumns; ++c) store_column(params.o, o_tile + c * kRows * 128, 64 * c, row, h, b);
-      }
-      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-      if (!kConfig.o_buffer) {
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        arrive(barrier(kQEmpty));
-      }
-    }
-    if (takes_q) ++queries;
   }
-  if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 }  // namespace attnjit::sm90
@@ -1026,17 +1084,20 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm90::kThreads, 1)
       init(barriers + kVFull + 8 * stage, 1);
       init(barriers + kVEmpty + 8 * stage, kWarps);
     }
-    init(barriers + kQFull, 1);
-    init(barriers + kQEmpty, kConfig.o_buffer ? kWarps : kWarpgroups);
+    for (int buffer = 0; buffer < kQBuffers; ++buffer) {
+      init(barriers + kQFull + 8 * buffer, 1);
+      init(barriers + kOFull + 8 * buffer, kWarps);
+    }
+    for (int slot = 0; slot < kVerdictSlots; ++slot) init(barriers + kJudged + 8 * slot, kWarpgroups);
     for (int slot = 0; slot < 2; ++slot) {
       init(barriers + kJobFull + 8 * slot, 1);
-      init(barriers + kJobEmpty + 8 * slot, kWarps + 1);
+      init(barriers + kJobEmpty + 8 * slot, kWarps + 2);
     }
     for (int slot = 0; slot < kListSlots; ++slot) {
       init(barriers + kListFull + 8 * slot, 1);
       init(barriers + kListEmpty + 8 * slot, 1);
     }
-    for (int i = 0; i < 16; ++i) store_shared(barriers + kVerdicts + 4 * i, 0);
+    for (int i = 0; i < 4 * kVerdictSlots; ++i) store_shared(barriers + kVerdicts + 4 * i, 0);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -1045,6 +1106,7 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm90::kThreads, 1)
     const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
     if (warp == 0) Loader{params, shared}.run();
     if (warp == 1) Planner{params, shared}.run();
+    if (warp == 2) Porter{params, shared}.run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
     compute(params, shared, warpgroup - 1);

@@ -183,10 +183,10 @@ TEST(Sm90Backend, WhatAConfigurationIsChosenBy) {
   }
   EXPECT_EQ(sm90::tile_m(chosen(problem_of(72, 64))), 128);
   EXPECT_EQ(chosen(problem_of(128, 128)).tile_n, 128);
-  EXPECT_TRUE(chosen(problem_of(128, 128)).o_buffer);
+  EXPECT_EQ(chosen(problem_of(128, 128)).q_buffers, 2);
   EXPECT_EQ(chosen(problem_of(136, 128)).tile_n, 96);
   EXPECT_EQ(chosen(problem_of(64, 256)).tile_n, 64);
-  EXPECT_FALSE(chosen(problem_of(256, 256)).o_buffer);
+  EXPECT_EQ(chosen(problem_of(256, 256)).q_buffers, 1);
 
   // As few tiles of 256 queries as leave a quarter of the multiprocessors idle: smaller ones. With a mask, any of them.
   Sm90Problem problem = problem_of(64, 64);
@@ -313,7 +313,7 @@ TEST(Sm90Backend, CandidatesToTime) {
   Sm90Problem nothing = problem_of(64, 64);
   nothing.max_shared_memory = 1000;
   EXPECT_TRUE(candidate_configs(nothing).empty());
-  EXPECT_EQ(config_name(chosen(problem_of(64, 64))), "256 x 64, 4 warpgroups, 4 stages, O apart, ping-pong");
+  EXPECT_EQ(config_name(chosen(problem_of(64, 64))), "256 x 64, 4 warpgroups, 4 stages, next Q meanwhile, ping-pong");
 }
 
 }  // namespace
