@@ -457,13 +457,20 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   const double ideal_lse = static_cast<double>(static_cast<float>(lse));
   const auto grad_out = slice(head.grad_out, row, head.head_dim_v);
   const double grad_lse = head.grad_lse.empty() ? 0.0 : head.grad_lse[index_of(row)];
+  // Of what a kernel holds in `dtype`; false for what is not a number.
+  const auto fits = [](const Term& term, DType dtype) {
+    return std::fabs(term.value) + term.error <= format_of(dtype).max;
+  };
   double lse_error = 5.0 * kUnit * finite_magnitude(lse);
   double delta = -grad_lse, ideal_delta = -grad_lse, delta_magnitude = std::fabs(grad_lse), delta_given = 0.0;
+  bool delta_is_number = true;  // false: by a right forward, too, it may be NaN or infinite
   if (options.own_forward && !poisoned) {
     lse_error += decision.undecided ? kInfinity : decision.lse_scatter();
     worker->features.assign(features, {});
     if (!decision.undecided && !empty)
       add_features(decision.p, decision.change, head.v, {o, features}, worker->features);
+    // Whatever P is in a row that float32 does not decide: o is a mean of its values.
+    if (decision.undecided) delta_is_number = unspecified_features(head.v, head.head_dim_v).empty();
   }
   for (std::size_t d = 0; d < features; ++d) {
     const double term = grad_out[d] * o[d];
@@ -473,6 +480,9 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     if (options.own_forward && !poisoned) {
       const double bound = decision.undecided ? kInfinity : decision.o_bound(options.dtype, worker->features[d]);
       delta_given += product(std::fabs(grad_out[d]), bound);
+      // An o that may be NaN or infinite is not nothing times 0.
+      const Term feature = {.value = o[d], .error = bound};
+      delta_is_number = delta_is_number && (decision.undecided || fits(feature, options.dtype));
     } else if (!is_given) {
       delta_given += unit_roundoff(options.dtype) * std::fabs(term) + underflow(options.dtype) * std::fabs(grad_out[d]);
     }
@@ -482,10 +492,6 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   const auto unspecified = [](Term* term) {
     term->error = term->scatter = kInfinity;
     term->finite = false;
-  };
-  // Of what a kernel holds in `dtype`; false for what is not a number.
-  const auto fits = [](const Term& term, DType dtype) {
-    return std::fabs(term.value) + term.error <= format_of(dtype).max;
   };
   // No forward gives an lse that is not NaN to a row of such a score: P may be what is computed from the two, or 0.
   const auto contradicts = [&](std::size_t j) { return is_given && !std::isnan(given_lse) && is_nan(j); };
@@ -503,7 +509,11 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     Term dm;
     const auto [dp, dp_magnitude] = worker->dots[j];
     const double difference = dp - delta;
-    if (poisoned || contradicts(j)) {
+    if (score.hi == -kInfinity && !poisoned) {
+      // What is surely -infinity has a P of exactly 0, which only what is not finite makes anything of.
+      if (std::isfinite(difference) && delta_is_number) continue;
+      unspecified(&dm);
+    } else if (poisoned || contradicts(j)) {
       // NaN, whatever is computed from it.
       if (score.keep) cell.p.value = cell.p.ideal = dm.value = dm.ideal = kNan;
       // An element that may be -infinity or dropped counts as a dropped one to some; an lse of +infinity, which a
@@ -513,10 +523,6 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
         unspecified(&cell.p);
         unspecified(&dm);
       }
-    } else if (score.hi == -kInfinity) {
-      // What is surely -infinity has a P of exactly 0, which only what is not finite makes anything of.
-      if (std::isfinite(difference)) continue;
-      unspecified(&dm);
     } else {
       const double p = score.keep && !empty ? std::exp(score.value - lse) : 0.0;
       const double ideal_p = score.keep && !empty ? std::exp(score.value - ideal_lse) : 0.0;
@@ -539,7 +545,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
       dm.scatter = (options.own_forward ? dm.error : error) + product(p + change, 3.0 * cut);
       // A difference of 0 is not nothing times an infinite P.
       const bool p_fits = largest <= format_of(DType::kF32).max;
-      if (!p_fits || !fits(dm, DType::kF32)) unspecified(&dm);
+      if (!p_fits || !delta_is_number || !fits(dm, DType::kF32)) unspecified(&dm);
     }
     ElementGradient gradient;
     if (score.keep) {

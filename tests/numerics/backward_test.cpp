@@ -463,6 +463,25 @@ TEST(NumericsBackwardEdge, KeptNanReachesItsRows) {
   }
 }
 
+// A value at a key that every row drops may make the forward's o NaN, which a grad_out of 0 does not undo.
+TEST(NumericsBackwardEdge, ADroppedValueMayReachAForwardsOwnO) {
+  for (const std::string& backend : target().backends) {
+    for (const char* const dtype : {"float32", "float16", "bfloat16"}) {
+      for (const char* const mod :
+           {R"_(score_mod="where(kv_idx == 20, -inf, score)")_", R"_(mask_mod="kv_idx != 20")_"}) {
+        Problem problem = make(std::string("b=1 hq=4 hkv=2 sq=40 skv=70 d=32 ") + mod +
+                               " forward=own backward=dq,dk,dv dtype=" + dtype + " backend=" + backend);
+        problem.v.set({0, 0, 20, 3}, std::numeric_limits<double>::quiet_NaN());
+        for (std::int64_t h = 0; h < 2; ++h) {
+          for (std::int64_t i = 0; i < 40; ++i) problem.grad_out.set({0, h, i, 3}, 0.0);
+        }
+        const Check check = check_problem(problem, nullptr, true);
+        EXPECT_TRUE(check.accepted) << check.message << " (with v[0, 0, 20, 3] NaN, and grad_out 0 there)";
+      }
+    }
+  }
+}
+
 // As the forward's: rows of NaN, and rows that keep nothing but -infinity.
 TEST(NumericsBackwardEdge, InfiniteSlopes) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();

@@ -606,6 +606,74 @@ TEST(DslFloat32Backward, AnInfiniteDeltaOrDpReachesElementsOfMinusInfinity) {
   expect(head, "v", [](std::size_t key) { return key == 1; });
 }
 
+// What a forward of its own leaves open makes delta no number, be grad_out 0 there.
+TEST(DslFloat32Backward, AnUnspecifiedOIsNotNothingTimesZero) {
+  std::mt19937_64 random(49);
+  const float infinite = std::numeric_limits<float>::infinity();
+  const test::Captures captures = {{"t", test::captured<float>(DType::kF32, {5}, {0, -infinite, 0, 0, 0})}};
+  const auto expr = test::bound("score + t[kv_idx]", captures);
+  const auto mask = test::bound("q_idx != 2 and kv_idx != 4", {}, ModKind::kMaskMod);
+  ASSERT_TRUE(expr && mask);
+  Head head({.num_heads = 1, .seqlen_q = 3, .seqlen_kv = 5, .head_dim = 3, .head_dim_v = 2}, random, 0x1p-4);
+  for (std::size_t row = 0; row < 3; ++row) head.grad_out[2 * row] = 0.0;
+  const auto expect = [&](bool own_forward, bool is_open, const std::string& what) {
+    Float32Backward backward({.dtype = DType::kBF16, .own_forward = own_forward, .captures = 1}, *expr,
+                             test::views(*expr, captures), &*mask, {});
+    const HeadGradients gold = backward.run(head.view());
+    const auto key_is_open = [&](std::size_t key, std::size_t) { return is_open && key != 4; };
+    expect_open(gold.dq, 3, [&](std::size_t row, std::size_t) { return is_open && row != 2; }, what + " dq");
+    expect_open(gold.dk, 3, key_is_open, what + " dk");
+    expect_open(gold.dv, 2, [](std::size_t, std::size_t) { return false; }, what + " dv");
+    expect_open(backward.captured(0), 1, key_is_open, what + " t");
+  };
+  expect(true, false, "finite");
+  for (const double value : {kInfinity, std::numeric_limits<double>::quiet_NaN()}) {
+    // At a key that every row drops: a tile's product is 0 times it.
+    head.v[2 * 4] = value;
+    expect(true, true, std::to_string(value));
+    expect(false, false, std::to_string(value) + " given gold");
+  }
+}
+
+// Nor is an o that may be past its type's range.
+TEST(DslFloat32Backward, AnOThatMayOverflowIsNotNothingTimesZero) {
+  std::mt19937_64 random(50);
+  Head head({.num_heads = 1, .seqlen_q = 2, .seqlen_kv = 4, .head_dim = 3, .head_dim_v = 2}, random, 0x1p-4);
+  for (std::size_t key = 0; key < 4; ++key) head.v[2 * key] = 65504.0;
+  for (std::size_t row = 0; row < 2; ++row) head.grad_out[2 * row] = 0.0;
+  const auto expr = test::bound("score");
+  ASSERT_TRUE(expr);
+  for (const DType dtype : {DType::kF16, DType::kBF16, DType::kF32}) {
+    const HeadGradients gold =
+        Float32Backward({.dtype = dtype, .own_forward = true}, *expr, {}, nullptr, {}).run(head.view());
+    for (const JudgedGradient* each : {&gold.dq, &gold.dk}) {
+      expect_open(*each, 3, [&](std::size_t, std::size_t) { return dtype == DType::kF16; }, dtype_name(dtype));
+    }
+    expect_open(gold.dv, 2, [](std::size_t, std::size_t) { return false; }, dtype_name(dtype));
+  }
+}
+
+// In a row that float32 does not decide o is some number, unless a value is none.
+TEST(DslFloat32Backward, AnUndecidedOIsANumberWhereItsValuesAre) {
+  std::mt19937_64 random(51);
+  Head head({.num_heads = 1, .seqlen_q = 1, .seqlen_kv = 4, .head_dim = 2, .head_dim_v = 2}, random, 0x1p-4);
+  head.q = {1.0, 0.0};
+  for (std::size_t key = 0; key < 4; ++key) head.k[2 * key] = key == 1 ? 0.5 : 0.0;
+  head.grad_out = {0.0, 0.0};
+  head.grad_lse = {0.0};
+  const auto expr = test::bound("where(score >= 0.5, score + 2, score)");
+  const auto mask = test::bound("kv_idx != 3", {}, ModKind::kMaskMod);
+  ASSERT_TRUE(expr && mask);
+  for (const bool is_open : {false, true}) {
+    if (is_open) head.v[2 * 3] = std::numeric_limits<double>::quiet_NaN();
+    const HeadGradients gold =
+        Float32Backward({.dtype = DType::kF32, .own_forward = true}, *expr, {}, &*mask, {}).run(head.view());
+    EXPECT_EQ(gold.decided[0], 0);
+    expect_open(
+        gold.dk, 2, [&](std::size_t key, std::size_t) { return is_open && key != 3; }, is_open ? "NaN" : "finite");
+  }
+}
+
 // An lse that is far below a score is of no forward: float32 has no P for it, nor has float16 for one less far.
 TEST(DslFloat32Backward, AGivenLseFarBelowAScoreLeavesItNoBound) {
   struct FarCase {
