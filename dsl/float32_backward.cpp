@@ -509,8 +509,9 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     Term dm;
     const auto [dp, dp_magnitude] = worker->dots[j];
     const double difference = dp - delta;
-    if (score.hi == -kInfinity && !poisoned) {
-      // What is surely -infinity has a P of exactly 0, which only what is not finite makes anything of.
+    if (score.hi == -kInfinity && (!poisoned || (is_given && given_lse == kInfinity))) {
+      // What is surely -infinity has a P of exactly 0, but for an lse of NaN. Only what is not finite makes anything of
+      // it.
       if (std::isfinite(difference) && delta_is_number) continue;
       unspecified(&dm);
     } else if (poisoned || contradicts(j)) {
@@ -533,7 +534,6 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
                                 : std::max(largest - p, p - std::exp(score.lo - lse - lse_error)) + 0x1p-126;
       cell.p = {.value = p, .ideal = rounded_to(options.dtype, ideal_p), .scatter = change, .error = change};
       if (!(largest <= format_of(options.dtype).max)) unspecified(&cell.p);
-      decided = decided && (!is_given || cell.p.error != kInfinity);
       // 16-bit products may be added 16 at a time, and what does not fit the sum cut off.
       const double cut =
           options.dtype == DType::kF32 ? 0.0 : static_cast<double>(head.head_dim_v) / 8.0 * kUnit * dp_magnitude;
@@ -547,6 +547,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
       const bool p_fits = largest <= format_of(DType::kF32).max;
       if (!p_fits || !delta_is_number || !fits(dm, DType::kF32)) unspecified(&dm);
     }
+    decided = decided && (!is_given || cell.p.error != kInfinity);
     ElementGradient gradient;
     if (score.keep) {
       gradient = worker->derivative.at(worker->points[j], 1.0);

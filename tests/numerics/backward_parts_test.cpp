@@ -339,6 +339,36 @@ TEST(NumericsBackwardPart, AnInfiniteValueReachesElementsOfMinusInfinity) {
   }
 }
 
+// A kernel may give 0 or NaN to what a row of lse = +infinity keeps, and nothing to its elements of -infinity.
+TEST(NumericsBackwardPart, AnLseOfInfinityLeavesElementsOfMinusInfinityAtZero) {
+  if (!target().compile_only.empty()) GTEST_SKIP() << "nothing is judged";
+  for (const std::string& backend : target().backends) {
+    for (const char* const dtype : {"float32", "float16", "bfloat16"}) {
+      Problem whole =
+          make_whole(line_of(R"_(score_mod="score + t[h, kv_idx + first]" capture=first:int32::packed:normal )_"
+                             R"_(capture=t:float32:4x56:packed:normal grads=t)_",
+                             dtype, backend));
+      for (std::int64_t h = 0; h < 4; ++h) whole.captures[1].tensor.set({h, 30}, -kInfinity);
+      std::vector<Problem> parts = make_parts(whole, {24});
+      GivenForward given = forward_given(whole, parts, Forward::kGold);
+      given.lse.set({0, 1, 7}, kInfinity);
+      GoldGradients gold;
+      const Check check = check_partial_keys(parts[1], given, &gold);
+      EXPECT_TRUE(check.accepted) << check.message;
+      EXPECT_EQ(gold.undecided, 1) << check.message;
+      for (const GoldGradient& each : gold.wanted) {
+        if (each.name != "dk" && each.name != "dv") continue;
+        const auto dim = static_cast<std::size_t>(each.shape[3]), keys = static_cast<std::size_t>(each.shape[2]);
+        for (std::size_t at = 0; at < each.bound.size(); ++at) {
+          const std::size_t key = 24 + at / dim % keys, head = at / dim / keys;
+          ASSERT_EQ(each.bound[at] == kInfinity, head == 0 && key != 30) << each.name << ' ' << at;
+          ASSERT_EQ(each.bound[at] == 0.0, key == 30) << each.name << ' ' << at;
+        }
+      }
+    }
+  }
+}
+
 // Scores on a jump: given lse, each element is within the height of its own, whatever share of its part it has.
 TEST(NumericsBackwardPart, JumpsAreBoundedByTheirElements) {
   for (const std::string& backend : target().backends) {

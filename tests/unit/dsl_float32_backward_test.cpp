@@ -445,6 +445,7 @@ TEST(DslFloat32Backward, AGivenLseDecidesItsRow) {
       EXPECT_EQ(gold.dq.bound[at], 0.0);
     }
   }
+  for (std::size_t row = 0; row < 5; ++row) EXPECT_EQ(gold.decided[row], row != 2) << row;
   // Without the row of +infinity the NaN of the other is what a column has to have, but one that is dropped.
   GivenHead without = head;
   without.lse[2] = 3.0;
@@ -470,6 +471,7 @@ TEST(DslFloat32Backward, AGivenLseMayContradictAScore) {
     for (std::size_t at = 0; at < gold.dv.value.size(); ++at) {
       EXPECT_EQ(gold.dv.bound[at] == kInfinity, at / 2 == 1) << score << ' ' << at;
     }
+    for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(gold.decided[row], row == 2) << score << ' ' << row;
   }
 }
 
@@ -604,6 +606,35 @@ TEST(DslFloat32Backward, AnInfiniteDeltaOrDpReachesElementsOfMinusInfinity) {
   head.lse[1] = -kInfinity;
   head.v[2 * 1] = head.v[2 * 4] = kInfinity;
   expect(head, "v", [](std::size_t key) { return key == 1; });
+}
+
+// exp(-infinity - lse) is 0 for an lse of +infinity, too: only kept elements of other scores have no bound.
+TEST(DslFloat32Backward, AnLseOfInfinityLeavesElementsOfMinusInfinityAtZero) {
+  std::mt19937_64 random(48);
+  const float infinite = std::numeric_limits<float>::infinity();
+  const test::Captures captures = {{"t", test::captured<float>(DType::kF32, {5}, {0, -infinite, 0, 0, -infinite})}};
+  const auto expr = test::bound("where(q_idx == 1, t[1], score + t[kv_idx])", captures);
+  ASSERT_TRUE(expr);
+  GivenHead head(random, {kInfinity, kInfinity, 3.0});
+  const auto expect = [&](const char* what, auto&& is_open) {
+    Float32Backward backward({.dtype = DType::kF32, .captures = 1}, *expr, test::views(*expr, captures), nullptr, {});
+    const HeadGradients gold = backward.run(head.given_view());
+    // Of row 1 every P is 0.
+    for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(gold.decided[row], row != 0) << what;
+    expect_open(gold.dv, 2, [](std::size_t key, std::size_t) { return key % 3 != 1; }, what);
+    expect_open(gold.dk, 3, [&](std::size_t key, std::size_t) { return is_open(key); }, what);
+    expect_open(backward.captured(0), 1, [&](std::size_t key, std::size_t) { return is_open(key); }, what);
+    for (const std::size_t key : {1, 4}) EXPECT_EQ(gold.dv.bound[2 * key], 0.0) << what;
+  };
+  expect("finite", [](std::size_t key) { return key % 3 != 1; });
+  head.o[0] = kInfinity;
+  expect("o", [](std::size_t) { return true; });
+  // Of an lse of NaN it is NaN.
+  head.lse[0] = std::numeric_limits<double>::quiet_NaN();
+  Float32Backward backward({.dtype = DType::kF32, .captures = 1}, *expr, test::views(*expr, captures), nullptr, {});
+  const HeadGradients gold = backward.run(head.given_view());
+  EXPECT_EQ(gold.decided[0], 0);
+  expect_open(gold.dv, 2, [](std::size_t key, std::size_t) { return key % 3 == 1; }, "NaN");
 }
 
 // What a forward of its own leaves open makes delta no number, be grad_out 0 there.
