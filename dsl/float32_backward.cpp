@@ -452,6 +452,8 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   }
   const double lse = poisoned ? kNan : empty ? -kInfinity : is_given ? given_lse : decision.maximum + std::log(sum);
   result->lse[index_of(row)] = lse;
+  // A forward of its own may give the row an lse of NaN.
+  const bool may_be_poisoned = poisoned || (options.own_forward && decision.may_be_poisoned);
   // Given an lse of -inf a kernel does nothing.
   const bool nothing = empty && (!options.own_forward || !decision.undecided);
   const double ideal_lse = static_cast<double>(static_cast<float>(lse));
@@ -469,8 +471,10 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     worker->features.assign(features, {});
     if (!decision.undecided && !empty)
       add_features(decision.p, decision.change, head.v, {o, features}, worker->features);
-    // Whatever P is in a row that float32 does not decide: o is a mean of its values.
-    if (decision.undecided) delta_is_number = unspecified_features(head.v, head.head_dim_v).empty();
+    // Whatever P is in a row that float32 does not decide: o is a mean of its values, or the row is NaN.
+    if (decision.undecided) {
+      delta_is_number = !may_be_poisoned && unspecified_features(head.v, head.head_dim_v).empty();
+    }
   }
   for (std::size_t d = 0; d < features; ++d) {
     const double term = grad_out[d] * o[d];
@@ -509,7 +513,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     Term dm;
     const auto [dp, dp_magnitude] = worker->dots[j];
     const double difference = dp - delta;
-    if (score.hi == -kInfinity && (!poisoned || (is_given && given_lse == kInfinity))) {
+    if (score.hi == -kInfinity && (is_given ? !std::isnan(given_lse) : !may_be_poisoned)) {
       // What is surely -infinity has a P of exactly 0, but for an lse of NaN. Only what is not finite makes anything of
       // it.
       if (std::isfinite(difference) && delta_is_number) continue;
@@ -533,7 +537,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
                                 ? kInfinity
                                 : std::max(largest - p, p - std::exp(score.lo - lse - lse_error)) + 0x1p-126;
       cell.p = {.value = p, .ideal = rounded_to(options.dtype, ideal_p), .scatter = change, .error = change};
-      if (!(largest <= format_of(options.dtype).max)) unspecified(&cell.p);
+      if (may_be_poisoned || !(largest <= format_of(options.dtype).max)) unspecified(&cell.p);
       // 16-bit products may be added 16 at a time, and what does not fit the sum cut off.
       const double cut =
           options.dtype == DType::kF32 ? 0.0 : static_cast<double>(head.head_dim_v) / 8.0 * kUnit * dp_magnitude;

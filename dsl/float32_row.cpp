@@ -95,11 +95,15 @@ ModifiedScore ModifiedScores::at(const Point& point, double magnitude) {
   // The keep rule drops an element whose plain value may be anything: what is kept is compared.
   if (element.keep) result.agree = result.agree && same(interval.value, element.value);
   result.keep = element.keep && !masked;
+  const bool may_poison = !(interval.hi < kInfinity);
   if (!result.keep) {
     result.value = result.lo = result.hi = -kInfinity;
     // Its own value does not matter, only whether it is dropped: if the mask did not do it, ask whether another score
     // in reach would have kept it.
-    if (undecided || (!masked && keep_varies(point, error, false))) result.hi = kInfinity;
+    if (undecided || (!masked && keep_varies(point, error, false))) {
+      result.hi = kInfinity;
+      result.may_poison = may_poison;
+    }
     return result;
   }
   result.value = element.value;
@@ -110,6 +114,7 @@ ModifiedScore ModifiedScores::at(const Point& point, double magnitude) {
   // Infinite for float32, too, or just past its range?
   const bool sure = std::isnan(element.value) || (element.value == kInfinity && interval.lo == kInfinity);
   result.poison = !undecided && sure;
+  result.may_poison = may_poison;
   if (undecided) result.lo = -kInfinity, result.hi = kInfinity;
   return result;
 }
@@ -126,6 +131,7 @@ Float32Row::Float32Row(std::span<const ModifiedScore> scores, double relative_ap
     : maximum(-kInfinity), maximum_lo(-kInfinity), maximum_hi(-kInfinity) {
   for (const ModifiedScore& score : scores) {
     poisoned = poisoned || score.poison;
+    may_be_poisoned = may_be_poisoned || score.may_poison;
     // In this order a NaN is passed over.
     maximum = std::max(maximum, score.value);
     maximum_lo = std::max(maximum_lo, score.lo);

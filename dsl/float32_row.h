@@ -26,8 +26,9 @@ struct ModifiedScore {
   double value = 0.0;         // exact; -inf where dropped
   double lo = 0.0, hi = 0.0;  // what the softmax may make of it included
   bool keep = false;
-  bool poison = false;  // NaN or +infinity for every kernel, and so is the row
-  bool agree = true;    // false: the interpreter and the interval evaluation differ, a fault of one of them
+  bool poison = false;      // NaN or +infinity for every kernel, and so is the row
+  bool may_poison = false;  // for some kernel
+  bool agree = true;        // false: the interpreter and the interval evaluation differ, a fault of one of them
 };
 
 // Evaluates bound expressions, which must outlive it; not safe for concurrent use of one object.
@@ -80,8 +81,9 @@ struct Float32Row {
   // `relative_approximation`: see function_approximation. It widens what is asked of the maximum and of LSE.
   explicit Float32Row(std::span<const ModifiedScore> scores, double relative_approximation = 0.0);
 
-  bool poisoned = false;   // a kept element is NaN or +infinity: the row is NaN
-  bool undecided = false;  // float32 may move more than 2^-7 of the row's probability: any result may be right
+  bool poisoned = false;         // a kept element is NaN or +infinity: the row is NaN
+  bool may_be_poisoned = false;  // a kernel may have NaN or +infinity for a kept element
+  bool undecided = false;        // float32 may move more than 2^-7 of the row's probability: any result may be right
   double maximum, maximum_lo, maximum_hi;  // of the scores; -inf where none is kept
   std::vector<double> p;                   // exp(m_j - maximum)
   std::vector<double> change;              // how far float32 may move p_j

@@ -684,25 +684,35 @@ TEST(DslFloat32Backward, AnOThatMayOverflowIsNotNothingTimesZero) {
   }
 }
 
-// In a row that float32 does not decide o is some number, unless a value is none.
-TEST(DslFloat32Backward, AnUndecidedOIsANumberWhereItsValuesAre) {
+// In a row that float32 does not decide o is some number, unless a value is none or a score may be none.
+TEST(DslFloat32Backward, AnUndecidedRowIsOfNumbersWhereItsValuesAndScoresAre) {
   std::mt19937_64 random(51);
+  const float infinite = std::numeric_limits<float>::infinity();
+  const test::Captures captures = {{"t", test::captured<float>(DType::kF32, {4}, {0, 0, -infinite, 0})}};
+  const auto mask = test::bound("kv_idx != 3", {}, ModKind::kMaskMod);
+  ASSERT_TRUE(mask);
   Head head({.num_heads = 1, .seqlen_q = 1, .seqlen_kv = 4, .head_dim = 2, .head_dim_v = 2}, random, 0x1p-4);
   head.q = {1.0, 0.0};
   for (std::size_t key = 0; key < 4; ++key) head.k[2 * key] = key == 1 ? 0.5 : 0.0;
   head.grad_out = {0.0, 0.0};
   head.grad_lse = {0.0};
-  const auto expr = test::bound("where(score >= 0.5, score + 2, score)");
-  const auto mask = test::bound("kv_idx != 3", {}, ModKind::kMaskMod);
-  ASSERT_TRUE(expr && mask);
-  for (const bool is_open : {false, true}) {
-    if (is_open) head.v[2 * 3] = std::numeric_limits<double>::quiet_NaN();
+  const auto expect = [&](const char* text, bool p_is_open, bool ds_is_open) {
+    const auto expr = test::bound(text, captures);
+    ASSERT_TRUE(expr) << text;
+    const BackwardOptions options{.dtype = DType::kF32, .own_forward = true};
     const HeadGradients gold =
-        Float32Backward({.dtype = DType::kF32, .own_forward = true}, *expr, {}, &*mask, {}).run(head.view());
-    EXPECT_EQ(gold.decided[0], 0);
-    expect_open(
-        gold.dk, 2, [&](std::size_t key, std::size_t) { return is_open && key != 3; }, is_open ? "NaN" : "finite");
-  }
+        Float32Backward(options, *expr, test::views(*expr, captures), &*mask, {}).run(head.view());
+    EXPECT_EQ(gold.decided[0], 0) << text;
+    expect_open(gold.dv, 2, [&](std::size_t key, std::size_t) { return p_is_open && key != 3; }, text);
+    expect_open(gold.dk, 2, [&](std::size_t key, std::size_t) { return ds_is_open && key != 3; }, text);
+  };
+  constexpr const char* kJump = "where(score >= 0.5, score + 2, score) + t[kv_idx]";
+  expect(kJump, false, false);
+  expect("where(score > 0.5, nan * score, score) + t[kv_idx]", true, true);
+  expect("where(score > 0.5, inf * score, score) + t[kv_idx]", true, true);
+  expect("where(score > 0.5, nan * score, where(kv_idx == 1, -inf, score + t[kv_idx]))", true, true);
+  head.v[2 * 3] = std::numeric_limits<double>::quiet_NaN();
+  expect(kJump, false, true);
 }
 
 // An lse that is far below a score is of no forward: float32 has no P for it, nor has float16 for one less far.
