@@ -11,8 +11,7 @@ namespace attnjit::compiler {
 // For the namespace attnjit::sm90, a warpgroup's:
 //   multiply_qk(s, q, k): S = Q K^T under way; q and k describe shared memory
 //   multiply_pv(o, p, v): O += P V under way
-//   wait_for_scores(s): for the products before the last; wait_for_output(o) and
-//   wait_for_all(s, o): for all
+//   wait_for_scores(s): for the products before the last; wait_for_output(o) and wait_for_all(s, o): for all
 std::string wgmma_products(const sm90::ForwardConfig& config);
 
 }  // namespace attnjit::compiler

@@ -471,9 +471,13 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     worker->features.assign(features, {});
     if (!decision.undecided && !empty)
       add_features(decision.p, decision.change, head.v, {o, features}, worker->features);
-    // Whatever P is in a row that float32 does not decide: o is a mean of its values, or the row is NaN.
+    // Whatever P is in a row that float32 does not decide: o is a mean of its values, P and itself rounded, or the row
+    // is NaN.
     if (decision.undecided) {
-      delta_is_number = !may_be_poisoned && unspecified_features(head.v, head.head_dim_v).empty();
+      double largest = 0.0;
+      for (const double v : head.v) largest = std::max(largest, std::isfinite(v) ? std::fabs(v) : kInfinity);
+      const double rounded = largest * (1.0 + 4.0 * unit_roundoff(options.dtype));
+      delta_is_number = !may_be_poisoned && rounded <= format_of(options.dtype).max;
     }
   }
   for (std::size_t d = 0; d < features; ++d) {

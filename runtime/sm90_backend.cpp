@@ -373,9 +373,6 @@ std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
     neighbour.tile_n += step;
     if (neighbour.tile_n >= 32 && neighbour.tile_n <= kMaxTileN) add(neighbour);
   }
-  neighbour = *chosen;
-  neighbour.q_buffers = 3 - chosen->q_buffers;
-  add(neighbour);
   return candidates;
 }
 
@@ -428,7 +425,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
       .has_mask = request.mods.mask_mod.has_value()};
   std::optional<sm90::ForwardConfig> config = choose_config(by);
   if (!config) return no_configuration(target);
-  // A block goes on to ask for tiles a few times after the last, each time for a number higher by the blocks there are.
+  // Blocks go on to ask for tiles a few times after the last.
   const std::int64_t most = kMaxGrid - 8 * by.num_sms;
   const auto too_many = [&](const sm90::ForwardConfig& of) { return tiles_of(s, of) > most; };
   if (too_many(*config)) {

@@ -43,7 +43,7 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem);
 // What autotuning tries: that one first, then others of its head dims and its neighbours; at most 6. Those beyond the
 // table may spill registers.
 std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem);
-// "256 x 64, 4 warpgroups, 3 stages, O apart, ping-pong".
+// "256 x 64, 4 warpgroups, 4 stages, next Q meanwhile, ping-pong".
 std::string config_name(const sm90::ForwardConfig& config);
 
 // Which block computes which tiles of queries, in what order: as blocks would take them from a common list, in its

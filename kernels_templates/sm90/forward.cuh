@@ -102,7 +102,7 @@ __device__ __forceinline__ void wait(Address barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// Whether it is, without waiting.
+// Whether a barrier's phase is complete.
 __device__ __forceinline__ bool is_complete(Address barrier, int parity) {
   int result;
   asm volatile(
@@ -175,17 +175,6 @@ struct Job {
   bool ascending;     // the keys go by in their order, else backwards
 };
 constexpr int kEnd = -1;
-constexpr int kAgain = 1 << 30;  // beside the number of a tile
-
-// Where the tile of queries of a number is.
-struct Place {
-  int b, h, first_query;
-};
-__device__ __forceinline__ Place place_of(int tile, const ForwardParams& params) {
-  const auto [head, m] = Mod::kHasMask ? masked_place(tile, params) : plain_place(tile, params);
-  const int b = quotient(head, params.by_heads);
-  return {b, head - b * params.call.num_heads, m * kTileM};
-}
 
 __device__ __forceinline__ void store_job(Address slot, const Job& job) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(job.first_query), "r"(job.h), "r"(job.b),
@@ -343,15 +332,16 @@ struct Planner {
     return uniform(max(max(words[0], words[1]), max(words[2], words[3]))) - 1;
   }
 
-  // The next tile to be worked on, with kAgain one that failed; kEnd where there is none.
-  __device__ __forceinline__ int next_tile() {
+  // The next tile to be worked on, one that failed again; kEnd where there is none.
+  __device__ __forceinline__ int next_tile(bool& again) {
     // Of the four slots for verdicts this job takes the one after its.
     int behind = 3;
 #pragma unroll 1
     while (true) {
       if constexpr (kConfig.frozen) {
         const int tile = failed(jobs - behind);
-        if (tile >= 0) return tile | kAgain;
+        again = tile >= 0;
+        if (again) return tile;
       }
       if (behind == 3) {
         const int tile = tile_of_round(round);
@@ -371,16 +361,15 @@ struct Planner {
     for (bool ends = false; !ends;) {
       // Not before there is room: work is taken as late as may be.
       wait(barrier(kJobEmpty + 8 * (jobs % 2)), jobs / 2 % 2 ^ 1);
-      Job job = {.tile = next_tile()};
+      Job job = {};
+      job.tile = next_tile(job.again);
       int first = 0, count = 0;  // of the tiles of keys that may be looked at
       ends = job.tile == kEnd;
       if (!ends) {
-        job.again = (job.tile & kAgain) != 0;
-        job.tile &= ~kAgain;
-        const Place place = place_of(job.tile, params);
-        job.b = place.b;
-        job.h = place.h;
-        job.first_query = place.first_query;
+        const auto [head, m] = Mod::kHasMask ? masked_place(job.tile, params) : plain_place(job.tile, params);
+        job.b = quotient(head, params.by_heads);
+        job.h = head - job.b * call.num_heads;
+        job.first_query = m * kTileM;
         int begin = 0, end = (call.seqlen_kv + kTileN - 1) / kTileN;
         if constexpr (Mod::kKnowsRanges) {
           const IndexRange range = Mod::kv_range(call.captured, whole_tile(job, job.first_query, kTileM));
@@ -586,12 +575,6 @@ __device__ __forceinline__ float exp2_by_fma(float x) {
   y = fmaf(y, rest, 6.9315308e-1f);
   y = fmaf(y, rest, 9.9999994e-1f);
   return __int_as_float((__float_as_int(floored) << 23) + __float_as_int(y));
-}
-
-// The first of a thread's two rows in the tile; the other one is 8 further.
-__device__ __forceinline__ int query_of_thread(int warpgroup) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  return warpgroup * kRows + thread / 32 * 16 + thread % 32 / 4;
 }
 
 struct RowState {
@@ -930,7 +913,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     if (job.tile == kEnd) break;
     const int buffer = jobs % kQBuffers;
     const bool exact = always_exact || job.again;
-    const int query = job.first_query + query_of_thread(warpgroup);
+    const int query = job.first_query + warpgroup * kRows + warp * 16 + lane / 4;
     const int first_row = call.q_idx_origin + query;
     const Block block = Mod::block(call.captured, job.b, job.h);
     const Row rows[2] = {Mod::row(call.captured, block, first_row), Mod::row(call.captured, block, first_row + 8)};
@@ -978,10 +961,12 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     const auto advance = [&](auto is_exact) {
       constexpr bool kExact = decltype(is_exact)::kValue;
       const bool has_v = !kExact || !is_first;
+      const bool in_turn =
+          !kExact || (Mod::kKnowsTiles ? takes_turn : !is_first);  // the same where nothing is left out
       const int before = (load - 1) % kStages;
       const int stage = load % kStages;
       wait(barrier(kKFull + 8 * stage), load / kStages % 2);
-      if (!kExact || takes_turn) await_turn();
+      if (in_turn) await_turn();
       multiply_qk(s, q, descriptor(k_at(stage), 16));
       if (has_v) {
         wait(barrier(kVFull + 8 * before), (load - 1) / kStages % 2);
@@ -989,7 +974,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       } else {
         multiply_nothing();
       }
-      if (!kExact || takes_turn) pass_turn();
+      if (in_turn) pass_turn();
       typename Own::Keys keys = {};
       if constexpr (kExact || !kIdentity) keys = own.keys(keys_of(stage));
       wait_for_scores(s);
