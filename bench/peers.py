@@ -67,11 +67,16 @@ def make_mod(torch, name, batch, heads, seqlen, dtype):
         slopes = torch.exp2(torch.arange(1, heads + 1, device=device) * (-8.0 / heads))
         return Mod("score + slopes[h] * (kv_idx - q_idx)", lambda s, b, h, i, j: s + slopes[h] * (j - i),
                    captures={"slopes": slopes})
-    if name == "document":
-        # Eight documents of random lengths in each batch.
+    if name in ("document", "document_alike"):
+        # Eight documents in each batch: cut at random places; or each token beyond the eighth falls to one at random.
         generator = torch.Generator(device).manual_seed(1)
-        starts = torch.rand(batch, seqlen, device=device, generator=generator).argsort(1) < 7
-        ids = starts.to(torch.int32).cumsum(1, dtype=torch.int32)
+        if name == "document":
+            starts = torch.rand(batch, seqlen, device=device, generator=generator).argsort(1) < 7
+            ids = starts.to(torch.int32).cumsum(1, dtype=torch.int32)
+        else:
+            owners = torch.randint(0, 8, (batch, seqlen - 8), device=device, generator=generator)
+            every = torch.arange(8, device=device).expand(batch, 8)
+            ids = torch.cat([every, owners], 1).sort(1).values.to(torch.int32)
         return masked(lambda b, h, i, j: ids[b, i] == ids[b, j], "ids[b, q_idx] == ids[b, kv_idx]", {"ids": ids})
     if name == "rel_table":
         table = torch.randn(heads, 2 * seqlen, device=device, dtype=dtype)
@@ -83,7 +88,8 @@ def make_mod(torch, name, batch, heads, seqlen, dtype):
     raise ValueError(name)
 
 
-MODS = ["noop", "causal", "rel", "head_bias", "softcap", "window", "alibi", "document", "rel_table", "bias"]
+MODS = ["noop", "causal", "rel", "head_bias", "softcap", "window", "alibi", "document", "document_alike", "rel_table",
+        "bias"]
 
 
 class Contestant:
