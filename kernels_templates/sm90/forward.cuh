@@ -334,7 +334,7 @@ struct Planner {
 
   // The next tile to be worked on, one that failed again; kEnd where there is none.
   __device__ __forceinline__ int next_tile(bool& again) {
-    // Of the four slots for verdicts this job takes the one after its.
+    // Before this job's verdict takes one of the four slots, that on the job three before it is heard.
     int behind = 3;
 #pragma unroll 1
     while (true) {
@@ -838,8 +838,7 @@ __device__ __forceinline__ bool stage_output(const float (&o)[kOutputs], const f
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int r = k % 2;
-      // What V has that is not finite stays out of rows without keys. Were O itself set to 0, ptxas would see its
-      // registers change while the next product is under way.
+      // What V has that is not finite stays out of rows without keys.
       words[k] = inverse[r] == 0.0f ? 0 : pack(o[8 * i + 2 * k] * inverse[r], o[8 * i + 2 * k + 1] * inverse[r]);
       if constexpr (!kConfig.frozen) continue;
       if constexpr (kConfig.element == Element::kBF16) {
