@@ -51,6 +51,7 @@ Problem make_part(const Problem& whole, const Keys& keys) {
 std::vector<Problem> make_parts(const Problem& whole, std::vector<std::int64_t> cuts) {
   std::vector<Problem> parts;
   cuts.push_back(whole.spec.seqlen_kv);
+  parts.reserve(cuts.size());
   std::int64_t begin = 0;
   for (const std::int64_t end : cuts) parts.push_back(make_part(whole, {std::exchange(begin, end), end}));
   return parts;

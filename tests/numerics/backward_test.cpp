@@ -246,9 +246,11 @@ TEST(NumericsBackwardShape, AnyPartOfTheGradients) {
   for (const std::string& backend : target().backends) {
     for (const char* const dtype : {"float32", "bfloat16"}) {
       for (const std::string& wanted : subsets()) {
-        expect_accepted(std::string("b=2 hq=4 hkv=2 sq=37 skv=70 d=32 dv=40 score_mod=\"score * s + t[h, kv_idx]\" "
-                                    "capture=t:float32:4x70:packed:normal capture=s:float32::packed:normal ") +
-                        wanted + " dtype=" + dtype + " backend=" + backend);
+        std::string line =
+            "b=2 hq=4 hkv=2 sq=37 skv=70 d=32 dv=40 score_mod=\"score * s + t[h, kv_idx]\" "
+            "capture=t:float32:4x70:packed:normal capture=s:float32::packed:normal ";
+        line.append(wanted).append(" dtype=").append(dtype).append(" backend=").append(backend);
+        expect_accepted(line);
       }
     }
   }
@@ -379,6 +381,7 @@ TEST(NumericsBackwardEdge, RowShiftsAreExact) {
         std::vector<double> expected(static_cast<std::size_t>(tensor.size()), 0.0);
         for_each_index(with.grad_lse.shape(), [&](std::span<const std::int64_t> index) {
           std::vector<std::int64_t> place;
+          place.reserve(shift.kept.size());
           for (const std::int64_t dimension : shift.kept) place.push_back(index[static_cast<std::size_t>(dimension)]);
           expected[packed_offset(tensor, place)] += with.grad_lse.at(index);
         });
