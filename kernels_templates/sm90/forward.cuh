@@ -784,40 +784,39 @@ constexpr float kHighestSum = kConfig.element == Element::kBF16 ? 18446744073709
 // Writes lse and row_max of this thread's rows, of which `query` is the first, and finds what O is to be multiplied by:
 // 0 of a row without keys, whose O is 0 whatever it was. Whether a frozen sum is too high to stand.
 template <typename Block, typename Row>
-__device__ __forceinline__ bool finish_rows(const ForwardParams& params, const Job& job, int query, const Block& block,
-                                            const Row (&rows)[2], const RowState& state, float (&inverse)[2]) {
-  const cuda::ForwardParams& call = params.call;
-  const float factor = kIdentity ? call.score_scale : 1.0f;
+__device__ __forceinline__ bool finish_rows(const Warpgroup<Block, Row>& own, const Job& job, int query,
+                                            const RowState& state, float (&inverse)[2]) {
+  const cuda::ForwardParams& call = own.params.call;
   bool is_high = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = state.sum[r];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const float reference = state.reference[r] * factor;
+    const float reference = state.reference[r] * own.factor;
     bool empty = state.reference[r] == -kInfinity && sum == 0.0f;
     float shift = 0.0f;
     if constexpr (Mod::kHasShift) {
-      shift = Mod::shift(call.captured, block, rows[r]);
+      shift = Mod::shift(call.captured, own.block, own.rows[r]);
       empty |= shift == -kInfinity && sum == sum;
       // Infinite less itself: NaN spreads over the row.
       if (!empty) sum += shift - shift;
     }
     inverse[r] = empty ? 0.0f : cuda::reciprocal_approx(sum);
-    const int own = query + 8 * r;
-    if (own >= call.seqlen_q) continue;
+    const int row = query + 8 * r;
+    if (row >= call.seqlen_q) continue;
     is_high |= !(sum < kHighestSum);
     if (threadIdx.x % 4 != 0) continue;
     if (call.lse) {
       float log_sum;
       asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log_sum) : "f"(sum));
-      call.lse[job.b * call.lse_stride[0] + job.h * call.lse_stride[1] + own * call.lse_stride[2]] =
+      call.lse[job.b * call.lse_stride[0] + job.h * call.lse_stride[1] + row * call.lse_stride[2]] =
           empty ? -kInfinity : (reference + shift + log_sum) * kLn2;
     }
     if constexpr (!kConfig.frozen) {
       if (call.row_max) {
         const float max = reference + shift;
-        call.row_max[job.b * call.row_max_stride[0] + job.h * call.row_max_stride[1] + own * call.row_max_stride[2]] =
+        call.row_max[job.b * call.row_max_stride[0] + job.h * call.row_max_stride[1] + row * call.row_max_stride[2]] =
             empty                            ? -kInfinity
             : sum != sum && max != kInfinity ? sum
                                              : max * kLn2;
@@ -1027,7 +1026,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     // All of the warpgroup are done with Q: O may take its place.
     sync_threads(kOwnBarrier + warpgroup, 128);
     float inverse[2];  // 0 of a row without keys
-    const bool is_high = finish_rows(params, job, query, block, rows, state, inverse);
+    const bool is_high = finish_rows(own, job, query, state, inverse);
     const int existing_rows = query + 8 < call.seqlen_q ? 2 : query < call.seqlen_q ? 1 : 0;
     const bool is_finite = stage_output(o, inverse, existing_rows, shared + q_at(buffer, warpgroup), warp, lane);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
