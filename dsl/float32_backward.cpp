@@ -276,8 +276,8 @@ struct Float32Backward::State {
   }
 
   void score_row(const BackwardHead& head, std::int64_t row, Worker* worker) const;
-  void row(const BackwardHead& head, std::span<const double> k, std::int64_t row, Chunk* chunk, Worker* worker,
-           HeadGradients* result, Sums* dq);
+  void row(const BackwardHead& head, std::span<const double> k, double largest_v, std::int64_t row, Chunk* chunk,
+           Worker* worker, HeadGradients* result, Sums* dq);
 };
 
 namespace {
@@ -412,9 +412,9 @@ void Float32Backward::State::score_row(const BackwardHead& head, std::int64_t ro
   }
 }
 
-// `k`: with what is finite of the keys, for the product.
-void Float32Backward::State::row(const BackwardHead& head, std::span<const double> k, std::int64_t row, Chunk* chunk,
-                                 Worker* worker, HeadGradients* result, Sums* dq) {
+// `k`: with what is finite of the keys, for the product. `largest_v`: of the values, infinite where one is not finite.
+void Float32Backward::State::row(const BackwardHead& head, std::span<const double> k, double largest_v,
+                                 std::int64_t row, Chunk* chunk, Worker* worker, HeadGradients* result, Sums* dq) {
   const std::size_t keys = index_of(head.seqlen_kv), features = index_of(head.head_dim_v);
   Cell* const cells = &chunk->cells[index_of(row - chunk->begin) * keys];
   std::fill_n(cells, keys, Cell());
@@ -474,9 +474,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
     // Whatever P is in a row that float32 does not decide: o is a mean of its values, P and itself rounded, or the row
     // is NaN.
     if (decision.undecided) {
-      double largest = 0.0;
-      for (const double v : head.v) largest = std::max(largest, std::isfinite(v) ? std::fabs(v) : kInfinity);
-      const double rounded = largest * (1.0 + 4.0 * unit_roundoff(options.dtype));
+      const double rounded = largest_v * (1.0 + 4.0 * unit_roundoff(options.dtype));
       delta_is_number = !may_be_poisoned && rounded <= format_of(options.dtype).max;
     }
   }
@@ -645,6 +643,8 @@ HeadGradients Float32Backward::run(const BackwardHead& head) {
   spoil(&dk, keys, head.head_dim, unspecified_features(head.q, head.head_dim));
   spoil(&dv, keys, head.head_dim_v, unspecified_features(head.grad_out, head.head_dim_v));
   const std::vector<double> q = finite(head.q), k = finite(head.k), grad_out = finite(head.grad_out);
+  double largest_v = 0.0;
+  for (const double v : head.v) largest_v = std::max(largest_v, std::isfinite(v) ? std::fabs(v) : kInfinity);
 
   State::Chunk chunk;
   const std::int64_t chunk_rows =
@@ -655,7 +655,7 @@ HeadGradients Float32Backward::run(const BackwardHead& head) {
     chunk.end = std::min(chunk.begin + chunk_rows, rows);
     const std::int64_t count = chunk.end - chunk.begin;
     state.parallel(count, [&](std::int64_t task, State::Worker& worker) {
-      state.row(head, k, chunk.begin + task, &chunk, &worker, &result, &dq);
+      state.row(head, k, largest_v, chunk.begin + task, &chunk, &worker, &result, &dq);
     });
     state.parallel(keys, [&](std::int64_t j, State::Worker& worker) {
       struct Side {
