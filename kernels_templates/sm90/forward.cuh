@@ -26,11 +26,11 @@ constexpr int kOutputs = padded(kConfig.head_dim_v) / 2;  // elements of O
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 constexpr float kLn2 = 0.693147180559945309f;
 
-static_assert(kWarpgroups >= 2 && kWarpgroups <= 4 && kTileN % 16 == 0 && kTileN <= 256);
+static_assert(kWarpgroups >= (kConfig.ping_pong ? 2 : 1) && kWarpgroups <= 4 && kTileN % 16 == 0 && kTileN <= 256);
 
 // Registers of a thread, of the loading warpgroup and of the others; a block gets no more than it starts with.
-constexpr int kLoaderRegisters = kWarpgroups == 2 ? 40 : 32;
-constexpr int kComputeRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
+constexpr int kLoaderRegisters = kWarpgroups <= 2 ? 40 : 32;
+constexpr int kComputeRegisters = kWarpgroups <= 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
 
 template <bool kIs>
 struct Choice {
@@ -49,6 +49,10 @@ constexpr int kBarriersAt = kVAt + kStages * v_bytes(kConfig);
 // Of a warpgroup's part of the queries.
 constexpr int q_at(int buffer, int warpgroup) { return buffer * q_bytes(kConfig) + warpgroup * kQOfWarpgroup; }
 
+// Of a load of K, and the V beside it. Unsigned, so that they are a mask and a shift.
+constexpr int stage_of(int load) { return static_cast<int>(static_cast<unsigned>(load) % kStages); }
+constexpr int parity_of(int load) { return static_cast<int>(static_cast<unsigned>(load) / kStages % 2); }
+
 // Barriers, as bytes behind kBarriersAt; of stages and slots one behind the other.
 constexpr int kKFull = 0;
 constexpr int kKEmpty = kKFull + 8 * kStages;
@@ -58,26 +62,18 @@ constexpr int kQFull = kVEmpty + 8 * kStages;
 constexpr int kOFull = kQFull + 8 * kQBuffers;
 constexpr int kVerdictSlots = 4;
 constexpr int kJudged = kOFull + 8 * kQBuffers;
-constexpr int kJobFull = kJudged + 8 * kVerdictSlots;
-constexpr int kJobEmpty = kJobFull + 16;
-constexpr int kListSlots = 4;
-constexpr int kListFull = kJobEmpty + 16;
-constexpr int kListEmpty = kListFull + 8 * kListSlots;
+constexpr int kMessageSlots = 4;
+constexpr int kMessageFull = kJudged + 8 * kVerdictSlots;
+constexpr int kMessageEmpty = kMessageFull + 8 * kMessageSlots;
 // And what warps tell each other.
-constexpr int kJobs = (kListEmpty + 8 * kListSlots + 15) / 16 * 16;  // two, of eight words
-constexpr int kLists = kJobs + 64;                                   // of eight words
-constexpr int kVerdicts = kLists + 32 * kListSlots;                  // by slot and warpgroup: the tile to be done again
-                                                                     // and 1, or 0
-constexpr int kKeys = kVerdicts + 16 * kVerdictSlots;                // by stage: its tile of keys, see kSkipShift
-static_assert(kKeys + 4 * kStages <= kBarrierBytes);
+constexpr int kMessages = (kMessageEmpty + 8 * kMessageSlots + 15) / 16 * 16;
+constexpr int kMessageBytes = 64;
+// By slot and warpgroup: the tile to be done again and 1, or 0.
+constexpr int kVerdicts = kMessages + kMessageBytes * kMessageSlots;
+static_assert(kVerdicts + 16 * kVerdictSlots <= kBarrierBytes);
 
 __device__ __forceinline__ void store_shared(Address address, int x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-__device__ __forceinline__ int load_shared(Address address) {
-  int x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
 }
 
 // The same value in every lane, and known to be: what is computed from it, descriptors above all, stays in uniform
@@ -102,13 +98,14 @@ __device__ __forceinline__ void wait(Address barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// Whether a barrier's phase is complete.
-__device__ __forceinline__ bool is_complete(Address barrier, int parity) {
+// Whether a barrier's phase is complete, or becomes so within about as many nanoseconds.
+__device__ __forceinline__ bool is_complete(Address barrier, int parity, int within) {
   int result;
   asm volatile(
-      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.s32 %0, 1, 0, done;\n}"
+      "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2, %3;\n"
+      "selp.s32 %0, 1, 0, done;\n}"
       : "=r"(result)
-      : "r"(barrier), "r"(parity)
+      : "r"(barrier), "r"(parity), "r"(within)
       : "memory");
   return uniform(result) != 0;
 }
@@ -164,50 +161,76 @@ __device__ __forceinline__ void store_column(const TensorMap& map, Address from,
 
 // ---- Jobs
 
-// A job is a tile of queries of one head: first the steps over tiles of keys that need their mask or their end looked
-// at, then those that do not.
-struct Job {
+// A job is a tile of queries of one head, and the tiles of keys that some warpgroup needs. All are told of it in one
+// message or more, each of tiles that lie one behind the other.
+struct Message {
   int first_query;
   int h, b;
-  int tile;           // its number; kEnd: there is no more work
-  int partial, full;  // steps
+  int tile;           // the number of the tile of queries; kEnd: there is no more work
+  int n, count;       // tiles of keys: the number of the first, the others follow in the direction of the job
   bool again;         // the second time, exactly
   bool ascending;     // the keys go by in their order, else backwards
+  bool begins, ends;  // whether it is a job's first message, and last
 };
 constexpr int kEnd = -1;
 
-__device__ __forceinline__ void store_job(Address slot, const Job& job) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(job.first_query), "r"(job.h), "r"(job.b),
-               "r"(job.tile)
+// What the tiles of a message are to a warpgroup, a bit for each of the first 31 and one for all others: those that it
+// does not see, and those of which it need look at no mask, nor at the end of the keys. Beyond the last they are full.
+struct Kinds {
+  unsigned skipped, full;
+};
+
+__device__ __forceinline__ void store_message(Address slot, const Message& m) {
+  const int flags = (m.again ? 1 : 0) | (m.ascending ? 2 : 0) | (m.begins ? 4 : 0) | (m.ends ? 8 : 0);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(m.first_query), "r"(m.h), "r"(m.b),
+               "r"(m.tile)
                : "memory");
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot + 16), "r"(job.partial), "r"(job.full),
-               "r"(static_cast<int>(job.again)), "r"(static_cast<int>(job.ascending))
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot + 16), "r"(m.n), "r"(m.count), "r"(flags), "r"(0)
                : "memory");
 }
-// Eight words, in all lanes. The lane that will say that they may be written again reads for its warp.
-__device__ __forceinline__ void load_words(int (&words)[8], Address from) {
+__device__ __forceinline__ void store_kinds(Address slot, int warpgroup, const Kinds& kinds) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(slot + 32 + 8 * warpgroup), "r"(kinds.skipped), "r"(kinds.full)
+               : "memory");
+}
+// In all lanes. The lane that will say that it may be written again reads for its warp.
+__device__ __forceinline__ Message load_message(Address slot) {
+  int words[8] = {};
   if (threadIdx.x % 32 == 0) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(from)
+                 : "r"(slot)
                  : "memory");
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[4]), "=r"(words[5]), "=r"(words[6]), "=r"(words[7])
-                 : "r"(from + 16)
+                 : "r"(slot + 16)
                  : "memory");
   }
 #pragma unroll
   for (int& word : words) word = uniform(word);
+  const int flags = words[6];
+  return {words[0], words[1],         words[2],         words[3],         words[4],
+          words[5], (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0};
 }
-__device__ __forceinline__ Job load_job(Address slot) {
-  int words[8] = {};
-  load_words(words, slot);
-  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6] != 0, words[7] != 0};
+__device__ __forceinline__ Kinds load_kinds(Address slot, int warpgroup) {
+  int words[2] = {};
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(slot + 32 + 8 * warpgroup)
+                 : "memory");
+  }
+  return {static_cast<unsigned>(uniform(words[0])), static_cast<unsigned>(uniform(words[1]))};
 }
-
-// A tile of keys, its number, and the warpgroups that do not see it, as bits from kSkipShift on.
-constexpr int kSkipShift = 28;
-constexpr int kNumberMask = (1 << kSkipShift) - 1;
+__device__ __forceinline__ Address message_full(Address barriers, int number) {
+  return barriers + kMessageFull + 8 * (static_cast<unsigned>(number) % kMessageSlots);
+}
+__device__ __forceinline__ Address message_empty(Address barriers, int number) {
+  return barriers + kMessageEmpty + 8 * (static_cast<unsigned>(number) % kMessageSlots);
+}
+__device__ __forceinline__ Address message_at(Address barriers, int number) {
+  return barriers + kMessages + kMessageBytes * (static_cast<unsigned>(number) % kMessageSlots);
+}
+constexpr int message_parity(int number) { return static_cast<int>(static_cast<unsigned>(number) / kMessageSlots % 2); }
 
 // ---- The planning warp
 
@@ -222,9 +245,9 @@ __device__ __forceinline__ bool elected() {
 struct Planner {
   const ForwardParams& params;
   Address shared;
-  int jobs = 0;   // so far
-  int lists = 0;  // likewise
-  int round = 0;  // of the block's own tiles
+  int jobs = 0;      // so far
+  int messages = 0;  // likewise
+  int round = 0;     // of the block's own tiles
 
   __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
 
@@ -241,7 +264,7 @@ struct Planner {
   }
 
   // `rows` queries, or those of them that there are, and all keys.
-  __device__ __forceinline__ Tile whole_tile(const Job& job, int first_query, int rows) const {
+  __device__ __forceinline__ Tile whole_tile(const Message& job, int first_query, int rows) const {
     const cuda::ForwardParams& call = params.call;
     return {.b = job.b,
             .h_first = job.h,
@@ -252,67 +275,93 @@ struct Planner {
             .kv_last = call.kv_idx_origin + call.seqlen_kv - 1};
   }
 
-  // Of 32 tiles of keys from `first` on in the order of their use, of which the first `count` exist: those of each kind
-  // for the job, and those that a warpgroup's rows do not see.
-  struct Kinds {
-    unsigned partial, full;
-    unsigned skipped[4];
-  };
-  __device__ __forceinline__ Kinds kinds(const Job& job, int first, int count) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    // Also in lanes beyond the last tile: what is asked about exists.
-    const int number = min(lane, count - 1);
-    const int n = job.ascending ? first + number : first - number;
+  static constexpr int kFullShift = 4;
+  static constexpr unsigned kSkippedByAll = (1 << kWarpgroups) - 1;
+  static constexpr unsigned kFullForAll = kSkippedByAll << kFullShift;
+
+  // What tile `n` of keys is to the warpgroups: those that do not see it, a bit each, and from kFullShift on those to
+  // which it is full.
+  __device__ __forceinline__ unsigned look(const Message& job, int n) const {
     const bool whole = (n + 1) * kTileN <= params.call.seqlen_kv;
-    Kinds result = {};
-    bool some = !Mod::kHasMask, all = !Mod::kHasMask;
-    if constexpr (Mod::kHasMask) {
-      all = true;
+    unsigned kinds = 0;
 #pragma unroll
-      for (int w = 0; w < kWarpgroups; ++w) {
-        const int first_query = job.first_query + w * kRows;
-        TileKind kind = TileKind::kPartial;
-        if constexpr (Mod::kKnowsTiles) {
-          // A warpgroup without queries asks about the last one.
-          Tile tile = whole_tile(job, min(first_query, params.call.seqlen_q - 1), kRows);
-          tile.kv_first += n * kTileN;
-          tile.kv_last = tile.kv_first + kTileN - 1;
-          kind = Mod::tile_kind(params.call.captured, tile);
+    for (int w = 0; w < kWarpgroups; ++w) {
+      const int first_query = job.first_query + w * kRows;
+      const bool exists = first_query < params.call.seqlen_q;
+      // A warpgroup without queries asks about the last one.
+      Tile tile = whole_tile(job, min(first_query, params.call.seqlen_q - 1), kRows);
+      tile.kv_first += n * kTileN;
+      tile.kv_last = tile.kv_first + kTileN - 1;
+      const TileKind kind = Mod::tile_kind(params.call.captured, tile);
+      const bool skips = kind == TileKind::kSkip || !exists;
+      kinds |= static_cast<unsigned>(skips) << w;
+      kinds |= static_cast<unsigned>((kind == TileKind::kFull || !exists) && whole) << (kFullShift + w);
+    }
+    return kinds;
+  }
+
+  __device__ __forceinline__ Address slot() const { return message_at(shared + kBarriersAt, messages); }
+  __device__ __forceinline__ void await_slot() const {
+    wait(message_empty(shared + kBarriersAt, messages), message_parity(messages) ^ 1);
+  }
+  // Sends a message, whose kinds are in the slot already.
+  __device__ __forceinline__ void send(const Message& message) {
+    if (elected()) {
+      store_message(slot(), message);
+      arrive(message_full(shared + kBarriersAt, messages));
+    }
+    ++messages;
+  }
+
+  __device__ __forceinline__ void store_all(const Kinds& kinds) const {
+    if (!elected()) return;
+#pragma unroll
+    for (int w = 0; w < kWarpgroups; ++w) store_kinds(slot(), w, kinds);
+  }
+
+  // The tiles of keys of a job, of which it is asked what they are: all messages but the last, which is left in `job`.
+  __device__ __forceinline__ void ask(Message& job, int first, int count) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    bool may_grow = false;  // whether what comes behind the message is full
+#pragma unroll 1
+    for (int number = 0; number < count; number += 32) {
+      // Also in lanes beyond the last tile: what is asked about exists.
+      const int own = number + min(lane, count - number - 1);
+      const unsigned kinds = look(job, job.ascending ? first + own : first - own);
+      unsigned left = __ballot_sync(0xffffffffu, (kinds & kSkippedByAll) != kSkippedByAll && lane < count - number);
+      const unsigned full = __ballot_sync(0xffffffffu, (kinds & kFullForAll) == kFullForAll);
+#pragma unroll 1
+      while (left != 0) {
+        const int bit = __ffs(static_cast<int>(left)) - 1;
+        const unsigned run = left >> bit;
+        const int length = run == 0xffffffffu ? 32 : __ffs(static_cast<int>(~run)) - 1;
+        const unsigned beyond = length == 32 ? 0 : ~0u << length;
+        left = (run & beyond) << bit;
+        const int n = job.ascending ? first + number + bit : first - number - bit;
+        const bool is_next = n == (job.ascending ? job.n + job.count : job.n - job.count);
+        if (may_grow && is_next && (full >> bit | beyond) == 0xffffffffu) {
+          job.count += length;
+          continue;
         }
-        const bool exists = first_query < params.call.seqlen_q;
-        const bool skips = kind == TileKind::kSkip || !exists;
-        some |= !skips;
-        all &= kind == TileKind::kFull || !exists;
-        result.skipped[w] = __ballot_sync(0xffffffffu, skips);
+        if (job.count != 0) {
+          send(job);
+          job.begins = false;
+          await_slot();
+        }
+        job.n = n;
+        job.count = length;
+        unsigned last_is_full = 1;
+#pragma unroll
+        for (int w = 0; w < kWarpgroups; ++w) {
+          const unsigned skipped_by = __ballot_sync(0xffffffffu, (kinds >> w & 1) != 0);
+          const unsigned full_for = __ballot_sync(0xffffffffu, (kinds >> (kFullShift + w) & 1) != 0);
+          const Kinds of = {skipped_by >> bit & ~beyond, full_for >> bit | beyond};
+          last_is_full &= (of.full & ~of.skipped) >> 31;
+          if (elected()) store_kinds(slot(), w, of);
+        }
+        may_grow = last_is_full != 0;
       }
     }
-    some &= lane < count;
-    result.full = __ballot_sync(0xffffffffu, some && all && whole);
-    result.partial = __ballot_sync(0xffffffffu, some && !(all && whole));
-    return result;
-  }
-
-  __device__ __forceinline__ void send(const Job& job) {
-    const int slot = jobs % 2;
-    if (elected()) {
-      store_job(barrier(kJobs + 32 * slot), job);
-      arrive(barrier(kJobFull + 8 * slot));
-    }
-    ++jobs;
-  }
-
-  __device__ __forceinline__ void push(unsigned tiles, int first, const Kinds& kinds) {
-    const int slot = lists % kListSlots;
-    wait(barrier(kListEmpty + 8 * slot), lists / kListSlots % 2 ^ 1);
-    if (elected()) {
-      const Address to = barrier(kLists + 32 * slot);
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(tiles), "r"(first) : "memory");
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16), "r"(kinds.skipped[0]),
-                   "r"(kinds.skipped[1]), "r"(kinds.skipped[2]), "r"(kinds.skipped[3])
-                   : "memory");
-      arrive(barrier(kListFull + 8 * slot));
-    }
-    ++lists;
   }
 
   // The tile of a job if some warpgroup found its sums too high, once, or -1; as soon as all have ended the job.
@@ -358,49 +407,55 @@ struct Planner {
   // All jobs of this block, and again those whose sums ran too high.
   __device__ __forceinline__ void run() {
     const cuda::ForwardParams& call = params.call;
-    for (bool ends = false; !ends;) {
+#pragma unroll 1
+    while (true) {
       // Not before there is room: work is taken as late as may be.
-      wait(barrier(kJobEmpty + 8 * (jobs % 2)), jobs / 2 % 2 ^ 1);
-      Job job = {};
+      await_slot();
+      Message job = {};
+      job.begins = true;
       job.tile = next_tile(job.again);
-      int first = 0, count = 0;  // of the tiles of keys that may be looked at
-      ends = job.tile == kEnd;
-      if (!ends) {
-        const auto [head, m] = Mod::kHasMask ? masked_place(job.tile, params) : plain_place(job.tile, params);
-        job.b = quotient(head, params.by_heads);
-        job.h = head - job.b * call.num_heads;
-        job.first_query = m * kTileM;
-        int begin = 0, end = (call.seqlen_kv + kTileN - 1) / kTileN;
-        if constexpr (Mod::kKnowsRanges) {
-          const IndexRange range = Mod::kv_range(call.captured, whole_tile(job, job.first_query, kTileM));
-          const bool none = range.first > range.last;
-          begin = none ? 0 : (range.first - call.kv_idx_origin) / kTileN;
-          end = none ? 0 : (range.last - call.kv_idx_origin) / kTileN + 1;
-        }
-        if constexpr (Mod::kLinear) {
-          job.ascending = Mod::slope(call.captured, Mod::block(call.captured, job.b, job.h)) > 0.0f;
-        }
-        first = job.ascending ? begin : end - 1;
-        count = end - begin;
+      if (job.tile == kEnd) {
+        send(job);
+        break;
       }
-      // First the steps are counted, then come those that are partial, then those that are full.
-      Kinds of = {};
-#pragma unroll 1
-      for (int pass = 0; pass < 3; ++pass) {
-#pragma unroll 1
-        for (int number = 0; number < count; number += 32) {
-          const int first_of = job.ascending ? first + number : first - number;
-          // Of a single group it is known already.
-          if (pass == 0 || count > 32) of = kinds(job, first_of, count - number);
-          if (pass == 0) {
-            job.partial += __popc(of.partial);
-            job.full += __popc(of.full);
-          } else if (const unsigned tiles = pass == 1 ? of.partial : of.full; tiles != 0) {
-            push(tiles, first_of, of);
-          }
-        }
-        if (pass == 0) send(job);
+      const auto [head, m] = Mod::kHasMask ? masked_place(job.tile, params) : plain_place(job.tile, params);
+      job.b = quotient(head, params.by_heads);
+      job.h = head - job.b * call.num_heads;
+      job.first_query = m * kTileM;
+      int begin = 0, end = (call.seqlen_kv + kTileN - 1) / kTileN;
+      if constexpr (Mod::kKnowsRanges) {
+        const IndexRange range = Mod::kv_range(call.captured, whole_tile(job, job.first_query, kTileM));
+        const bool none = range.first > range.last;
+        begin = none ? 0 : (range.first - call.kv_idx_origin) / kTileN;
+        end = none ? 0 : (range.last - call.kv_idx_origin) / kTileN + 1;
       }
+      if constexpr (Mod::kLinear) {
+        job.ascending = Mod::slope(call.captured, Mod::block(call.captured, job.b, job.h)) > 0.0f;
+      }
+      if constexpr (Mod::kKnowsTiles) {
+        ask(job, job.ascending ? begin : end - 1, end - begin);
+      } else {
+        // The last tile of keys, if it is not a whole one, comes first or last.
+        const int cut = call.seqlen_kv % kTileN == 0 ? 0 : 1;
+        Kinds kinds = {0, Mod::kHasMask ? 0 : 0xffffffffu};
+        job.n = job.ascending ? 0 : end - 1;
+        job.count = end;
+        if (cut != 0 && !job.ascending) kinds.full &= ~1u;
+        if (cut != 0 && job.ascending && end > 1) {
+          job.count = end - 1;
+          store_all(kinds);
+          send(job);
+          job.begins = false;
+          await_slot();
+          job.n = end - 1;
+          job.count = 1;
+        }
+        if (cut != 0 && job.ascending) kinds.full = 0;
+        store_all(kinds);
+      }
+      job.ends = true;
+      send(job);
+      ++jobs;
     }
   }
 };
@@ -415,12 +470,10 @@ struct Loader {
 
   __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
 
-  // `word`: what the computing warps are told of the tile.
-  __device__ __forceinline__ void load_k(int b, int h_kv, int n, int word) {
-    const int stage = loads % kStages;
-    wait(barrier(kKEmpty + 8 * stage), loads / kStages % 2 ^ 1);
+  __device__ __forceinline__ void load_k(int b, int h_kv, int n) {
+    const int stage = stage_of(loads);
+    wait(barrier(kKEmpty + 8 * stage), parity_of(loads) ^ 1);
     if (elected()) {
-      store_shared(barrier(kKeys + 4 * stage), word);
       arrive_expecting(barrier(kKFull + 8 * stage), k_bytes(kConfig));
       load_tile<kQColumns>(shared + kKAt + stage * k_bytes(kConfig), params.k, barrier(kKFull + 8 * stage), kTileN,
                            n * kTileN, h_kv, b);
@@ -429,8 +482,8 @@ struct Loader {
   }
   // Beside the load of K number `load`.
   __device__ __forceinline__ void load_v(int b, int h_kv, int n, int load) {
-    const int stage = load % kStages;
-    wait(barrier(kVEmpty + 8 * stage), load / kStages % 2 ^ 1);
+    const int stage = stage_of(load);
+    wait(barrier(kVEmpty + 8 * stage), parity_of(load) ^ 1);
     if (elected()) {
       arrive_expecting(barrier(kVFull + 8 * stage), v_bytes(kConfig));
       load_tile<kVColumns>(shared + kVAt + stage * v_bytes(kConfig), params.v, barrier(kVFull + 8 * stage), kTileN,
@@ -439,40 +492,28 @@ struct Loader {
   }
 
   __device__ __forceinline__ void run() {
-    int lists = 0;
+    const Address barriers = shared + kBarriersAt;
+    int previous =
+        anew(-1);  // tile of the job, whose V is to come; else the loop is taken apart for what it starts with
 #pragma unroll 1
-    for (int jobs = 0;; ++jobs) {
-      wait(barrier(kJobFull + 8 * (jobs % 2)), jobs / 2 % 2);
-      const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
-      if (elected()) arrive(barrier(kJobEmpty + 8 * (jobs % 2)));
+    for (int messages = 0;; ++messages) {
+      wait(message_full(barriers, messages), message_parity(messages));
+      const Message job = load_message(message_at(barriers, messages));
+      if (elected()) arrive(message_empty(barriers, messages));
       if (job.tile == kEnd) break;
       const int h_kv = quotient(job.h, params.by_group);
-      int previous = anew(-1);  // else the loop is taken apart for what it starts with
-      for (int steps_left = job.partial + job.full; steps_left > 0;) {
-        const int slot = lists % kListSlots;
-        wait(barrier(kListFull + 8 * slot), lists / kListSlots % 2);
-        int list[8] = {};
-        load_words(list, barrier(kLists + 32 * slot));
-        if (elected()) arrive(barrier(kListEmpty + 8 * slot));
-        ++lists;
-        unsigned tiles = static_cast<unsigned>(list[0]);
-        steps_left -= __popc(tiles);
+      int n = job.n;
 #pragma unroll 1
-        while (tiles != 0) {
-          const int bit = __ffs(static_cast<int>(tiles)) - 1;
-          tiles &= tiles - 1;
-          const int n = job.ascending ? list[1] + bit : list[1] - bit;
-          int word = n;
-          if constexpr (Mod::kHasMask) {
-#pragma unroll
-            for (int w = 0; w < kWarpgroups; ++w) word |= (list[4 + w] >> bit & 1) << (kSkipShift + w);
-          }
-          load_k(job.b, h_kv, n, word);
-          if (previous >= 0) load_v(job.b, h_kv, previous, loads - 2);
-          previous = n;
-        }
+      for (int left = job.count; left > 0; --left) {
+        load_k(job.b, h_kv, n);
+        if (previous >= 0) load_v(job.b, h_kv, previous, loads - 2);
+        previous = n;
+        n += job.ascending ? 1 : -1;
       }
-      if (previous >= 0) load_v(job.b, h_kv, previous, loads - 1);
+      if (job.ends && previous >= 0) {
+        load_v(job.b, h_kv, previous, loads - 1);
+        previous = -1;
+      }
     }
   }
 };
@@ -484,13 +525,17 @@ struct Porter {
   const ForwardParams& params;
   Address shared;
 
+  // For an output, in nanoseconds, before it is looked whether there is a job: one is known long before its Q is
+  // needed.
+  static constexpr int kPatience = 1000;
+
   __device__ __forceinline__ Address barrier(int which) const { return shared + kBarriersAt + which; }
 
-  __device__ __forceinline__ void load_q(const Job& job, int jobs) const {
+  __device__ __forceinline__ void load_q(const Message& job, int jobs) const {
     const int buffer = jobs % kQBuffers;
     const Address full = barrier(kQFull + 8 * buffer);
     if (!elected()) return;
-    if (job.partial + job.full == 0) {
+    if (job.count == 0) {
       arrive(full);
       return;
     }
@@ -501,7 +546,7 @@ struct Porter {
     }
   }
   // When it returns, its memory is free.
-  __device__ __forceinline__ void store_o(const Job& job, int jobs) const {
+  __device__ __forceinline__ void store_o(const Message& job, int jobs) const {
     const int buffer = jobs % kQBuffers;
     wait(barrier(kOFull + 8 * buffer), jobs / kQBuffers % 2);
     if (!elected()) return;
@@ -520,26 +565,29 @@ struct Porter {
   }
 
   __device__ __forceinline__ void run() {
-    Job open[kQBuffers] = {};  // jobs whose output has not left, the oldest first
+    const Address barriers = shared + kBarriersAt;
+    Message open[kQBuffers] = {};  // jobs whose output has not left, the oldest first
     int count = 0;
-    const auto store_oldest = [&](int jobs) {
+    int jobs = 0;
+    const auto store_oldest = [&] {
       store_o(open[0], jobs - count);
 #pragma unroll
       for (int i = 1; i < kQBuffers; ++i) open[i - 1] = open[i];
       --count;
     };
 #pragma unroll 1
-    for (int jobs = 0;; ++jobs) {
-      const Address full = barrier(kJobFull + 8 * (jobs % 2));
+    for (int messages = 0;; ++messages) {
+      const Address full = message_full(barriers, messages);
       // Output leaves when there is nothing else to do, or its memory is needed.
-      while (count > 0 && !is_complete(full, jobs / 2 % 2)) {
+      while (count > 0 && !is_complete(full, message_parity(messages), 0)) {
         const int oldest = jobs - count;
-        if (is_complete(barrier(kOFull + 8 * (oldest % kQBuffers)), oldest / kQBuffers % 2)) store_oldest(jobs);
+        if (is_complete(barrier(kOFull + 8 * (oldest % kQBuffers)), oldest / kQBuffers % 2, kPatience)) store_oldest();
       }
-      wait(full, jobs / 2 % 2);
-      const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
-      if (elected()) arrive(barrier(kJobEmpty + 8 * (jobs % 2)));
-      while (count > (job.tile == kEnd ? 0 : kQBuffers - 1)) store_oldest(jobs);
+      wait(full, message_parity(messages));
+      const Message job = load_message(message_at(barriers, messages));
+      if (elected()) arrive(message_empty(barriers, messages));
+      if (!job.begins) continue;
+      while (count > (job.tile == kEnd ? 0 : kQBuffers - 1)) store_oldest();
       if (job.tile == kEnd) break;
       load_q(job, jobs);
 #pragma unroll
@@ -547,6 +595,7 @@ struct Porter {
         if (i == count) open[i] = job;
       }
       ++count;
+      ++jobs;
     }
   }
 };
@@ -784,7 +833,7 @@ constexpr float kHighestSum = kConfig.element == Element::kBF16 ? 18446744073709
 // Writes lse and row_max of this thread's rows, of which `query` is the first, and finds what O is to be multiplied by:
 // 0 of a row without keys, whose O is 0 whatever it was. Whether a frozen sum is too high to stand.
 template <typename Block, typename Row>
-__device__ __forceinline__ bool finish_rows(const Warpgroup<Block, Row>& own, const Job& job, int query,
+__device__ __forceinline__ bool finish_rows(const Warpgroup<Block, Row>& own, const Message& job, int query,
                                             const RowState& state, float (&inverse)[2]) {
   const cuda::ForwardParams& call = own.params.call;
   bool is_high = false;
@@ -887,13 +936,17 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   };
   if (kConfig.ping_pong && warpgroup == 0) arrive_threads(kTurnBarrier, 256);
 
-  const auto word_of = [&](int stage) {
-    // The lane that will say that the stage may be written again reads for its warp.
-    int word = 0;
-    if (lane == 0) word = load_shared(barrier(kKeys + 4 * stage));
-    return uniform(word);
+  int messages = 0;  // so far
+  Kinds kinds = {};  // of the last
+  const auto next_message = [&] {
+    wait(message_full(shared + kBarriersAt, messages), message_parity(messages));
+    const Address slot = message_at(shared + kBarriersAt, messages);
+    const Message message = load_message(slot);
+    kinds = load_kinds(slot, warpgroup);
+    release(message_empty(shared + kBarriersAt, messages));
+    ++messages;
+    return message;
   };
-  const auto keys_of = [&](int stage) { return word_of(stage) & kNumberMask; };
 
   int load = 0;  // of K: the number of the next step's
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
@@ -905,9 +958,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 
 #pragma unroll 1
   for (int jobs = 0;; ++jobs) {
-    wait(barrier(kJobFull + 8 * (jobs % 2)), jobs / 2 % 2);
-    const Job job = load_job(barrier(kJobs + 32 * (jobs % 2)));
-    release(barrier(kJobEmpty + 8 * (jobs % 2)));
+    const Message job = next_message();
     if (job.tile == kEnd) break;
     const int buffer = jobs % kQBuffers;
     const bool exact = always_exact || job.again;
@@ -931,50 +982,39 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 
     wait(barrier(kQFull + 8 * buffer), jobs / kQBuffers % 2);
     const unsigned long long q = descriptor(q_at(buffer, warpgroup), 16);
-    const int partial_end = load + job.partial;
-    const int end = partial_end + job.full;
+    bool pending = anew(0) != 0;  // whether P of the step before waits for its V; else the loop is taken apart for it
     // All warpgroups begin at once, and take turns from the second step on, also at steps that they leave out.
     bool takes_turn = false;
-    // Tiles of keys that this warpgroup's part of the queries does not see, as long as nothing is under way.
-    if constexpr (Mod::kKnowsTiles) {
-#pragma unroll 1
-      for (; load < partial_end; ++load) {
-        const int stage = load % kStages;
-        const int parity = load / kStages % 2;
-        wait(barrier(kKFull + 8 * stage), parity);
-        if ((word_of(stage) >> (kSkipShift + warpgroup) & 1) == 0) break;
-        if (takes_turn) {
-          await_turn();
-          pass_turn();
-        }
-        takes_turn = true;
-        release(barrier(kKEmpty + 8 * stage));
-        wait(barrier(kVFull + 8 * stage), parity);
-        release(barrier(kVEmpty + 8 * stage));
-      }
-    }
-    bool is_first = anew(1) != 0;  // else the loop is taken apart for it
+    int begin = load;  // of the message's steps
+    int end = load + job.count;
+    bool ends = job.ends;
+    // The number of the tile of keys of step 0, if all steps were of this message.
+    int n_of_load_0 = job.ascending ? job.n - load : job.n + load;
+    // Whether a row of this thread has met no key yet that its mask keeps.
+    const auto is_unset = [&] {
+      return (state.reference[0] == -kInfinity && query < call.seqlen_q) ||
+             (state.reference[1] == -kInfinity && query + 8 < call.seqlen_q);
+    };
 
     // S of a tile of keys beside O of the one before, if there is one.
     const auto advance = [&](auto is_exact) {
       constexpr bool kExact = decltype(is_exact)::kValue;
-      const bool has_v = !kExact || !is_first;
-      const bool in_turn =
-          !kExact || (Mod::kKnowsTiles ? takes_turn : !is_first);  // the same where nothing is left out
-      const int before = (load - 1) % kStages;
-      const int stage = load % kStages;
-      wait(barrier(kKFull + 8 * stage), load / kStages % 2);
+      const bool has_v = !kExact || pending;
+      const bool in_turn = !kExact || (Mod::kKnowsTiles ? takes_turn : pending);  // the same where nothing is left out
+      const int before = stage_of(load - 1);
+      const int stage = stage_of(load);
+      wait(barrier(kKFull + 8 * stage), parity_of(load));
       if (in_turn) await_turn();
       multiply_qk(s, q, descriptor(k_at(stage), 16));
       if (has_v) {
-        wait(barrier(kVFull + 8 * before), (load - 1) / kStages % 2);
+        wait(barrier(kVFull + 8 * before), parity_of(load - 1));
         multiply_pv(o, p, descriptor(v_at(before), kTileN * 128));
       } else {
         multiply_nothing();
       }
       if (in_turn) pass_turn();
       typename Own::Keys keys = {};
-      if constexpr (kExact || !kIdentity) keys = own.keys(keys_of(stage));
+      if constexpr (kExact || !kIdentity) keys = own.keys(job.ascending ? n_of_load_0 + load : n_of_load_0 - load);
       wait_for_scores(s);
       release(barrier(kKEmpty + 8 * stage));
       float rescale[2];
@@ -990,39 +1030,70 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
       }
-      is_first = false;
+      pending = true;
       takes_turn = true;
       pack_all(p, s);
       ++load;
     };
+    // O of the step before, alone.
+    const auto catch_up = [&] {
+      const int before = stage_of(load - 1);
+      wait(barrier(kVFull + 8 * before), parity_of(load - 1));
+      multiply_pv(o, p, descriptor(v_at(before), kTileN * 128));
+      wait_for_output(o);
+      release(barrier(kVEmpty + 8 * before));
+      pending = false;
+    };
 
-    if constexpr (kConfig.frozen) {
-      // A linear term may leave the tiles before behind by any amount: one step more shows where it starts.
-      int exact_end = min(exact ? end : max(load + 1, partial_end + (Mod::kLinear ? 1 : 0)), end);
+    bool settled = false;  // whether all rows have a reference, as after a step without a mask
 #pragma unroll 1
-      while (true) {
-#pragma unroll 1
-        while (load < exact_end) advance(Choice<true>());
-        if (!Mod::kHasMask || load >= end) break;
-        const bool unset = (state.reference[0] == -kInfinity && query < call.seqlen_q) ||
-                           (state.reference[1] == -kInfinity && query + 8 < call.seqlen_q);
-        if (!any_of_warpgroup(warpgroup, unset)) break;
-        exact_end = load + 1;
+    while (true) {
+      if (load >= end) {
+        if (ends) break;
+        const Message next = next_message();
+        begin = load;
+        end = load + next.count;
+        ends = next.ends;
+        n_of_load_0 = job.ascending ? next.n - load : next.n + load;
+      }
+      const int bit = min(load - begin, 31);
+      const unsigned skipped = kinds.skipped >> bit;
+      if (Mod::kKnowsTiles && (skipped & 1) != 0) {
+        if (pending) catch_up();
+        const int stage = stage_of(load);
+        const int parity = parity_of(load);
+        wait(barrier(kKFull + 8 * stage), parity);
+        if (takes_turn) {
+          await_turn();
+          pass_turn();
+        }
+        takes_turn = true;
+        release(barrier(kKEmpty + 8 * stage));
+        wait(barrier(kVFull + 8 * stage), parity);
+        release(barrier(kVEmpty + 8 * stage));
+        ++load;
+        continue;
+      }
+      // As far as tiles are of one kind.
+      const bool masked = (kinds.full >> bit & 1) == 0;
+      const unsigned others = (masked ? kinds.full : ~kinds.full) >> bit | skipped;
+      const int same_end = others == 0 ? end : min(end, load + __ffs(static_cast<int>(others)) - 1);
+      int exact_end = same_end;
+      if constexpr (kConfig.frozen) {
+        if (!masked && !exact) {
+          if (Mod::kHasMask && pending && !settled) settled = !any_of_warpgroup(warpgroup, is_unset());
+          exact_end = settled && pending ? load : load + 1;
+        }
+        settled |= !masked || !Mod::kHasMask;
       }
 #pragma unroll 1
-      while (load < end) advance(Choice<false>());
-    } else {
+      while (load < exact_end) advance(Choice<true>());
+      if constexpr (kConfig.frozen) {
 #pragma unroll 1
-      while (load < end) advance(Choice<true>());
+        while (load < same_end) advance(Choice<false>());
+      }
     }
-
-    if (!is_first) {
-      const int stage = (load - 1) % kStages;
-      wait(barrier(kVFull + 8 * stage), (load - 1) / kStages % 2);
-      multiply_pv(o, p, descriptor(v_at(stage), kTileN * 128));
-      wait_for_output(o);
-      release(barrier(kVEmpty + 8 * stage));
-    }
+    if (pending) catch_up();
     // All of the warpgroup are done with Q: O may take its place.
     sync_threads(kOwnBarrier + warpgroup, 128);
     float inverse[2];  // 0 of a row without keys
@@ -1072,13 +1143,9 @@ extern "C" __global__ void __launch_bounds__(attnjit::sm90::kThreads, 1)
       init(barriers + kOFull + 8 * buffer, kWarps);
     }
     for (int slot = 0; slot < kVerdictSlots; ++slot) init(barriers + kJudged + 8 * slot, kWarpgroups);
-    for (int slot = 0; slot < 2; ++slot) {
-      init(barriers + kJobFull + 8 * slot, 1);
-      init(barriers + kJobEmpty + 8 * slot, kWarps + 2);
-    }
-    for (int slot = 0; slot < kListSlots; ++slot) {
-      init(barriers + kListFull + 8 * slot, 1);
-      init(barriers + kListEmpty + 8 * slot, 1);
+    for (int slot = 0; slot < kMessageSlots; ++slot) {
+      init(barriers + kMessageFull + 8 * slot, 1);
+      init(barriers + kMessageEmpty + 8 * slot, kWarps + 2);
     }
     for (int i = 0; i < 4 * kVerdictSlots; ++i) store_shared(barriers + kVerdicts + 4 * i, 0);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
