@@ -27,7 +27,7 @@ struct Tiling {
   int warpgroups, tile_n, stages;
   int q_buffers;
   bool busy_mask = true, dense_mask = true;  // whether such a mod finds registers: Sm90Problem
-  bool for_arithmetic = false;               // only for what Sm90Problem::arithmetic says, and long sequences
+  bool hides_work = false;                   // only for mods that have some, and sequences that fill its tiles
 };
 
 // By rising head_dim, and of one head_dim the best first: the first that fits and serves is taken, or a smaller tile of
@@ -36,11 +36,21 @@ struct Tiling {
 constexpr Tiling kTilings[] = {
     {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .q_buffers = 2, .busy_mask = false},
     {.head_dim = 64, .warpgroups = 2, .tile_n = 64, .stages = 4, .q_buffers = 2},
-    // Three warpgroups hide a mod's arithmetic that two do not.
-    {.head_dim = 128, .warpgroups = 3, .tile_n = 80, .stages = 3, .q_buffers = 2, .for_arithmetic = true},
+    {.head_dim = 64, .warpgroups = 1, .tile_n = 64, .stages = 4, .q_buffers = 2},
+    // Three warpgroups hide what two do not: a mod's arithmetic, and masks that are looked at element by element.
+    {.head_dim = 128,
+     .warpgroups = 3,
+     .tile_n = 80,
+     .stages = 3,
+     .q_buffers = 2,
+     .busy_mask = false,
+     .dense_mask = false,
+     .hides_work = true},
     {.head_dim = 128, .warpgroups = 2, .tile_n = 128, .stages = 2, .q_buffers = 2, .dense_mask = false},
     {.head_dim = 128, .warpgroups = 2, .tile_n = 112, .stages = 2, .q_buffers = 2},
+    {.head_dim = 128, .warpgroups = 1, .tile_n = 64, .stages = 3, .q_buffers = 2},
     {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .q_buffers = 1},
+    {.head_dim = 192, .warpgroups = 1, .tile_n = 96, .stages = 2, .q_buffers = 1},
     {.head_dim = 256, .warpgroups = 2, .tile_n = 64, .stages = 2, .q_buffers = 1},
 };
 
@@ -54,7 +64,7 @@ int accumulators(const sm90::ForwardConfig& config) {
 }
 
 // How many they may be for all else to find room in what setmaxnreg leaves a thread: 232, 160 or 112.
-int max_accumulators(int warpgroups) { return warpgroups == 2 ? 200 : warpgroups == 3 ? 128 : 88; }
+int max_accumulators(int warpgroups) { return warpgroups <= 2 ? 200 : warpgroups == 3 ? 128 : 88; }
 
 // A reference that stays where it is does for scores that do not rise without bound along the keys, and gives no
 // row_max. f16 holds probabilities up to 65504 beside it, and so does the check on their sum: of long rows it would
@@ -82,7 +92,8 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
   int bracket = 0;  // the smallest one that holds the head dim
   for (const Tiling& row : kTilings) {
     if (row.head_dim < head_dim || (bracket != 0 && row.head_dim != bracket)) continue;
-    if (row.for_arithmetic && !(problem.arithmetic && wastes_little(problem.seqlen_q, row.warpgroups))) continue;
+    const bool has_work = problem.arithmetic || problem.summarised;
+    if (row.hides_work && !(has_work && wastes_little(problem.seqlen_q, row.warpgroups))) continue;
     if ((problem.has_busy_mask && !row.busy_mask) || (problem.has_dense_mask && !row.dense_mask)) continue;
     const sm90::ForwardConfig config{.element = problem.element,
                                      .head_dim = problem.head_dim,
@@ -93,7 +104,7 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      .q_buffers = row.q_buffers,
                                      // Of documents, whose tiles are of use to some warpgroups only, four waited
                                      // for their turns more than they gained.
-                                     .ping_pong = !(row.warpgroups == 4 && problem.summarised),
+                                     .ping_pong = row.warpgroups > 1 && !(row.warpgroups == 4 && problem.summarised),
                                      .frozen = freezes(problem),
                                      .fma_exponentials = row.head_dim == 64 && problem.nonlinear ? 1 : 0};
     if (!fits(config, problem)) continue;
@@ -305,10 +316,14 @@ FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config,
 
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
   std::optional<sm90::ForwardConfig> found;
-  // A mask's tiles are of different lengths: one of each multiprocessor is too few to even that out.
+  // Whether multiprocessors are without work that smaller tiles would give them. A mask's tiles are of different
+  // lengths: one of each multiprocessor is too few to even that out. A warpgroup alone takes two thirds of the time of
+  // two: that has to leave each multiprocessor with one tile at most, or with a mask and many features hardly more.
   const auto idles = [&](const sm90::ForwardConfig& config) {
     const std::int64_t tiles = query_tiles(problem.heads, problem.seqlen_q, sm90::tile_m(config));
-    return problem.has_mask ? tiles < problem.num_sms : 4 * tiles < 3 * problem.num_sms;
+    if (config.warpgroups > 2) return problem.has_mask ? tiles < problem.num_sms : 4 * tiles < 3 * problem.num_sms;
+    const bool many_features = std::max(problem.head_dim, problem.head_dim_v) > 64;
+    return problem.has_mask && many_features ? tiles < problem.num_sms : 2 * tiles <= problem.num_sms;
   };
   for (const sm90::ForwardConfig& config : serving_configs(problem)) {
     if (!found || (config.warpgroups < found->warpgroups && idles(*found))) found = config;
@@ -358,13 +373,14 @@ std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
   };
   for (const sm90::ForwardConfig& config : serving_configs(problem)) add(config);
   sm90::ForwardConfig neighbour = *chosen;
-  neighbour.ping_pong = !chosen->ping_pong;
+  neighbour.ping_pong = !chosen->ping_pong && chosen->warpgroups > 1;
   add(neighbour);
   // Another number of warpgroups has the longest steps that they leave room for.
   for (const int warpgroups : {chosen->warpgroups + 1, chosen->warpgroups - 1}) {
-    if (warpgroups < 2 || warpgroups > 4) continue;
+    if (warpgroups < 1 || warpgroups > 4) continue;
     neighbour = *chosen;
     neighbour.warpgroups = warpgroups;
+    neighbour.ping_pong = warpgroups > 1;
     while (neighbour.tile_n > 32 && !possible(neighbour)) neighbour.tile_n -= 16;
     add(neighbour);
   }

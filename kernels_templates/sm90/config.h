@@ -10,11 +10,11 @@ struct ForwardConfig {
   Element element = Element::kBF16;
   int head_dim = 128;     // of q and k, as the problem has it; padded in shared memory
   int head_dim_v = 128;   // of v and o
-  int warpgroups = 2;     // that compute, 64 queries each: 2, 3 or 4; one more plans, loads and stores
+  int warpgroups = 2;     // that compute, 64 queries each: 1 to 4; one more plans, loads and stores
   int tile_n = 128;       // keys of one step; a multiple of 16, at most 256
   int stages = 2;         // buffers for K and for V each
   int q_buffers = 2;      // for Q, and then O: with two the next Q comes meanwhile
-  bool ping_pong = true;  // warpgroups take turns at the tensor cores
+  bool ping_pong = true;  // warpgroups, two or more, take turns at the tensor cores
   // The reference of the exponentials stays where the first steps put it, and a tile whose sums run too high is done
   // again; else it is the running maximum. Without it row_max is exact, and only then.
   bool frozen = true;

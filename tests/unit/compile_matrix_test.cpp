@@ -262,7 +262,7 @@ constexpr const char* kCausalAlibi = "where(q_idx >= kv_idx, score + alibi_slope
 constexpr const char* kCausalDense = "where(q_idx >= kv_idx, score + dense[h, q_idx, kv_idx], -inf)";
 constexpr const char* kClampedRead = "score + table[h, q_idx - kv_idx]";
 
-// Every row of the table: many heads fill the multiprocessors, one takes the smaller tiles.
+// Every row of the table: many heads fill the multiprocessors, few take smaller tiles.
 std::vector<Compiled> sm90_cases(std::initializer_list<const char*> expressions,
                                  std::initializer_list<std::array<int, 2>> head_dims,
                                  std::initializer_list<bool> exact) {
@@ -270,14 +270,14 @@ std::vector<Compiled> sm90_cases(std::initializer_list<const char*> expressions,
   for (const char* expression : expressions)
     for (const auto& [head_dim, head_dim_v] : head_dims)
       for (const bool has_row_max : exact)
-        for (const std::int64_t heads : {256, 1}) {
+        for (const std::int64_t heads : {256, 4, 1}) {
           const sm90::Element element = kHalves[all.size() % 2];
           Compiled added = sm90_case(expression, {.element = element,
                                                   .head_dim = head_dim,
                                                   .head_dim_v = head_dim_v,
                                                   .heads = heads,
                                                   .has_row_max = has_row_max});
-          if (heads > 1 || added.warpgroups != all.back().warpgroups) all.push_back(std::move(added));
+          if (heads == 256 || added.warpgroups != all.back().warpgroups) all.push_back(std::move(added));
         }
   return all;
 }
