@@ -79,6 +79,47 @@ constexpr TilePlace masked_place(int number, const ForwardParams& params) {
   return {(section - row) * params.section + rest, params.m_tiles - 1 - row};
 }
 
+// What tiles of keys that lie one behind the other are to a warpgroup: a bit for each of the first 31, and one for all
+// others. Beyond the last they are full.
+struct Kinds {
+  unsigned skipped;  // it does not see the tile
+  unsigned full;     // it need look at no mask, nor at the end of the keys
+};
+
+// Zeros below the lowest one; 32 where there is none.
+constexpr int lowest_one(unsigned bits) {
+#ifdef __CUDA_ARCH__
+  return bits == 0 ? 32 : __ffs(static_cast<int>(bits)) - 1;
+#else
+  return bits == 0 ? 32 : __builtin_ctz(bits);
+#endif
+}
+constexpr unsigned ones_from(int bit) { return bit >= 32 ? 0 : ~0u << bit; }
+
+// Ones side by side.
+struct BitRun {
+  int first, length;
+};
+// The lowest one of `bits` and those above it.
+constexpr BitRun lowest_run(unsigned bits) {
+  const int first = lowest_one(bits);
+  return {first, lowest_one(~(bits >> first))};
+}
+// Of the tiles of `run` alone, of 32.
+constexpr Kinds cut_out(const Kinds& of_32, const BitRun& run) {
+  return {of_32.skipped >> run.first & ~ones_from(run.length), of_32.full >> run.first | ones_from(run.length)};
+}
+// How many of the tiles from `number` on are of one kind, of `count` in all; one where it is skipped.
+constexpr int same_from(const Kinds& kinds, int number, int count) {
+  const int bit = number < 31 ? number : 31;
+  const unsigned skipped = kinds.skipped >> bit, full = kinds.full >> bit;
+  if ((skipped & 1) != 0) return 1;
+  const unsigned others = ((full & 1) != 0 ? ~kinds.full >> bit : full) | skipped;
+  const int left = count - number;
+  // Without another kind the last bit's goes on.
+  return others == 0 || lowest_one(others) > left ? left : lowest_one(others);
+}
+
 constexpr int kRowsOfWarpgroup = 64;
 constexpr int tile_m(const ForwardConfig& c) { return kRowsOfWarpgroup * c.warpgroups; }
 constexpr int threads(const ForwardConfig& c) { return 128 * (c.warpgroups + 1); }

@@ -1,6 +1,6 @@
-// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that plans, loads and stores and several that compute.
-// Compiled behind cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products that the
-// compiler writes for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
+// The forward kernel of Hopper: TMA loads, wgmma, one warpgroup that plans, loads and stores and one or more that
+// compute. Compiled behind cuda/params.h, sm90/config.h, the emitted Mod in its folded form, kConfig and the products
+// that the compiler writes for it: multiply_qk, multiply_pv, wait_for_scores, wait_for_all.
 //
 // docs/sm90.md explains roles, barriers and what was tried.
 namespace attnjit::sm90 {
@@ -29,7 +29,7 @@ constexpr float kLn2 = 0.693147180559945309f;
 static_assert(kWarpgroups >= (kConfig.ping_pong ? 2 : 1) && kWarpgroups <= 4 && kTileN % 16 == 0 && kTileN <= 256);
 
 // Registers of a thread, of the loading warpgroup and of the others; a block gets no more than it starts with.
-constexpr int kLoaderRegisters = kWarpgroups <= 2 ? 40 : 32;
+constexpr int kLoaderRegisters = kWarpgroups == 1 ? 96 : kWarpgroups == 2 ? 40 : 32;
 constexpr int kComputeRegisters = kWarpgroups <= 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
 
 template <bool kIs>
@@ -49,7 +49,7 @@ constexpr int kBarriersAt = kVAt + kStages * v_bytes(kConfig);
 // Of a warpgroup's part of the queries.
 constexpr int q_at(int buffer, int warpgroup) { return buffer * q_bytes(kConfig) + warpgroup * kQOfWarpgroup; }
 
-// Of a load of K, and the V beside it. Unsigned, so that they are a mask and a shift.
+// Of a load of K, and the V beside it. Unsigned, which takes fewer instructions.
 constexpr int stage_of(int load) { return static_cast<int>(static_cast<unsigned>(load) % kStages); }
 constexpr int parity_of(int load) { return static_cast<int>(static_cast<unsigned>(load) / kStages % 2); }
 
@@ -62,7 +62,9 @@ constexpr int kQFull = kVEmpty + 8 * kStages;
 constexpr int kOFull = kQFull + 8 * kQBuffers;
 constexpr int kVerdictSlots = 4;
 constexpr int kJudged = kOFull + 8 * kQBuffers;
-constexpr int kMessageSlots = 4;
+// A tile is taken no earlier than it has to be: where no verdict is waited for, only the slots hold the planning warp
+// back.
+constexpr int kMessageSlots = kConfig.frozen ? 4 : 2;
 constexpr int kMessageFull = kJudged + 8 * kVerdictSlots;
 constexpr int kMessageEmpty = kMessageFull + 8 * kMessageSlots;
 // And what warps tell each other.
@@ -173,12 +175,6 @@ struct Message {
   bool begins, ends;  // whether it is a job's first message, and last
 };
 constexpr int kEnd = -1;
-
-// What the tiles of a message are to a warpgroup, a bit for each of the first 31 and one for all others: those that it
-// does not see, and those of which it need look at no mask, nor at the end of the keys. Beyond the last they are full.
-struct Kinds {
-  unsigned skipped, full;
-};
 
 __device__ __forceinline__ void store_message(Address slot, const Message& m) {
   const int flags = (m.again ? 1 : 0) | (m.ascending ? 2 : 0) | (m.begins ? 4 : 0) | (m.ends ? 8 : 0);
@@ -332,15 +328,12 @@ struct Planner {
       const unsigned full = __ballot_sync(0xffffffffu, (kinds & kFullForAll) == kFullForAll);
 #pragma unroll 1
       while (left != 0) {
-        const int bit = __ffs(static_cast<int>(left)) - 1;
-        const unsigned run = left >> bit;
-        const int length = run == 0xffffffffu ? 32 : __ffs(static_cast<int>(~run)) - 1;
-        const unsigned beyond = length == 32 ? 0 : ~0u << length;
-        left = (run & beyond) << bit;
-        const int n = job.ascending ? first + number + bit : first - number - bit;
+        const BitRun run = lowest_run(left);
+        left &= ones_from(run.first + run.length);
+        const int n = job.ascending ? first + number + run.first : first - number - run.first;
         const bool is_next = n == (job.ascending ? job.n + job.count : job.n - job.count);
-        if (may_grow && is_next && (full >> bit | beyond) == 0xffffffffu) {
-          job.count += length;
+        if (may_grow && is_next && cut_out({0, full}, run).full == ~0u) {
+          job.count += run.length;
           continue;
         }
         if (job.count != 0) {
@@ -349,17 +342,16 @@ struct Planner {
           await_slot();
         }
         job.n = n;
-        job.count = length;
-        unsigned last_is_full = 1;
+        job.count = run.length;
+        may_grow = true;
 #pragma unroll
         for (int w = 0; w < kWarpgroups; ++w) {
-          const unsigned skipped_by = __ballot_sync(0xffffffffu, (kinds >> w & 1) != 0);
-          const unsigned full_for = __ballot_sync(0xffffffffu, (kinds >> (kFullShift + w) & 1) != 0);
-          const Kinds of = {skipped_by >> bit & ~beyond, full_for >> bit | beyond};
-          last_is_full &= (of.full & ~of.skipped) >> 31;
+          const Kinds of = cut_out({__ballot_sync(0xffffffffu, (kinds >> w & 1) != 0),
+                                    __ballot_sync(0xffffffffu, (kinds >> (kFullShift + w) & 1) != 0)},
+                                   run);
+          may_grow &= (of.full & ~of.skipped) >> 31 != 0;
           if (elected()) store_kinds(slot(), w, of);
         }
-        may_grow = last_is_full != 0;
       }
     }
   }
@@ -435,8 +427,8 @@ struct Planner {
       if constexpr (Mod::kKnowsTiles) {
         ask(job, job.ascending ? begin : end - 1, end - begin);
       } else {
-        // The last tile of keys, if it is not a whole one, comes first or last.
-        const int cut = call.seqlen_kv % kTileN == 0 ? 0 : 1;
+        // The last tile of keys, if it is not a whole one, comes first or last. A mask is looked at in any case.
+        const int cut = Mod::kHasMask || call.seqlen_kv % kTileN == 0 ? 0 : 1;
         Kinds kinds = {0, Mod::kHasMask ? 0 : 0xffffffffu};
         job.n = job.ascending ? 0 : end - 1;
         job.count = end;
@@ -493,8 +485,8 @@ struct Loader {
 
   __device__ __forceinline__ void run() {
     const Address barriers = shared + kBarriersAt;
-    int previous =
-        anew(-1);  // tile of the job, whose V is to come; else the loop is taken apart for what it starts with
+    // The tile whose V is to come, of the job. Hidden, else the loop is taken apart for what it starts with.
+    int previous = anew(-1);
 #pragma unroll 1
     for (int messages = 0;; ++messages) {
       wait(message_full(barriers, messages), message_parity(messages));
@@ -608,6 +600,9 @@ struct Porter {
 // Where the mod leaves the scores as they are, the scale is applied inside the exponential, in one fused operation. It
 // is positive, so that the maximum of the products is that of the scores.
 constexpr bool kIdentity = Mod::kIdentity;
+
+// Captured values may be -inf, and leave rows without a reference that no mask drops.
+constexpr bool kMayEmptyRows = !kIdentity && !Mod::kLinear && Mod::kReadsCaptured;
 
 // 2^x without the special function unit: 2^floor(x) by the exponent's bits, the rest by a polynomial (minimax on [0,
 // 1), relative error 2^-23). Above 2^127 it is that, below 2^-126 that, and of NaN the largest float: the sum then is
@@ -879,6 +874,8 @@ __device__ __forceinline__ bool finish_rows(const Warpgroup<Block, Row>& own, co
 __device__ __forceinline__ bool stage_output(const float (&o)[kOutputs], const float (&inverse)[2], int existing_rows,
                                              Address tile, int warp, int lane) {
   const Address row = tile + (warp * 16 + lane % 16) * 128;
+  // What V has that is not finite stays out of rows without keys.
+  const unsigned kept[2] = {inverse[0] == 0.0f ? 0 : ~0u, inverse[1] == 0.0f ? 0 : ~0u};
   unsigned largest[2] = {};
 #pragma unroll
   for (int i = 0; i < kOutputs / 8; ++i) {
@@ -886,8 +883,7 @@ __device__ __forceinline__ bool stage_output(const float (&o)[kOutputs], const f
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int r = k % 2;
-      // What V has that is not finite stays out of rows without keys.
-      words[k] = inverse[r] == 0.0f ? 0 : pack(o[8 * i + 2 * k] * inverse[r], o[8 * i + 2 * k + 1] * inverse[r]);
+      words[k] = pack(o[8 * i + 2 * k] * inverse[r], o[8 * i + 2 * k + 1] * inverse[r]) & kept[r];
       if constexpr (!kConfig.frozen) continue;
       if constexpr (kConfig.element == Element::kBF16) {
         asm("max.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(largest[r]) : "r"(words[k]));
@@ -1045,7 +1041,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       pending = false;
     };
 
-    bool settled = false;  // whether all rows have a reference, as after a step without a mask
+    bool settled = false;  // whether all rows are known to have a reference
 #pragma unroll 1
     while (true) {
       if (load >= end) {
@@ -1057,8 +1053,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         n_of_load_0 = job.ascending ? next.n - load : next.n + load;
       }
       const int bit = min(load - begin, 31);
-      const unsigned skipped = kinds.skipped >> bit;
-      if (Mod::kKnowsTiles && (skipped & 1) != 0) {
+      if (Mod::kKnowsTiles && (kinds.skipped >> bit & 1) != 0) {
         if (pending) catch_up();
         const int stage = stage_of(load);
         const int parity = parity_of(load);
@@ -1075,22 +1070,29 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         continue;
       }
       // As far as tiles are of one kind.
-      const bool masked = (kinds.full >> bit & 1) == 0;
-      const unsigned others = (masked ? kinds.full : ~kinds.full) >> bit | skipped;
-      const int same_end = others == 0 ? end : min(end, load + __ffs(static_cast<int>(others)) - 1);
-      int exact_end = same_end;
+      const int same_end = load + same_from(kinds, load - begin, end - begin);
+      int exact_end = same_end, frozen_end = same_end;
       if constexpr (kConfig.frozen) {
-        if (!masked && !exact) {
-          if (Mod::kHasMask && pending && !settled) settled = !any_of_warpgroup(warpgroup, is_unset());
+        const bool is_full = (kinds.full >> bit & 1) != 0;
+        if (is_full && !exact) {
+          if ((Mod::kHasMask || kMayEmptyRows) && pending && !settled) {
+            settled = !any_of_warpgroup(warpgroup, is_unset());
+          }
           exact_end = settled && pending ? load : load + 1;
+          if (kMayEmptyRows && !settled) frozen_end = exact_end;
         }
-        settled |= !masked || !Mod::kHasMask;
+        settled |= !kMayEmptyRows && (is_full || !Mod::kHasMask);
       }
 #pragma unroll 1
       while (load < exact_end) advance(Choice<true>());
       if constexpr (kConfig.frozen) {
+        if (load < frozen_end) {
 #pragma unroll 1
-        while (load < same_end) advance(Choice<false>());
+          while (load < frozen_end) advance(Choice<false>());
+          // An exact step to come would rescale a sum that ran too high, and hide it.
+#pragma unroll
+          for (float& sum : state.sum) sum = sum < kHighestSum ? sum : kInfinity;
+        }
       }
     }
     if (pending) catch_up();

@@ -192,6 +192,41 @@ TEST(NumericsReference, ShiftsOfRowsThatAreNotFinite) {
   }
 }
 
+// Scores that rise far in tiles that are whole, and farther in one behind them that the mask divides: what was summed
+// before must not be lost, nor what was too high be hidden.
+TEST(NumericsReference, RisesBehindFullTiles) {
+  for (const std::string& backend : target().backends) {
+    for (const char* const head_dim : {"64", "128"}) {
+      for (const auto& [full, masked] : {std::pair(83.2, 87.7), {83.2, 95.0}, {40.0, 87.7}, {60.0, 30.0}}) {
+        // Of queries 256 to 319 keys 256 on are at 0, those of the tile before, whole, at `full`, and of the next two,
+        // with the window's end in them, at `masked`.
+        expect_accepted(with_expression(
+            parse(std::string("b=1 hq=2 hkv=2 sq=400 skv=400 dtype=bfloat16 rows=200 d=") + head_dim +
+                  " dv=" + head_dim + " backend=" + backend),
+            fmt::format(
+                "score_mod=\"where(q_idx >= kv_idx and q_idx - kv_idx <= 190, 0.01 * score + where(t[kv_idx] == "
+                "3, {}, where(t[kv_idx] < 3, {}, 0)), -inf)\" capture=t:float32:K:packed:blocks",
+                full, masked)));
+      }
+    }
+  }
+}
+
+// Rows that a captured -inf empties for some tiles, in front or behind: no reference, and no mask that says so.
+TEST(NumericsReference, CapturedValuesThatDrop) {
+  for (const std::string& backend : target().backends) {
+    for (const char* const mod : {"score - where(t[kv_idx] >= 3, inf, 0)", "score - where(t[kv_idx] < 3, inf, 0)",
+                                  "where(q_idx >= kv_idx, score - where(t[kv_idx] == 3, inf, 0), -inf)",
+                                  "where(q_idx >= kv_idx, score - where(t[kv_idx] + q_idx % 2 == 3, inf, 0), -inf)"}) {
+      for (const char* const shape : {"sq=400 skv=400 d=64 dv=64", "sq=100 skv=330 d=128 dv=128"}) {
+        expect_accepted(with_expression(
+            parse(std::string("b=1 hq=2 hkv=1 dtype=bfloat16 rows=200 ") + shape + " backend=" + backend),
+            std::string("score_mod=\"") + mod + "\" capture=t:float32:K:packed:blocks"));
+      }
+    }
+  }
+}
+
 constexpr std::int64_t kLengths[] = {1, 37, 64, 65, 127, 128, 129, 191, 192, 193, 256, 257, 1000};
 
 // Every pair of lengths, at the edges of tiles and one to either side.
