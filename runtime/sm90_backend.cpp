@@ -27,7 +27,7 @@ struct Tiling {
   int warpgroups, tile_n, stages;
   int q_buffers;
   bool busy_mask = true, dense_mask = true;  // whether such a mod finds registers: Sm90Problem
-  bool hides_work = false;                   // only for mods that have some, and sequences that fill its tiles
+  bool hides_work = false;                   // only for arithmetic and summarised masks, where its tiles are filled
 };
 
 // By rising head_dim, and of one head_dim the best first: the first that fits and serves is taken, or a smaller tile of
@@ -52,6 +52,7 @@ constexpr Tiling kTilings[] = {
     {.head_dim = 192, .warpgroups = 2, .tile_n = 96, .stages = 2, .q_buffers = 1},
     {.head_dim = 192, .warpgroups = 1, .tile_n = 96, .stages = 2, .q_buffers = 1},
     {.head_dim = 256, .warpgroups = 2, .tile_n = 64, .stages = 2, .q_buffers = 1},
+    {.head_dim = 256, .warpgroups = 1, .tile_n = 64, .stages = 2, .q_buffers = 1},
 };
 
 bool fits(const sm90::ForwardConfig& config, const Sm90Problem& problem) {
@@ -316,17 +317,22 @@ FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config,
 
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
   std::optional<sm90::ForwardConfig> found;
+  const auto tiles = [&](int rows) { return query_tiles(problem.heads, problem.seqlen_q, rows); };
   // Whether multiprocessors are without work that smaller tiles would give them. A mask's tiles are of different
   // lengths: one of each multiprocessor is too few to even that out. A warpgroup alone takes two thirds of the time of
-  // two: that has to leave each multiprocessor with one tile at most, or with a mask and many features hardly more.
+  // two: that pays where each multiprocessor gets one tile at most.
   const auto idles = [&](const sm90::ForwardConfig& config) {
-    const std::int64_t tiles = query_tiles(problem.heads, problem.seqlen_q, sm90::tile_m(config));
-    if (config.warpgroups > 2) return problem.has_mask ? tiles < problem.num_sms : 4 * tiles < 3 * problem.num_sms;
-    const bool many_features = std::max(problem.head_dim, problem.head_dim_v) > 64;
-    return problem.has_mask && many_features ? tiles < problem.num_sms : 2 * tiles <= problem.num_sms;
+    if (config.warpgroups == 2) return tiles(sm90::kRowsOfWarpgroup) <= problem.num_sms;
+    const std::int64_t present = tiles(sm90::tile_m(config));
+    return problem.has_mask ? present < problem.num_sms : 4 * present < 3 * problem.num_sms;
   };
   for (const sm90::ForwardConfig& config : serving_configs(problem)) {
-    if (!found || (config.warpgroups < found->warpgroups && idles(*found))) found = config;
+    // Smaller tiles that are no more of them leave out rows without queries.
+    const auto serves_better = [&] {
+      return config.warpgroups < found->warpgroups &&
+             (idles(*found) || tiles(sm90::tile_m(config)) == tiles(sm90::tile_m(*found)));
+    };
+    if (!found || serves_better()) found = config;
   }
   return found;
 }
@@ -371,13 +377,18 @@ std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
       candidates.push_back(config);
     }
   };
-  for (const sm90::ForwardConfig& config : serving_configs(problem)) add(config);
+  // A warpgroup by itself is worth a trial where two leave multiprocessors without a tile.
+  const bool is_short = query_tiles(problem.heads, problem.seqlen_q, 2 * sm90::kRowsOfWarpgroup) < problem.num_sms;
+  const int fewest = is_short ? 1 : 2;
+  for (const sm90::ForwardConfig& config : serving_configs(problem)) {
+    if (config.warpgroups >= fewest) add(config);
+  }
   sm90::ForwardConfig neighbour = *chosen;
   neighbour.ping_pong = !chosen->ping_pong && chosen->warpgroups > 1;
   add(neighbour);
   // Another number of warpgroups has the longest steps that they leave room for.
   for (const int warpgroups : {chosen->warpgroups + 1, chosen->warpgroups - 1}) {
-    if (warpgroups < 1 || warpgroups > 4) continue;
+    if (warpgroups < fewest || warpgroups > 4) continue;
     neighbour = *chosen;
     neighbour.warpgroups = warpgroups;
     neighbour.ping_pong = warpgroups > 1;

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -156,6 +157,65 @@ TEST(Sm90Backend, SchedulesHoldEveryTileOnce) {
   }
 }
 
+TEST(Sm90Backend, RunsOfBits) {
+  std::mt19937 random(1);
+  std::vector<unsigned> all = {1, 0x80000000u, ~0u, ~0u << 1, ~0u >> 1, 6};
+  for (int i = 0; i < 1000; ++i) all.push_back(static_cast<unsigned>(random() & random()));
+  for (const unsigned bits : all) {
+    unsigned found = 0;
+    for (unsigned left = bits; left != 0;) {
+      const sm90::BitRun run = sm90::lowest_run(left);
+      ASSERT_GT(run.length, 0);
+      ASSERT_LE(run.first + run.length, 32);
+      const unsigned of_run = sm90::ones_from(run.first) & ~sm90::ones_from(run.first + run.length);
+      ASSERT_EQ(left & of_run, of_run);
+      ASSERT_EQ(found & of_run, 0u);
+      // As long as it can be.
+      if (run.first + run.length < 32) ASSERT_EQ(left >> (run.first + run.length) & 1, 0u);
+      found |= of_run;
+      left &= sm90::ones_from(run.first + run.length);
+    }
+    ASSERT_EQ(found, bits);
+  }
+}
+
+// Warpgroups get through the tiles of a message as the planning warp saw them, of any number behind the last bit.
+TEST(Sm90Backend, KindsOfTilesAreReadAsTheyWereWritten) {
+  std::mt19937 random(2);
+  const auto below = [&](int end) { return static_cast<int>(random() % static_cast<unsigned>(end)); };
+  const auto bit_of = [](unsigned bits, int at) { return (bits >> at & 1) != 0; };
+  for (int round = 0; round < 20000; ++round) {
+    // Kinds come in runs.
+    sm90::Kinds of_32 = {0, 0};
+    for (int i = 0, kind = 0; i < 32; ++i) {
+      if (i == 0 || below(4) == 0) kind = below(3);
+      of_32.skipped |= static_cast<unsigned>(kind == 1) << i;
+      of_32.full |= static_cast<unsigned>(kind == 2) << i;
+    }
+    const int first = below(32), length = 1 + below(32 - first);
+    const sm90::Kinds kinds = sm90::cut_out(of_32, {first, length});
+    // A message grows by what is full.
+    const bool may_grow = length < 32 || bit_of(of_32.full, 31);
+    const int count = length + (may_grow && round % 2 == 0 ? below(100) : 0);
+    const auto skipped = [&](int i) { return i < length && bit_of(of_32.skipped, first + i); };
+    const auto full = [&](int i) { return i >= length || bit_of(of_32.full, first + i); };
+    for (int number = 0; number < count;) {
+      const int same = sm90::same_from(kinds, number, count);
+      ASSERT_GT(same, 0);
+      ASSERT_LE(number + same, count);
+      const bool skips = bit_of(kinds.skipped, std::min(number, 31)),
+                 is_full = bit_of(kinds.full, std::min(number, 31));
+      for (int i = number; i < number + same; ++i) {
+        ASSERT_EQ(skips, skipped(i)) << i;
+        ASSERT_EQ(is_full, full(i)) << i;
+      }
+      number += same;
+      // It stops for a reason.
+      ASSERT_TRUE(skips || number == count || skipped(number) || full(number) != is_full) << number;
+    }
+  }
+}
+
 TEST(Sm90Backend, ConfigurationsFitForEveryHeadDim) {
   for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
     for (int head_dim_v = 8; head_dim_v <= 256; head_dim_v += 8) {
@@ -204,19 +264,25 @@ TEST(Sm90Backend, WhatAConfigurationIsChosenBy) {
   problem.seqlen_q = 257;
   EXPECT_EQ(sm90::tile_m(chosen(problem)), 256);
 
-  // Where twice as many tiles still find a multiprocessor each, a warpgroup by itself; with a mask and many features
-  // where they nearly do.
-  for (const int head_dim : {64, 128, 192}) {
+  // Where tiles of 64 queries still find a multiprocessor each, a warpgroup by itself.
+  for (const int head_dim : {64, 128, 192, 256}) {
     problem = problem_of(head_dim, head_dim);
-    problem.seqlen_q = 128;
-    problem.heads = 66;
-    EXPECT_EQ(sm90::tile_m(chosen(problem)), 64) << head_dim;
-    problem.heads = 67;
-    EXPECT_EQ(sm90::tile_m(chosen(problem)), 128) << head_dim;
-    problem.has_mask = true;
-    EXPECT_EQ(sm90::tile_m(chosen(problem)), head_dim == 64 ? 128 : 64) << head_dim;
-    problem.heads = 132;
-    EXPECT_EQ(sm90::tile_m(chosen(problem)), head_dim == 64 ? 256 : 128) << head_dim;
+    for (const bool has_mask : {false, true}) {
+      problem.has_mask = has_mask;
+      const auto rows = [&](std::int64_t seqlen_q, std::int64_t heads) {
+        problem.seqlen_q = seqlen_q;
+        problem.heads = heads;
+        return sm90::tile_m(chosen(problem));
+      };
+      EXPECT_EQ(rows(128, 66), 64) << head_dim;
+      EXPECT_EQ(rows(128, 67), 128) << head_dim;
+      EXPECT_EQ(rows(64, 131), 64) << head_dim;
+      // Nor where there are no rows for more.
+      EXPECT_EQ(rows(64, 1000), 64) << head_dim;
+      EXPECT_EQ(rows(65, 1000), 128) << head_dim;
+      EXPECT_EQ(rows(192, 44), 64) << head_dim;
+      EXPECT_EQ(rows(192, 45), 128) << head_dim;
+    }
   }
 
   // Arithmetic in every score takes three warpgroups, where their tiles reach little beyond the queries.
@@ -317,6 +383,8 @@ TEST(Sm90Backend, CandidatesToTime) {
       problem.has_mask = has_mask;
       const std::vector<sm90::ForwardConfig> candidates = candidate_configs(problem);
       ASSERT_GE(candidates.size(), 3u) << head_dim;
+      // With many tiles a warpgroup by itself is no candidate.
+      for (const sm90::ForwardConfig& config : candidates) EXPECT_GE(config.warpgroups, 2) << head_dim;
       EXPECT_LE(candidates.size(), 6u);
       EXPECT_EQ(config_name(candidates[0]), config_name(chosen(problem)));
       std::set<std::string> names;
