@@ -72,10 +72,17 @@ constexpr int kMessages = (kMessageEmpty + 8 * kMessageSlots + 15) / 16 * 16;
 constexpr int kMessageBytes = 64;
 // By slot and warpgroup: the tile to be done again and 1, or 0.
 constexpr int kVerdicts = kMessages + kMessageBytes * kMessageSlots;
-static_assert(kVerdicts + 16 * kVerdictSlots <= kBarrierBytes);
+constexpr int kNumbers = kVerdicts + 16 * kVerdictSlots;  // by stage: that of its tile of keys
+static_assert(kNumbers + 4 * kStages <= kBarrierBytes);
 
 __device__ __forceinline__ void store_shared(Address address, int x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ int load_shared(Address address) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
 }
 
 // The same value in every lane, and known to be: what is computed from it, descriptors above all, stays in uniform
@@ -466,6 +473,7 @@ struct Loader {
     const int stage = stage_of(loads);
     wait(barrier(kKEmpty + 8 * stage), parity_of(loads) ^ 1);
     if (elected()) {
+      store_shared(barrier(kNumbers + 4 * stage), n);
       arrive_expecting(barrier(kKFull + 8 * stage), k_bytes(kConfig));
       load_tile<kQColumns>(shared + kKAt + stage * k_bytes(kConfig), params.k, barrier(kKFull + 8 * stage), kTileN,
                            n * kTileN, h_kv, b);
@@ -944,6 +952,14 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     return message;
   };
 
+  // The number of a stage's tile of keys. A warpgroup could reckon it, but then what depends on it would come between
+  // the products and delay them. The lane that will say that the stage may be written again reads for its warp.
+  const auto number_of = [&](int stage) {
+    int n = 0;
+    if (lane == 0) n = load_shared(barrier(kNumbers + 4 * stage));
+    return uniform(n);
+  };
+
   int load = 0;  // of K: the number of the next step's
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
   bool always_exact = !kConfig.frozen || call.score_prescale != 1.0f;
@@ -984,8 +1000,6 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     int begin = load;  // of the message's steps
     int end = load + job.count;
     bool ends = job.ends;
-    // The number of the tile of keys of step 0, if all steps were of this message.
-    int n_of_load_0 = job.ascending ? job.n - load : job.n + load;
     // Whether a row of this thread has met no key yet that its mask keeps.
     const auto is_unset = [&] {
       return (state.reference[0] == -kInfinity && query < call.seqlen_q) ||
@@ -1010,7 +1024,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       }
       if (in_turn) pass_turn();
       typename Own::Keys keys = {};
-      if constexpr (kExact || !kIdentity) keys = own.keys(job.ascending ? n_of_load_0 + load : n_of_load_0 - load);
+      if constexpr (kExact || !kIdentity) keys = own.keys(number_of(stage));
       wait_for_scores(s);
       release(barrier(kKEmpty + 8 * stage));
       float rescale[2];
@@ -1050,7 +1064,6 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         begin = load;
         end = load + next.count;
         ends = next.ends;
-        n_of_load_0 = job.ascending ? next.n - load : next.n + load;
       }
       const int bit = min(load - begin, 31);
       if (Mod::kKnowsTiles && (kinds.skipped >> bit & 1) != 0) {
