@@ -40,7 +40,8 @@ Context::Context(Environment environment, int num_threads, std::uint32_t backend
 Result<std::shared_ptr<CudaDevice>> Context::cuda_device(int ordinal) {
   std::lock_guard lock(devices_mutex_);
   if (const auto it = devices_.find(ordinal); it != devices_.end()) return it->second;
-  Result<std::shared_ptr<CudaDevice>> device = CudaDevice::get(ordinal, environment_.cuda_driver);
+  Result<std::shared_ptr<CudaDevice>> device =
+      CudaDevice::get(ordinal, environment_.cuda_driver, environment_.cuda_max_sms);
   if (device) devices_.emplace(ordinal, *device);
   return device;
 }

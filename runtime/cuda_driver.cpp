@@ -8,6 +8,7 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -192,7 +193,7 @@ const Driver& driver_of(std::string_view library) {
 
 class Device final : public CudaDevice {
  public:
-  static Result<std::shared_ptr<CudaDevice>> create(const Driver& driver, int ordinal) {
+  static Result<std::shared_ptr<CudaDevice>> create(const Driver& driver, int ordinal, int max_sms) {
     auto device = std::make_shared<Device>(driver, ordinal);
     const Api& api = driver.api;
     const auto refused = [&](CuResult result, std::string_view what) {
@@ -221,6 +222,7 @@ class Device final : public CudaDevice {
         return refused(result, "cuDeviceGetAttribute");
       }
     }
+    if (max_sms > 0) device->num_sms_ = std::min(device->num_sms_, max_sms);
     device->arch_ = 10 * major + minor;
     device->max_shared_memory_ = static_cast<std::size_t>(shared);
     if (const CuResult result = api.primary_retain(&device->context_, device->device_); result != kSuccess) {
@@ -501,7 +503,7 @@ class Workbench final : public CudaWorkbench {
 
 }  // namespace
 
-Result<std::shared_ptr<CudaDevice>> CudaDevice::get(int ordinal, std::string_view library) {
+Result<std::shared_ptr<CudaDevice>> CudaDevice::get(int ordinal, std::string_view library, int max_sms) {
   const Driver& driver = driver_of(library);
   if (!driver.error.empty()) return Failure{ATTNJIT_ENVIRONMENT, driver.error};
   const int devices = count(library);
@@ -510,11 +512,11 @@ Result<std::shared_ptr<CudaDevice>> CudaDevice::get(int ordinal, std::string_vie
                    fmt::format("there is no CUDA device {}; the driver shows {}", ordinal, devices)};
   }
   static std::mutex mutex;
-  static auto& known = *new std::map<std::pair<const Driver*, int>, std::weak_ptr<CudaDevice>>;
+  static auto& known = *new std::map<std::tuple<const Driver*, int, int>, std::weak_ptr<CudaDevice>>;
   std::lock_guard lock(mutex);
-  std::weak_ptr<CudaDevice>& slot = known[{&driver, ordinal}];
+  std::weak_ptr<CudaDevice>& slot = known[{&driver, ordinal, max_sms}];
   if (std::shared_ptr<CudaDevice> device = slot.lock()) return device;
-  Result<std::shared_ptr<CudaDevice>> device = Device::create(driver, ordinal);
+  Result<std::shared_ptr<CudaDevice>> device = Device::create(driver, ordinal, max_sms);
   if (device) slot = *device;
   return device;
 }

@@ -26,12 +26,13 @@ struct TensorMapLayout {
 };
 
 // One GPU and its primary context, which is retained while the object lives and pushed only around calls. One object
-// per ordinal and process at a time.
+// per ordinal, driver and `max_sms`, and process, at a time.
 class CudaDevice {
  public:
   // ATTNJIT_ENVIRONMENT where there is no driver or the device cannot be used, with the reason. `library` is a path or
-  // a name for the dynamic loader; empty: libcuda.so.1. It is opened once per process and stays open.
-  static Result<std::shared_ptr<CudaDevice>> get(int ordinal, std::string_view library = {});
+  // a name for the dynamic loader; empty: libcuda.so.1. It is opened once per process and stays open. `max_sms`: most
+  // that num_sms() says; 0: all that there are.
+  static Result<std::shared_ptr<CudaDevice>> get(int ordinal, std::string_view library = {}, int max_sms = 0);
   static int count(std::string_view library = {});  // 0 where there is no driver
 
   virtual ~CudaDevice() = default;

@@ -165,6 +165,12 @@ Result<Environment> read_environment() {
     environment.backends |= 1u << *backend;
   }
   environment.cuda_driver = variable("ATTNJIT_CUDA_DRIVER");
+  if (const std::string_view value = variable("ATTNJIT_CUDA_MAX_SMS"); !value.empty()) {
+    const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), environment.cuda_max_sms);
+    if (error != std::errc() || end != value.data() + value.size() || environment.cuda_max_sms < 1) {
+      return refused("ATTNJIT_CUDA_MAX_SMS", value, "a whole number from 1 on");
+    }
+  }
   if (Check failure = read_cache(&environment)) return *failure;
   return environment;
 }

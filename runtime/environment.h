@@ -29,6 +29,7 @@ struct Environment {
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30;  // ATTNJIT_CACHE_MAX_BYTES
   std::uint32_t backends = 0;  // ATTNJIT_BACKENDS: comma list of names; 1 << attnjit_backend; 0: not set
   std::string cuda_driver;     // ATTNJIT_CUDA_DRIVER: file of the CUDA driver; empty: libcuda.so.1
+  int cuda_max_sms = 0;        // ATTNJIT_CUDA_MAX_SMS: from 1 on; 0: not set
 };
 
 inline constexpr int kMaxThreads = 1024;

@@ -31,8 +31,8 @@ struct Tiling {
 };
 
 // By rising head_dim, and of one head_dim the best first: the first that fits and serves is taken, or a smaller tile of
-// queries where its tiles would leave multiprocessors without work. Measured on an H200, bf16 (bench/notes.md, "The
-// sm90 family's forward kernel").
+// queries where its tiles would leave multiprocessors without work, or would be no more of them. Measured on an H200,
+// bf16 (bench/notes.md, "The sm90 family's forward kernel").
 constexpr Tiling kTilings[] = {
     {.head_dim = 64, .warpgroups = 4, .tile_n = 64, .stages = 4, .q_buffers = 2, .busy_mask = false},
     {.head_dim = 64, .warpgroups = 2, .tile_n = 64, .stages = 4, .q_buffers = 2},

@@ -4,7 +4,9 @@
 #   info      the machine, the driver, where NVRTC and cuBLAS were found
 #   warm      compiles the binaries of the numerics suite into a cache (BUNDLE_DIR/cache, where it is there, is its start)
 #   tests     streams, CUDA graphs, threads; the tests of the public interface, and its Python face
-#   sm90      the numerics suite's forwards on Hopper's fused kernels, which serve some; the others as in the next part
+#   sm90      the numerics suite's forwards on Hopper's fused kernels, which serve some; the others as in the next part but
+#             one
+#   few       the same as if there were five multiprocessors: larger tiles of queries, and blocks with many of them
 #   sm80      the numerics suite on the fused kernels
 #   math      the numerics suite on the eager kernels
 #   sanitize  compute-sanitizer, memcheck and racecheck, on a small set of both
@@ -25,7 +27,7 @@ fi
 bundle=$(cd "$1" && pwd) || exit 2
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
-all=(info warm tests sm90 sm80 math sanitize repeat cache times sweep peers)
+all=(info warm tests sm90 few sm80 math sanitize repeat cache times sweep peers)
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 for part in "${parts[@]}"; do
@@ -131,16 +133,19 @@ part_tests() {
   return "$status"
 }
 
-part_sm90() {
+hopper() {
   local status=0
-  numerics "$1" sm90 --device cuda --backend sm90 --gtest_filter="$forwards" || status=$?
-  cat "$logs"/sm90.*.log | grep '^skipped: ' | sort -u
-  cat "$logs"/sm90.*.log | awk '/^sm90 ran / {ran += $3}
+  numerics "$1" "$2" --device cuda --backend sm90 --gtest_filter="$forwards" || status=$?
+  cat "$logs/$2".*.log | grep '^skipped: ' | sort -u
+  cat "$logs/$2".*.log | awk '/^sm90 ran / {ran += $3}
     sub(/ problems were another backend.s: /, " ") {count = $1; $1 = ""; others[$0] += count}
     END {for (why in others) printf "%d problems were another backend\x27s:%s\n", others[why], why
          if (ran) printf "sm90 ran %d times\n", ran}'
   return $status
 }
+part_sm90() { hopper "$1" sm90; }
+# Problems of the suite are small: with all multiprocessors a block seldom has a second tile, and seldom a large one.
+part_few() { ATTNJIT_CUDA_MAX_SMS=5 hopper "$1" few; }
 part_sm80() { numerics "$1" sm80 --device cuda --backend sm80; }
 part_math() { numerics "$1" math --device cuda --backend math; }
 
@@ -188,7 +193,7 @@ part_sanitize() {
   local begin=$SECONDS status=0
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 77; }
   if [ "$arch" = sm_90 ]; then
-    attempt sanitized $(($1 * 2 / 5)) sm90 --backend sm90 --gtest_filter="$sanitizer_set_sm90"
+    ATTNJIT_CUDA_MAX_SMS=5 attempt sanitized $(($1 * 2 / 5)) sm90 --backend sm90 --gtest_filter="$sanitizer_set_sm90"
   fi
   attempt sanitized $(($1 - SECONDS + begin)) others --gtest_filter="$sanitizer_set"
   cat "$logs"/sanitize.*.log | awk '/^\[==========\] .* ran\./ {ran += $2} /^\[  PASSED  \]/ {passed += $4}
@@ -227,8 +232,8 @@ part_peers() {
     --time-limit $(($1 - 25)) --mods noop causal rel head_bias alibi --backward
 }
 
-declare -A limit=([info]=30 [warm]=200 [tests]=60 [sm90]=150 [sm80]=200 [math]=200 [sanitize]=240 [repeat]=150 [cache]=90
-  [times]=60 [sweep]=300 [peers]=420)
+declare -A limit=([info]=30 [warm]=200 [tests]=60 [sm90]=150 [few]=150 [sm80]=200 [math]=200 [sanitize]=240 [repeat]=150
+  [cache]=90 [times]=60 [sweep]=300 [peers]=420)
 table=()
 failed=0
 for part in "${parts[@]}"; do
@@ -242,7 +247,7 @@ for part in "${parts[@]}"; do
   echo "== $part (at most $allowed s)"
   begin=$SECONDS
   # In a process group of its own, which ends as a whole; a part that keeps the limit by itself can still say what it did.
-  export -f numerics attempt sanitized "part_$part"
+  export -f numerics hopper attempt sanitized "part_$part"
   export bundle out logs work cores shards python arch forwards sanitizer_set sanitizer_set_sm90
   timeout -k 5 $((allowed + 5)) bash -uo pipefail -c "part_$part $allowed" >"$logs/$part.log" 2>&1
   code=$?

@@ -898,6 +898,8 @@ TEST(ErrorEnvironment, BadValues) {
        "ATTNJIT_BACKENDS is 'cpu,gpu'; allowed: a comma-separated list of sm90, sm80, math, cpu"},
       {"ATTNJIT_NUM_THREADS", "0", "ATTNJIT_NUM_THREADS is '0'; allowed: a whole number from 1 to 1024"},
       {"ATTNJIT_NUM_THREADS", "2x", "ATTNJIT_NUM_THREADS is '2x'; allowed: a whole number from 1 to 1024"},
+      {"ATTNJIT_CUDA_MAX_SMS", "0", "ATTNJIT_CUDA_MAX_SMS is '0'; allowed: a whole number from 1 on"},
+      {"ATTNJIT_CUDA_MAX_SMS", "-3", "ATTNJIT_CUDA_MAX_SMS is '-3'; allowed: a whole number from 1 on"},
       {"ATTNJIT_CPU_ISA", "neon", "ATTNJIT_CPU_ISA is 'neon'; allowed: sse2, avx2, avx512, avx512bf16"},
   };
   for (const auto& c : cases) {

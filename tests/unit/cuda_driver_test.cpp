@@ -49,6 +49,16 @@ class CudaDriver : public testing::Test {
   FakeCuda* fake_ = nullptr;
 };
 
+TEST_F(CudaDriver, FewerMultiprocessors) {
+  const int all = device()->num_sms();
+  ASSERT_GT(all, 5);
+  const auto few = CudaDevice::get(0, kLibrary, 5), more = CudaDevice::get(0, kLibrary, all + 1);
+  ASSERT_TRUE(few && more);
+  EXPECT_EQ((*few)->num_sms(), 5);
+  EXPECT_EQ((*more)->num_sms(), all);
+  EXPECT_EQ(device()->num_sms(), all);
+}
+
 TEST_F(CudaDriver, Workbench) {
   fake_->kernel_ms = [](unsigned block, unsigned) { return 0.5f * static_cast<float>(block); };
   const auto gpu = device();
