@@ -80,7 +80,7 @@ constexpr TilePlace masked_place(int number, const ForwardParams& params) {
 }
 
 // What tiles of keys that lie one behind the other are to a warpgroup: a bit for each of the first 31, and one for all
-// others. Beyond the last they are full.
+// others. Where tiles are known, they are full beyond the last.
 struct Kinds {
   unsigned skipped;  // it does not see the tile
   unsigned full;     // it need look at no mask, nor at the end of the keys
@@ -100,7 +100,7 @@ constexpr unsigned ones_from(int bit) { return bit >= 32 ? 0 : ~0u << bit; }
 struct BitRun {
   int first, length;
 };
-// The lowest one of `bits` and those above it.
+// The lowest one of `bits`, which has some, and those above it.
 constexpr BitRun lowest_run(unsigned bits) {
   const int first = lowest_one(bits);
   return {first, lowest_one(~(bits >> first))};

@@ -609,6 +609,10 @@ struct Porter {
 // is positive, so that the maximum of the products is that of the scores.
 constexpr bool kIdentity = Mod::kIdentity;
 
+// Whether it matters of what kind a tile is. Not where all are computed exactly; without it, ptxas finds registers for
+// four warpgroups and a dense bias, and with it for two and a table.
+constexpr bool kLooksAtKinds = kConfig.frozen || Mod::kKnowsTiles || kWarpgroups < 4;
+
 // Captured values may be -inf, and leave rows without a reference that no mask drops.
 constexpr bool kMayEmptyRows = !kIdentity && !Mod::kLinear && Mod::kReadsCaptured;
 
@@ -1083,7 +1087,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         continue;
       }
       // As far as tiles are of one kind.
-      const int same_end = load + same_from(kinds, load - begin, end - begin);
+      const int same_end = kLooksAtKinds ? load + same_from(kinds, load - begin, end - begin) : end;
       int exact_end = same_end, frozen_end = same_end;
       if constexpr (kConfig.frozen) {
         const bool is_full = (kinds.full >> bit & 1) != 0;

@@ -171,7 +171,7 @@ TEST(NumericsEdge, MasksThatLeaveTilesOut) {
                         "\" mask_mod=\"" + mask + "\"" + captured + " backend=" + backend);
       }
     }
-    // More lists of tiles than a kernel has room for at a time, some of whose sums run too high; and the same by
+    // More messages about tiles than a kernel has room for at a time, some of whose sums run too high; and the same by
     // tables.
     for (const char* const fields :
          {"sq=70 inputs=outliers",

@@ -195,18 +195,22 @@ TEST(NumericsReference, ShiftsOfRowsThatAreNotFinite) {
 // Scores that rise far in tiles that are whole, and farther in one behind them that the mask divides: what was summed
 // before must not be lost, nor what was too high be hidden.
 TEST(NumericsReference, RisesBehindFullTiles) {
+  // Of queries 256 to 319 keys 256 on are at 0. Those of a whole tile before, of 64 or of 128, are at {0}, and those
+  // before it, with the window's end among them, at {1}.
+  constexpr const char* kMasks[] = {
+      "where(q_idx >= kv_idx and q_idx - kv_idx <= 190, 0.01 * score + where(t[kv_idx] >= 4, 0, where(t[kv_idx] >= 3, "
+      "{0}, {1})), -inf)",
+      "where(q_idx >= kv_idx and q_idx - kv_idx <= 196, 0.01 * score + where(t[kv_idx] >= 4, 0, where(t[kv_idx] >= 2, "
+      "{0}, {1})), -inf)"};
   for (const std::string& backend : target().backends) {
     for (const char* const head_dim : {"64", "128"}) {
-      for (const auto& [full, masked] : {std::pair(83.2, 87.7), {83.2, 95.0}, {40.0, 87.7}, {60.0, 30.0}}) {
-        // Of queries 256 to 319 keys 256 on are at 0, those of the tile before, whole, at `full`, and of the next two,
-        // with the window's end in them, at `masked`.
-        expect_accepted(with_expression(
-            parse(std::string("b=1 hq=2 hkv=2 sq=400 skv=400 dtype=bfloat16 rows=200 d=") + head_dim +
-                  " dv=" + head_dim + " backend=" + backend),
-            fmt::format(
-                "score_mod=\"where(q_idx >= kv_idx and q_idx - kv_idx <= 190, 0.01 * score + where(t[kv_idx] == "
-                "3, {}, where(t[kv_idx] < 3, {}, 0)), -inf)\" capture=t:float32:K:packed:blocks",
-                full, masked)));
+      for (const char* const mask : kMasks) {
+        for (const auto& [full, masked] : {std::pair(83.2, 87.7), {83.2, 95.0}, {40.0, 87.7}, {60.0, 30.0}}) {
+          expect_accepted(with_expression(
+              parse(std::string("b=1 hq=2 hkv=2 sq=400 skv=400 dtype=bfloat16 rows=200 d=") + head_dim +
+                    " dv=" + head_dim + " backend=" + backend),
+              "score_mod=\"" + fmt::format(fmt::runtime(mask), full, masked) + "\" capture=t:float32:K:packed:blocks"));
+        }
       }
     }
   }
