@@ -616,11 +616,11 @@ TEST_F(CudaSm90, Launch) {
   EXPECT_EQ(launch.stream, &stream);
   const Json description = kernel(plan);
   EXPECT_EQ(description["arch"], "sm_90a");
-  EXPECT_EQ(description["tile"], "128 x 64");
+  EXPECT_EQ(description["tile"], "64 x 64");
   EXPECT_EQ(description["frozen"], true);
   EXPECT_EQ(launch.shared, description["shared_bytes"].get<unsigned>());
-  // Two warpgroups that compute and one that loads; fewer tiles than multiprocessors.
-  EXPECT_EQ(launch.block, 384u);
+  // A warpgroup that computes and one that loads; fewer tiles than multiprocessors.
+  EXPECT_EQ(launch.block, 256u);
   EXPECT_EQ(launch.grid[0], 8u);
   EXPECT_EQ(launch.grid[1], 1u);
   const sm90::ForwardParams params = last_sm90_params();
@@ -690,18 +690,28 @@ TEST_F(CudaSm90, MapsOfLaterCalls) {
   EXPECT_EQ(encoded(last_sm90_params().k).strides, encoded(first.k).strides);
 }
 
-// One block per multiprocessor where there are more tiles than those, of more queries.
+// One block per multiprocessor where there are more tiles than those; no larger tiles where there are no more queries.
 TEST_F(CudaSm90, MoreTilesThanMultiprocessors) {
   fake_->sms = 5;
   for (Tensor* tensor : {&p_.q, &p_.k, &p_.v, &p_.o}) tensor->dl.dtype = {kDLFloat, 16, 1};
   PREPARE_OR_SKIP(plan);
   ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
-  EXPECT_EQ(kernel(plan)["tile"], "256 x 64");
-  EXPECT_EQ(fake_->launches.at(0).block, 640u);
+  EXPECT_EQ(kernel(plan)["tile"], "64 x 64");
+  EXPECT_EQ(fake_->launches.at(0).block, 256u);
   EXPECT_EQ(fake_->launches.at(0).grid[0], 5u);
   EXPECT_EQ(last_sm90_params().tiles, 8);
   EXPECT_EQ(encoded(last_sm90_params().q).type, 6);
   EXPECT_EQ(encoded(last_sm90_params().k).box[1], 64u);
+}
+
+TEST_F(CudaSm90, NoMoreMultiprocessorsThanAskedFor) {
+  setenv("ATTNJIT_CUDA_MAX_SMS", "3", 1);
+  context_ = create();
+  unsetenv("ATTNJIT_CUDA_MAX_SMS");
+  PREPARE_OR_SKIP(plan);
+  ASSERT_EQ(run(plan), ATTNJIT_OK) << attnjit_last_error();
+  EXPECT_EQ(fake_->launches.at(0).grid[0], 3u);
+  EXPECT_EQ(last_sm90_params().tiles, 8);
 }
 
 TEST_F(CudaSm90, Strides) {
