@@ -300,7 +300,7 @@ TEST(NumericsReference, ManyTiles) {
           R"_(score_mod="where(q_idx >= 130 and q_idx >= kv_idx, score, -inf)" d=192 sq=520 skv=520)_",
           R"_(score_mod="where(q_idx % 256 >= 128 and q_idx >= kv_idx, score, -inf)" d=256 sq=640 skv=300)_"}) {
       for (const char* const dtype : {"bfloat16", "float16"}) {
-        expect_accepted(parse(heads + fields + " dtype=" + dtype + " backend=" + backend));
+        expect_accepted(parse(fmt::format("{}{} dtype={} backend={}", heads, fields, dtype, backend)));
       }
     }
   }

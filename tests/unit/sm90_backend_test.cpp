@@ -160,7 +160,10 @@ TEST(Sm90Backend, SchedulesHoldEveryTileOnce) {
 TEST(Sm90Backend, RunsOfBits) {
   std::mt19937 random(1);
   std::vector<unsigned> all = {1, 0x80000000u, ~0u, ~0u << 1, ~0u >> 1, 6};
-  for (int i = 0; i < 1000; ++i) all.push_back(static_cast<unsigned>(random() & random()));
+  for (int i = 0; i < 1000; ++i) {
+    const auto some = random();
+    all.push_back(static_cast<unsigned>(some & random()));
+  }
   for (const unsigned bits : all) {
     unsigned found = 0;
     for (unsigned left = bits; left != 0;) {
