@@ -80,6 +80,10 @@ std::int64_t tiles_of(const Signature& s, const sm90::ForwardConfig& config) {
   return query_tiles(s.batch * s.num_heads, s.seqlen_q, sm90::tile_m(config));
 }
 
+std::int64_t tiles_of(const Sm90Problem& problem, int warpgroups) {
+  return query_tiles(problem.heads, problem.seqlen_q, sm90::kRowsOfWarpgroup * warpgroups);
+}
+
 // Whether few rows of the tiles lie beyond the queries.
 bool wastes_little(std::int64_t seqlen_q, int warpgroups) {
   const std::int64_t rows = round_up(seqlen_q, sm90::kRowsOfWarpgroup * warpgroups);
@@ -317,20 +321,19 @@ FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config,
 
 std::optional<sm90::ForwardConfig> choose_config(const Sm90Problem& problem) {
   std::optional<sm90::ForwardConfig> found;
-  const auto tiles = [&](int rows) { return query_tiles(problem.heads, problem.seqlen_q, rows); };
   // Whether multiprocessors are without work that smaller tiles would give them. A mask's tiles are of different
   // lengths: one of each multiprocessor is too few to even that out. A warpgroup alone takes two thirds of the time of
   // two: that pays where each multiprocessor gets one tile at most.
   const auto idles = [&](const sm90::ForwardConfig& config) {
-    if (config.warpgroups == 2) return tiles(sm90::kRowsOfWarpgroup) <= problem.num_sms;
-    const std::int64_t present = tiles(sm90::tile_m(config));
+    if (config.warpgroups == 2) return tiles_of(problem, 1) <= problem.num_sms;
+    const std::int64_t present = tiles_of(problem, config.warpgroups);
     return problem.has_mask ? present < problem.num_sms : 4 * present < 3 * problem.num_sms;
   };
   for (const sm90::ForwardConfig& config : serving_configs(problem)) {
     // Smaller tiles that are no more of them leave out rows without queries.
     const auto serves_better = [&] {
       return config.warpgroups < found->warpgroups &&
-             (idles(*found) || tiles(sm90::tile_m(config)) == tiles(sm90::tile_m(*found)));
+             (idles(*found) || tiles_of(problem, config.warpgroups) == tiles_of(problem, found->warpgroups));
     };
     if (!found || serves_better()) found = config;
   }
@@ -354,8 +357,8 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
 }
 
 std::string config_name(const sm90::ForwardConfig& config) {
-  std::string name = fmt::format("{} x {}, {} warpgroups, {} stages", sm90::tile_m(config), config.tile_n,
-                                 config.warpgroups, config.stages);
+  std::string name = fmt::format("{} x {}, {} warpgroup{}, {} stages", sm90::tile_m(config), config.tile_n,
+                                 config.warpgroups, config.warpgroups == 1 ? "" : "s", config.stages);
   if (config.q_buffers > 1) name += ", next Q meanwhile";
   if (config.ping_pong) name += ", ping-pong";
   if (!config.frozen) name += ", exact";
@@ -378,8 +381,7 @@ std::vector<sm90::ForwardConfig> candidate_configs(const Sm90Problem& problem) {
     }
   };
   // A warpgroup by itself is worth a trial where two leave multiprocessors without a tile.
-  const bool is_short = query_tiles(problem.heads, problem.seqlen_q, 2 * sm90::kRowsOfWarpgroup) < problem.num_sms;
-  const int fewest = is_short ? 1 : 2;
+  const int fewest = tiles_of(problem, 2) < problem.num_sms ? 1 : 2;
   for (const sm90::ForwardConfig& config : serving_configs(problem)) {
     if (config.warpgroups >= fewest) add(config);
   }

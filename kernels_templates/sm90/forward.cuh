@@ -78,7 +78,6 @@ static_assert(kNumbers + 4 * kStages <= kBarrierBytes);
 __device__ __forceinline__ void store_shared(Address address, int x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
-
 __device__ __forceinline__ int load_shared(Address address) {
   int x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");

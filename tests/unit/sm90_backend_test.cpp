@@ -401,6 +401,9 @@ TEST(Sm90Backend, CandidatesToTime) {
   nothing.max_shared_memory = 1000;
   EXPECT_TRUE(candidate_configs(nothing).empty());
   EXPECT_EQ(config_name(chosen(problem_of(64, 64))), "256 x 64, 4 warpgroups, 4 stages, next Q meanwhile, ping-pong");
+  Sm90Problem small = problem_of(64, 64);
+  small.heads = small.seqlen_q = 1;
+  EXPECT_EQ(config_name(chosen(small)), "64 x 64, 1 warpgroup, 4 stages, next Q meanwhile");
 }
 
 }  // namespace
