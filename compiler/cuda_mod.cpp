@@ -1287,17 +1287,23 @@ class Printer {
     return wrapped(text + "};\n", kWidth);
   }
 
-  // Hooks of the graph of a tile's facts; `results` as TileResult orders them.
-  std::string tile_kind(std::span<const NodeId> results) {
-    const NodeId never = results[0], always = results[1];
+  // Hooks of the graph of a tile's facts. `by_row`: below 0, or where it is asked for.
+  std::string tile_kind(NodeId never, NodeId always, NodeId by_row) {
     Body body(*this, Level::kBlock);
-    for (const NodeId root : {never, always}) body.count(root);
+    body.count(never);
+    body.count(always);
+    if (by_row >= 0) body.count(by_row);
     std::string returned;
     if (g_[never].text != "false") returned = "    if (" + body.result(never) + ") return TileKind::kSkip;\n";
-    if (g_[always].text == "false") {
+    if (by_row >= 0 && g_[always].text != "false")
+      returned += "    if (" + body.result(always) + ") return TileKind::kFull;\n";
+    const NodeId last = by_row >= 0 ? by_row : always;
+    if (g_[last].text == "false") {
       returned += "    return TileKind::kPartial;\n";
     } else {
-      returned += "    return " + body.expression(always, kEquality) + " ? TileKind::kFull : TileKind::kPartial;\n";
+      const char* const kind = by_row >= 0 ? "kByRow" : "kFull";
+      returned +=
+          "    return " + body.expression(last, kEquality) + " ? TileKind::" + kind + " : TileKind::kPartial;\n";
     }
     return tile_function("TileKind tile_kind", body.statements + returned);
   }
@@ -1541,8 +1547,9 @@ class Printer {
 };
 
 // The hooks that tell of tiles, whose traits it adds; empty with `error` set where an operation has no spelling.
-std::string tile_hooks(mlir::func::FuncOp tile_facts, const ModProblem& problem, std::vector<std::string>& traits,
-                       std::string& error) {
+// `by_row`: tile_kind() says kByRow, too.
+std::string tile_hooks(mlir::func::FuncOp tile_facts, const ModProblem& problem, bool by_row,
+                       std::vector<std::string>& traits, std::string& error) {
   Graph graph;
   Lowering lowering(graph, tile_facts, problem, CudaAccuracy::kFull);
   const std::vector<NodeId> results = lowering.run_tile_facts();
@@ -1553,7 +1560,10 @@ std::string tile_hooks(mlir::func::FuncOp tile_facts, const ModProblem& problem,
   std::string text;
   if (knows_tiles(tile_facts)) {
     traits.emplace_back("bool kKnowsTiles = true");
-    text += Printer(graph).tile_kind(results);
+    by_row &= knows_rows(tile_facts);
+    if (by_row) traits.emplace_back("bool kKnowsRows = true");
+    text += Printer(graph).tile_kind(node(TileResult::kNever), node(TileResult::kAlways),
+                                     by_row ? node(TileResult::kByRow) : NodeId{-1});
   }
   if (kv || q) traits.emplace_back("bool kKnowsRanges = true");
   if (kv) text += Printer(graph).tile_range("kv_range", node(TileResult::kKvFirst), node(TileResult::kKvLast));
@@ -1592,7 +1602,7 @@ CudaMod emit_cuda_mod(mlir::func::FuncOp function, const ModProblem& problem, Cu
   if (reads) traits.emplace_back("bool kReadsCaptured = true");
   if (!unit_derivative) traits.emplace_back("bool kUnitDerivative = false");
   std::string tiles, tiles_error;
-  if (tile_facts) tiles = tile_hooks(tile_facts, problem, traits, tiles_error);
+  if (tile_facts) tiles = tile_hooks(tile_facts, problem, folds, traits, tiles_error);
   if (!tiles_error.empty()) return {.text = {}, .error = tiles_error};
 
   CudaMod mod;

@@ -89,6 +89,13 @@ struct Truth {
   Value never, always;
 };
 
+// Of a condition: where it is the same for all keys of the tile, for each query and head by itself, even if it is not
+// for all of them. Null: nowhere. `by_chance`: because values that vary with the key may be the same for all of a tile.
+struct ByRow {
+  Value holds = {};
+  bool by_chance = false;
+};
+
 // Of one coordinate, where a condition holds at all. Null: no bound.
 struct Bounds {
   Value lower = {}, upper = {};
@@ -139,6 +146,7 @@ class Analysis {
       } else if (result.getType().isInteger(1)) {
         if (std::optional<Atom> atom = atom_of(op)) atoms_[result] = std::move(*atom);
         truths_[result] = truth_of(op);
+        rows_[result] = by_row(op);
         for (const Role role : {Role::Q, Role::Kv})
           for (const bool holds : {false, true}) bounds_[key(result, role, holds)] = bounds_of(op, role, holds);
       }
@@ -155,6 +163,8 @@ class Analysis {
     }
     for (Value& result : llvm::MutableArrayRef(results).drop_front(2))
       result = arith::TruncIOp::create(b_, loc_, b_.getI32Type(), result);
+    const ByRow rows = rows_.lookup(keep);
+    results.push_back(rows.by_chance ? rows.holds : boolean(false));
     mlir::func::ReturnOp::create(b_, loc_, results);
     return true;
   }
@@ -842,6 +852,33 @@ class Analysis {
     }
   }
 
+  ByRow by_row(mlir::Operation& op) {
+    const Value result = op.getResult(0);
+    if ((varies_.lookup(result) & (kWithKv | kWithScore)) == 0) return {boolean(true)};
+    if (const auto atom = atoms_.find(result); atom != atoms_.end()) return by_row(atom->second.form);
+    if (!llvm::all_of(op.getOperands(), [&](Value v) { return truths_.contains(v); })) return {};
+    ByRow all{boolean(true)};
+    for (const Value operand : op.getOperands()) {
+      const ByRow own = rows_.lookup(operand);
+      const Truth truth = truths_.lookup(operand);
+      const Value decided = either(truth.never, truth.always);
+      all.holds = both(all.holds, own.holds ? either(own.holds, decided) : decided);
+      all.by_chance |= own.by_chance;
+    }
+    return all;
+  }
+  // Of what is made of the query's parts and the key's: where the key's are the same for the tile.
+  ByRow by_row(const Form& form) {
+    Value same = boolean(true);
+    for (const auto& [number, factor] : form.terms) {
+      const Term& part = term(number);
+      if ((part.varies & kWithKv) == 0) continue;
+      if ((part.varies & kWithQ) != 0 || part.kind == TermKind::kEnd) return {};
+      same = both(same, compare(arith::CmpIPredicate::eq, part.low, part.high));
+    }
+    return {both(same, form.guard), true};
+  }
+
   // Rounding is monotone: what is between two numbers is so after it.
   std::optional<Ends> float_ends(Value v) {
     mlir::Operation* const op = v.getDefiningOp();
@@ -1295,6 +1332,7 @@ class Analysis {
   llvm::DenseMap<Value, Form> forms_;
   llvm::DenseMap<Value, Atom> atoms_;
   llvm::DenseMap<Value, Truth> truths_;
+  llvm::DenseMap<Value, ByRow> rows_;
   llvm::DenseMap<std::pair<Value, unsigned>, Bounds> bounds_;
   llvm::DenseMap<std::pair<Value, unsigned>, std::optional<Disjunction>> disjunctions_;
 };
@@ -1332,7 +1370,7 @@ mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function,
   builder.setInsertionPointToEnd(module->getBody());
   const mlir::Type i1 = builder.getI1Type(), i32 = builder.getI32Type();
   auto made = mlir::func::FuncOp::create(builder, loc, kTileFactsName,
-                                         builder.getFunctionType({}, {i1, i1, i32, i32, i32, i32}));
+                                         builder.getFunctionType({}, {i1, i1, i32, i32, i32, i32, i1}));
   builder.setInsertionPointToEnd(made.addEntryBlock());
   if (!Analysis(builder, function, problem, solver, summaries).run()) {
     summaries.clear();
@@ -1350,6 +1388,11 @@ bool knows_kv_range(mlir::func::FuncOp tile_facts) {
 }
 bool knows_q_range(mlir::func::FuncOp tile_facts) {
   return !is_end(tile_facts, TileResult::kQFirst) || !is_end(tile_facts, TileResult::kQLast);
+}
+
+bool knows_rows(mlir::func::FuncOp tile_facts) {
+  return !mlir::matchPattern(tile_facts.front().getTerminator()->getOperand(static_cast<unsigned>(TileResult::kByRow)),
+                             mlir::m_Zero());
 }
 
 }  // namespace attnjit::compiler

@@ -18,11 +18,14 @@ enum class TileResult : std::uint8_t {
   kKvLast,
   kQFirst,
   kQLast,
+  // i1: of each query of each head all keys of the tile are kept, or none. False of masks that read nothing of the key
+  // that could be the same for a tile's: of those never and always say enough.
+  kByRow,
 };
 
-// A module with `@tile_facts() -> (i1, i1, i32, i32, i32, i32)`, of attnjit.tile_end, captured reads and arithmetic,
-// from the canonical form of a forward or a backward. Null where nothing can be known: there is no mask, it reads the
-// score, or it is too long. Sound, not exact: `never` and `always` may be false of any tile, and ranges the whole.
+// A module with `@tile_facts() -> (i1, i1, i32, i32, i32, i32, i1)`, of attnjit.tile_end, captured reads and
+// arithmetic, from the canonical form of a forward or a backward. Null where nothing can be known: there is no mask, it
+// reads the score, or it is too long. Sound, not exact: an i1 may be false of any tile, and ranges the whole.
 // `summaries`: what it reads beside captures.
 mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function, const ModProblem& problem,
                                                     std::vector<TileSummary>& summaries);
@@ -31,5 +34,6 @@ mlir::OwningOpRef<mlir::ModuleOp> derive_tile_facts(mlir::func::FuncOp function,
 bool knows_tiles(mlir::func::FuncOp tile_facts);
 bool knows_kv_range(mlir::func::FuncOp tile_facts);
 bool knows_q_range(mlir::func::FuncOp tile_facts);
+bool knows_rows(mlir::func::FuncOp tile_facts);
 
 }  // namespace attnjit::compiler

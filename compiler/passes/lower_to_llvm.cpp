@@ -492,8 +492,8 @@ class LowerToLlvm : public impl::LowerToLlvmBase<LowerToLlvm> {
   static mlir::LogicalResult lower_tile_facts(mlir::OpBuilder& builder, mlir::func::FuncOp function) {
     const mlir::Type i1 = builder.getI1Type(), i32 = builder.getI32Type();
     if (function.isExternal() || !function.getBody().hasOneBlock() ||
-        function.getFunctionType() != builder.getFunctionType({}, {i1, i1, i32, i32, i32, i32}))
-      return function.emitOpError("needs one block and the type () -> (i1, i1, i32, i32, i32, i32)");
+        function.getFunctionType() != builder.getFunctionType({}, {i1, i1, i32, i32, i32, i32, i1}))
+      return function.emitOpError("needs one block and the type () -> (i1, i1, i32, i32, i32, i32, i1)");
     const mlir::ValueRange results = return_of(function).getOperands();
     const auto make = [&](llvm::StringRef name, TileResult first) {
       mlir::func::FuncOp made =

@@ -31,8 +31,8 @@ namespace attnjit::cuda {
 struct Tile {
   int b, h_first, h_last, q_first, q_last, kv_first, kv_last;
 };
-// What keep() is over a tile: false; anything; true.
-enum class TileKind : int { kSkip, kPartial, kFull };
+// What keep() is over a tile: false; anything; true; anything, but for each query of each head the same for all keys.
+enum class TileKind : int { kSkip, kPartial, kFull, kByRow };
 // Both ends included; empty where first > last.
 struct IndexRange {
   int first, last;
@@ -57,6 +57,8 @@ struct ModDefaults {
   static constexpr bool kMaskReadsScore = false;
   // tile_kind() may say more than kPartial. Never with kMaskReadsScore.
   static constexpr bool kKnowsTiles = false;
+  // Folded form: tile_kind() may say kByRow.
+  static constexpr bool kKnowsRows = false;
   // kv_range() and q_range() may be less than the whole.
   static constexpr bool kKnowsRanges = false;
   // Folded form: shift() may be other than 0; score() is s + term(); term() is slope() * q_minus_kv.

@@ -80,11 +80,15 @@ constexpr TilePlace masked_place(int number, const ForwardParams& params) {
 }
 
 // What tiles of keys that lie one behind the other are to a warpgroup: a bit for each of the first 31, and one for all
-// others. Where tiles are known, they are full beyond the last.
+// others. Where tiles are known, they are full beyond the last. A tile with both: of each query all of its keys are
+// kept, or none.
 struct Kinds {
   unsigned skipped;  // it does not see the tile
   unsigned full;     // it need look at no mask, nor at the end of the keys
 };
+constexpr bool is_skipped(const Kinds& kinds, int bit) { return (kinds.skipped & ~kinds.full) >> bit & 1; }
+constexpr bool is_full(const Kinds& kinds, int bit) { return (kinds.full & ~kinds.skipped) >> bit & 1; }
+constexpr bool is_by_row(const Kinds& kinds, int bit) { return (kinds.full & kinds.skipped) >> bit & 1; }
 
 // Zeros below the lowest one; 32 where there is none.
 constexpr int lowest_one(unsigned bits) {
@@ -112,9 +116,10 @@ constexpr Kinds cut_out(const Kinds& of_32, const BitRun& run) {
 // How many of the tiles from `number` on are of one kind, of `count` in all; one where it is skipped.
 constexpr int same_from(const Kinds& kinds, int number, int count) {
   const int bit = number < 31 ? number : 31;
-  const unsigned skipped = kinds.skipped >> bit, full = kinds.full >> bit;
-  if ((skipped & 1) != 0) return 1;
-  const unsigned others = ((full & 1) != 0 ? ~kinds.full >> bit : full) | skipped;
+  if (is_skipped(kinds, bit)) return 1;
+  // The bits that differ from this tile's.
+  const auto differing = [&](unsigned bits) { return ((bits >> bit & 1) != 0 ? ~bits : bits) >> bit; };
+  const unsigned others = differing(kinds.skipped) | differing(kinds.full);
   const int left = count - number;
   // Without another kind the last bit's goes on.
   return others == 0 || lowest_one(others) > left ? left : lowest_one(others);

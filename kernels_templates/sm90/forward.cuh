@@ -32,6 +32,10 @@ static_assert(kWarpgroups >= (kConfig.ping_pong ? 2 : 1) && kWarpgroups <= 4 && 
 constexpr int kLoaderRegisters = kWarpgroups == 1 ? 96 : kWarpgroups == 2 ? 40 : 32;
 constexpr int kComputeRegisters = kWarpgroups <= 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
 
+// Whether tiles of which each query keeps all keys or none are worth telling apart: their scores need no mask, but a
+// reference by row.
+constexpr bool kSeesRows = Mod::kKnowsRows && Mod::kIdentity && kConfig.frozen;
+
 template <bool kIs>
 struct Choice {
   static constexpr bool kValue = kIs;
@@ -279,13 +283,13 @@ struct Planner {
 
   static constexpr int kFullShift = 4;
   static constexpr unsigned kSkippedByAll = (1 << kWarpgroups) - 1;
-  static constexpr unsigned kFullForAll = kSkippedByAll << kFullShift;
+  static constexpr unsigned kFullForAll = 1 << 2 * kFullShift;
 
-  // What tile `n` of keys is to the warpgroups: those that do not see it, a bit each, and from kFullShift on those to
-  // which it is full.
+  // What tile `n` of keys is to the warpgroups: their bits of Kinds::skipped, from kFullShift on those of Kinds::full,
+  // and kFullForAll.
   __device__ __forceinline__ unsigned look(const Message& job, int n) const {
     const bool whole = (n + 1) * kTileN <= params.call.seqlen_kv;
-    unsigned kinds = 0;
+    unsigned kinds = whole ? kFullForAll : 0;
 #pragma unroll
     for (int w = 0; w < kWarpgroups; ++w) {
       const int first_query = job.first_query + w * kRows;
@@ -295,11 +299,17 @@ struct Planner {
       tile.kv_first += n * kTileN;
       tile.kv_last = tile.kv_first + kTileN - 1;
       const TileKind kind = Mod::tile_kind(params.call.captured, tile);
+      const bool by_row = kSeesRows && kind == TileKind::kByRow && whole && exists;
       const bool skips = kind == TileKind::kSkip || !exists;
-      kinds |= static_cast<unsigned>(skips) << w;
-      kinds |= static_cast<unsigned>((kind == TileKind::kFull || !exists) && whole) << (kFullShift + w);
+      const bool full = kind == TileKind::kFull && whole && exists;
+      kinds |= static_cast<unsigned>(skips || by_row) << w;
+      kinds |= static_cast<unsigned>(full || by_row) << (kFullShift + w);
+      if (exists && !full) kinds &= ~kFullForAll;
     }
     return kinds;
+  }
+  static __device__ __forceinline__ bool is_needed(unsigned kinds) {
+    return (kinds & (kSkippedByAll | kSkippedByAll << kFullShift)) != kSkippedByAll;
   }
 
   __device__ __forceinline__ Address slot() const { return message_at(shared + kBarriersAt, messages); }
@@ -330,8 +340,8 @@ struct Planner {
       // Also in lanes beyond the last tile: what is asked about exists.
       const int own = number + min(lane, count - number - 1);
       const unsigned kinds = look(job, job.ascending ? first + own : first - own);
-      unsigned left = __ballot_sync(0xffffffffu, (kinds & kSkippedByAll) != kSkippedByAll && lane < count - number);
-      const unsigned full = __ballot_sync(0xffffffffu, (kinds & kFullForAll) == kFullForAll);
+      unsigned left = __ballot_sync(0xffffffffu, is_needed(kinds) && lane < count - number);
+      const unsigned full = __ballot_sync(0xffffffffu, (kinds & kFullForAll) != 0);
 #pragma unroll 1
       while (left != 0) {
         const BitRun run = lowest_run(left);
@@ -758,24 +768,28 @@ struct Warpgroup {
     }
   }
 
+  // The maximum of row `r`.
+  static __device__ __forceinline__ float row_max(const float (&s)[kScores], int r) {
+    float max[2] = {s[2 * r], s[2 * r + 1]};
+#pragma unroll
+    for (int j = 1; j < kTileN / 8; ++j) {
+      max[0] = fmaxf(max[0], s[4 * j + 2 * r]);
+      max[1] = fmaxf(max[1], s[4 * j + 2 * r + 1]);
+    }
+    max[0] = fmaxf(max[0], max[1]);
+    max[0] = fmaxf(max[0], __shfl_xor_sync(0xffffffffu, max[0], 1));
+    return fmaxf(max[0], __shfl_xor_sync(0xffffffffu, max[0], 2));
+  }
+
   // Scores to probabilities against the running maximum. `rescale`: for what was summed before.
   __device__ __forceinline__ void exact_softmax(float (&s)[kScores], RowState& state, float (&rescale)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float max[2] = {s[2 * r], s[2 * r + 1]};
-#pragma unroll
-      for (int j = 1; j < kTileN / 8; ++j) {
-        max[0] = fmaxf(max[0], s[4 * j + 2 * r]);
-        max[1] = fmaxf(max[1], s[4 * j + 2 * r + 1]);
-      }
-      max[0] = fmaxf(max[0], max[1]);
-      max[0] = fmaxf(max[0], __shfl_xor_sync(0xffffffffu, max[0], 1));
-      max[0] = fmaxf(max[0], __shfl_xor_sync(0xffffffffu, max[0], 2));
-      max[0] = fmaxf(max[0], state.reference[r]);
+      const float max = fmaxf(row_max(s, r), state.reference[r]);
       // Every element so far dropped: any finite reference makes their exponentials 0.
-      const float finite_max = max[0] == -kInfinity ? 0.0f : max[0];
+      const float finite_max = max == -kInfinity ? 0.0f : max;
       rescale[r] = exp2_approx((state.reference[r] - finite_max) * factor);
-      state.reference[r] = max[0];
+      state.reference[r] = max;
       const float offset = -finite_max * factor;
       float sum = 0.0f;
 #pragma unroll
@@ -796,10 +810,40 @@ struct Warpgroup {
     return i / 4 % 4 < kConfig.fma_exponentials ? exp2_by_fma(x) : exp2_approx(x);
   }
 
-  // Scores that are all kept, unmodified, to probabilities against the reference as it is.
-  __device__ __forceinline__ void frozen_softmax(float (&s)[kScores], RowState& state, const Keys& keys) const {
+  // Which of this thread's rows keep tile `n` of keys, whose kind is by row.
+  struct KeptRows {
+    bool row[2];
+  };
+  __device__ __forceinline__ KeptRows kept_rows(int n) const {
+    const cuda::CapturedView* const captured = params.call.captured;
+    const int first = params.call.kv_idx_origin + n * kTileN;
+    const Column column = Mod::column(captured, block, first);  // stands for all
+    const auto keeps = [&](int r) {
+      const int difference = first_row + 8 * r - first;
+      const auto diagonal = Mod::diagonal(captured, block, difference, static_cast<float>(difference));
+      return Mod::keep(captured, 0.0f, block, rows[r], column, diagonal);
+    };
+    return {{keeps(0), keeps(1)}};
+  }
+  // Rows that keep these keys, and none before, have their maximum as their reference.
+  __device__ __forceinline__ void set_references(const float (&s)[kScores], const KeptRows& kept,
+                                                 RowState& state) const {
+    const auto is_unset = [&](int r) { return kept.row[r] && state.reference[r] == -kInfinity; };
+    if (!__any_sync(0xffffffffu, is_unset(0) || is_unset(1))) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float max = row_max(s, r);
+      if (is_unset(r)) state.reference[r] = max;
+    }
+  }
+
+  // Scores, unmodified, of rows that keep them all or none, to probabilities against the reference as it is.
+  __device__ __forceinline__ void frozen_softmax(float (&s)[kScores], RowState& state, const Keys& keys,
+                                                 const KeptRows& kept) const {
     const cuda::ForwardParams& call = params.call;
-    const float offset[2] = {-state.reference[0] * factor, -state.reference[1] * factor};
+    float offset[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) offset[r] = kept.row[r] ? -state.reference[r] * factor : -kInfinity;
     if constexpr (kIdentity) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] = exponential(i, fmaf(s[i], factor, offset[i / 2 % 2]));
@@ -1010,7 +1054,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     };
 
     // S of a tile of keys beside O of the one before, if there is one.
-    const auto advance = [&](auto is_exact) {
+    // `by_row`: the tile's kind; of steps that are not exact.
+    const auto advance = [&](auto is_exact, bool by_row) {
       constexpr bool kExact = decltype(is_exact)::kValue;
       const bool has_v = !kExact || pending;
       const bool in_turn = !kExact || (Mod::kKnowsTiles ? takes_turn : pending);  // the same where nothing is left out
@@ -1028,6 +1073,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       if (in_turn) pass_turn();
       typename Own::Keys keys = {};
       if constexpr (kExact || !kIdentity) keys = own.keys(number_of(stage));
+      typename Own::KeptRows kept = {{true, true}};
+      if (!kExact && kSeesRows && by_row) kept = own.kept_rows(number_of(stage));
       wait_for_scores(s);
       release(barrier(kKEmpty + 8 * stage));
       float rescale[2];
@@ -1035,7 +1082,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         own.modify(s, keys);
         own.exact_softmax(s, state, rescale);
       } else {
-        own.frozen_softmax(s, state, keys);
+        if (kSeesRows && by_row) own.set_references(s, kept, state);
+        own.frozen_softmax(s, state, keys, kept);
       }
       wait_for_all(s, o);
       if (has_v) release(barrier(kVEmpty + 8 * before));
@@ -1069,7 +1117,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         ends = next.ends;
       }
       const int bit = min(load - begin, 31);
-      if (Mod::kKnowsTiles && (kinds.skipped >> bit & 1) != 0) {
+      if (Mod::kKnowsTiles && is_skipped(kinds, bit)) {
         if (pending) catch_up();
         const int stage = stage_of(load);
         const int parity = parity_of(load);
@@ -1088,23 +1136,25 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       // As far as tiles are of one kind.
       const int same_end = kLooksAtKinds ? load + same_from(kinds, load - begin, end - begin) : end;
       int exact_end = same_end, frozen_end = same_end;
+      const bool by_row = kSeesRows && !exact && is_by_row(kinds, bit);
+      if (by_row) exact_end = pending ? load : load + 1;
       if constexpr (kConfig.frozen) {
-        const bool is_full = (kinds.full >> bit & 1) != 0;
-        if (is_full && !exact) {
+        const bool full = is_full(kinds, bit);
+        if (full && !exact) {
           if ((Mod::kHasMask || kMayEmptyRows) && pending && !settled) {
             settled = !any_of_warpgroup(warpgroup, is_unset());
           }
           exact_end = settled && pending ? load : load + 1;
           if (kMayEmptyRows && !settled) frozen_end = exact_end;
         }
-        settled |= !kMayEmptyRows && (is_full || !Mod::kHasMask);
+        settled |= !kMayEmptyRows && (full || !Mod::kHasMask);
       }
 #pragma unroll 1
-      while (load < exact_end) advance(Choice<true>());
+      while (load < exact_end) advance(Choice<true>(), false);
       if constexpr (kConfig.frozen) {
         if (load < frozen_end) {
 #pragma unroll 1
-          while (load < frozen_end) advance(Choice<false>());
+          while (load < frozen_end) advance(Choice<false>(), by_row);
           // An exact step to come would rescale a sum that ran too high, and hide it.
 #pragma unroll
           for (float& sum : state.sum) sum = sum < kHighestSum ? sum : kInfinity;

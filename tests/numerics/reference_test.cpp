@@ -135,6 +135,14 @@ std::vector<Row> every_mask() {
         R"_(score_mod="where(ids[q_idx // 2] == ids[kv_idx // 2], score, -inf)" capture=ids:int32:1000:packed:blocks)_"},
        {"BlocksBeside",
         R"_(score_mod="where(ids[q_idx + 63] == ids[kv_idx + 63], score, -inf)" capture=ids:int32:1100:packed:blocks)_"},
+       // Each warpgroup has rows of two blocks, and tiles of keys of one.
+       {"BlocksAstride",
+        R"_(score_mod="where(ids[q_idx + 17] == ids[kv_idx], score, -inf)" capture=ids:int32:1100:packed:blocks)_"},
+       {"BlocksAstride256", R"_(score_mod="where(ids[(q_idx + 17) // 4] == ids[kv_idx // 4], score, -inf)" )_"
+                            "capture=ids:int32:1100:packed:blocks"},
+       {"BlocksAstrideKnown", R"_(score_mod="where((q_idx + 17) // 64 == kv_idx // 64, score, -inf)")_"},
+       {"BlocksBefore",
+        R"_(score_mod="where(ids[q_idx + 17] >= ids[kv_idx], score, -inf)" capture=ids:int32:1100:packed:blocks)_"},
        {"Blocks64Known", R"_(score_mod="where(q_idx // 64 == kv_idx // 64, score, -inf)")_"},
        {"Blocks128Known", R"_(score_mod="where(q_idx // 128 == kv_idx // 128, score * 2, -inf)")_"},
        {"Blocks100Known", R"_(score_mod="where(q_idx // 100 == kv_idx // 100, 9 * tanh(score / 9), -inf)")_"},

@@ -140,7 +140,7 @@ CudaMod emitted(const Mod& mod, bool backward) {
     return {};
   }
   CudaMod made = emit_cuda_mod(frontend.function(), mod.problem, CudaAccuracy::kFull, frontend.facts().sinks,
-                               frontend.tile_facts());
+                               frontend.tile_facts(), backward ? ModForm::kPlain : ModForm::kFolded);
   EXPECT_EQ(made.error, "");
   return made;
 }
@@ -167,12 +167,14 @@ class Kept {
 // What a mod says of one tile; of what it has no function for, what is always right.
 struct Said {
   cpu::TileKind kind = cpu::TileKind::kPartial;
+  bool by_row = false;  // of partial ones
   cpu::IndexRange kv, q;
 };
 
 // How much was said beside what could have been.
 struct Score {
   long long uniform_tiles = 0, found = 0;  // tiles of which all or no elements are kept; how many were told as such
+  long long by_row = 0, found_by_row = 0;  // other tiles of several keys, of each query all or none kept
   long long range = 0, needed = 0;         // lengths
 };
 
@@ -184,10 +186,12 @@ void judge(const std::string& mask, const Kept& kept, const cpu::Tile& tile, con
   const std::string at = mask + ": b " + std::to_string(tile.b) + " h " + range(tile.h_first, tile.h_last) + " q " +
                          range(tile.q_first, tile.q_last) + " kv " + range(tile.kv_first, tile.kv_last);
   long long count = 0, all = 0;
+  bool by_row = true;
   cpu::IndexRange kv{tile.kv_last + 1, tile.kv_first - 1}, q{tile.q_last + 1, tile.q_first - 1};
   for (long long h = tile.h_first; h <= tile.h_last; ++h) {
     for (long long i = tile.q_first; i <= tile.q_last; ++i) {
       for (long long j = tile.kv_first; j <= tile.kv_last; ++j) {
+        by_row &= kept.at(tile.b, h, i, j) == kept.at(tile.b, h, i, tile.kv_first);
         ++all;
         if (!kept.at(tile.b, h, i, j)) continue;
         ++count;
@@ -202,6 +206,11 @@ void judge(const std::string& mask, const Kept& kept, const cpu::Tile& tile, con
     EXPECT_EQ(count, all) << at;
   } else {
     EXPECT_EQ(said.kind, cpu::TileKind::kPartial) << at;
+    EXPECT_TRUE(by_row || !said.by_row) << at;
+  }
+  if (count > 0 && count < all && tile.kv_first < tile.kv_last) {
+    score.by_row += by_row ? 1 : 0;
+    score.found_by_row += said.by_row ? 1 : 0;
   }
   score.uniform_tiles += count == 0 || count == all ? 1 : 0;
   score.found += said.kind != cpu::TileKind::kPartial ? 1 : 0;
@@ -248,7 +257,11 @@ class HostTiles {
     const long long ends[] = {t.b, t.h_first, t.h_last, t.q_first, t.q_last, t.kv_first, t.kv_last};
     std::copy(std::begin(ends), std::end(ends), tile);
     function(tables_[i].data(), tile, said);
-    return {static_cast<cpu::TileKind>(said[0]), {said[1], said[2]}, {said[3], said[4]}};
+    const bool by_row = said[0] == 3;
+    return {.kind = by_row ? cpu::TileKind::kPartial : static_cast<cpu::TileKind>(said[0]),
+            .by_row = by_row,
+            .kv = {said[1], said[2]},
+            .q = {said[3], said[4]}};
   }
 
  private:
@@ -264,6 +277,7 @@ void ask(const CapturedView* captured, const int* t, int* said) {
                      q.last == tile.q_last;
   // Traits may not say less than the hooks.
   if ((!Mod::kKnowsTiles && kind != TileKind::kPartial) || (!Mod::kKnowsRanges && !whole)) __builtin_trap();
+  if (!Mod::kKnowsRows && kind == TileKind::kByRow) __builtin_trap();
   said[0] = static_cast<int>(kind);
   said[1] = kv.first, said[2] = kv.last, said[3] = q.first, said[4] = q.last;
 }
@@ -528,6 +542,7 @@ TEST(CompilerTileFacts, AreRightWithSummariesOfCapturedValues) {
   // Blocks are larger than most of these tiles.
   EXPECT_GT(score.found * 10, score.uniform_tiles * 6) << score.found << " of " << score.uniform_tiles;
   EXPECT_GT(of_cpu.found * 10, of_cpu.uniform_tiles * 5) << of_cpu.found << " of " << of_cpu.uniform_tiles;
+  EXPECT_GT(score.found_by_row, 0) << "of " << score.by_row;
 }
 
 // Of ids in order, one block per position.
@@ -545,6 +560,8 @@ TEST(CompilerTileFacts, MissNothingOfDocuments) {
   }
   EXPECT_GT(score.uniform_tiles, 100);
   EXPECT_EQ(score.found, score.uniform_tiles) << emitted(summarised.mod, false).text;
+  EXPECT_GT(score.by_row, 20);
+  EXPECT_EQ(score.found_by_row, score.by_row);
 }
 
 // Up to eight comparisons of positions and their difference, of which not even a corner of a tile is missed.

@@ -186,35 +186,38 @@ TEST(Sm90Backend, RunsOfBits) {
 TEST(Sm90Backend, KindsOfTilesAreReadAsTheyWereWritten) {
   std::mt19937 random(2);
   const auto below = [&](int end) { return static_cast<int>(random() % static_cast<unsigned>(end)); };
-  const auto bit_of = [](unsigned bits, int at) { return (bits >> at & 1) != 0; };
   for (int round = 0; round < 20000; ++round) {
     // Kinds come in runs.
     sm90::Kinds of_32 = {0, 0};
     for (int i = 0, kind = 0; i < 32; ++i) {
-      if (i == 0 || below(4) == 0) kind = below(3);
-      of_32.skipped |= static_cast<unsigned>(kind == 1) << i;
-      of_32.full |= static_cast<unsigned>(kind == 2) << i;
+      if (i == 0 || below(4) == 0) kind = below(4);
+      of_32.skipped |= static_cast<unsigned>((kind & 1) != 0) << i;
+      of_32.full |= static_cast<unsigned>((kind & 2) != 0) << i;
     }
     const int first = below(32), length = 1 + below(32 - first);
     const sm90::Kinds kinds = sm90::cut_out(of_32, {first, length});
     // A message grows by what is full.
-    const bool may_grow = length < 32 || bit_of(of_32.full, 31);
+    const bool may_grow = length < 32 || sm90::is_full(of_32, 31);
     const int count = length + (may_grow && round % 2 == 0 ? below(100) : 0);
-    const auto skipped = [&](int i) { return i < length && bit_of(of_32.skipped, first + i); };
-    const auto full = [&](int i) { return i >= length || bit_of(of_32.full, first + i); };
+    const auto skipped = [&](int i) { return i < length && sm90::is_skipped(of_32, first + i); };
+    const auto full = [&](int i) { return i >= length || sm90::is_full(of_32, first + i); };
+    const auto by_row = [&](int i) { return i < length && sm90::is_by_row(of_32, first + i); };
     for (int number = 0; number < count;) {
       const int same = sm90::same_from(kinds, number, count);
       ASSERT_GT(same, 0);
       ASSERT_LE(number + same, count);
-      const bool skips = bit_of(kinds.skipped, std::min(number, 31)),
-                 is_full = bit_of(kinds.full, std::min(number, 31));
+      const int bit = std::min(number, 31);
+      const bool skips = sm90::is_skipped(kinds, bit);
       for (int i = number; i < number + same; ++i) {
         ASSERT_EQ(skips, skipped(i)) << i;
-        ASSERT_EQ(is_full, full(i)) << i;
+        ASSERT_EQ(sm90::is_full(kinds, bit), full(i)) << i;
+        ASSERT_EQ(sm90::is_by_row(kinds, bit), by_row(i)) << i;
       }
       number += same;
       // It stops for a reason.
-      ASSERT_TRUE(skips || number == count || skipped(number) || full(number) != is_full) << number;
+      ASSERT_TRUE(skips || number == count || skipped(number) || full(number) != sm90::is_full(kinds, bit) ||
+                  by_row(number) != sm90::is_by_row(kinds, bit))
+          << number;
     }
   }
 }

@@ -21,7 +21,7 @@ func.func @score_mod(%s: f32) -> (f32, i1) {
   %true = arith.constant true
   return %s, %true : f32, i1
 }
-// expected-error@+1 {{needs one block and the type () -> (i1, i1, i32, i32, i32, i32)}}
+// expected-error@+1 {{needs one block and the type () -> (i1, i1, i32, i32, i32, i32, i1)}}
 func.func @tile_facts() -> i1 {
   %true = arith.constant true
   return %true : i1

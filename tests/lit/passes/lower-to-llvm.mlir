@@ -153,7 +153,7 @@ func.func @score_mod(%s: f32) -> (f32, i1) {
   %c = arith.cmpi sge, %q, %kv : i64
   return %s, %c : f32, i1
 }
-func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
+func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32, i1) {
   %false = arith.constant false
   %q_first = attnjit.tile_end first q_idx below 1024
   %q_last = attnjit.tile_end last q_idx below 1024
@@ -165,7 +165,7 @@ func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
   %1 = arith.trunci %last : i64 to i32
   %2 = arith.trunci %q_first : i64 to i32
   %3 = arith.trunci %q_last : i64 to i32
-  return %never, %false, %0, %1, %2, %3 : i1, i1, i32, i32, i32, i32
+  return %never, %false, %0, %1, %2, %3, %false : i1, i1, i32, i32, i32, i32, i1
 }
 
 // -----
@@ -174,7 +174,7 @@ func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
 // CHECK-NOT: attnjit_mod
 // CHECK-LABEL: llvm.func @attnjit_tile_kind
 // CHECK-NOT: llvm.func
-func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
+func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32, i1) {
   %false = arith.constant false
   %q_first = attnjit.tile_end first q_idx below 1024
   %q_last = attnjit.tile_end last q_idx below 1024
@@ -185,5 +185,5 @@ func.func @tile_facts() -> (i1, i1, i32, i32, i32, i32) {
   %1 = arith.trunci %kv_last : i64 to i32
   %2 = arith.trunci %q_first : i64 to i32
   %3 = arith.trunci %q_last : i64 to i32
-  return %never, %false, %0, %1, %2, %3 : i1, i1, i32, i32, i32, i32
+  return %never, %false, %0, %1, %2, %3, %false : i1, i1, i32, i32, i32, i32, i1
 }

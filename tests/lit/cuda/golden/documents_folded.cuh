@@ -2,6 +2,7 @@ struct Mod : ModDefaults {
   static constexpr bool kHasMask = true;
   static constexpr bool kReadsCaptured = true;
   static constexpr bool kKnowsTiles = true;
+  static constexpr bool kKnowsRows = true;
   static constexpr bool kKnowsRanges = true;
   static constexpr bool kColumnLoads = true;
 
@@ -49,8 +50,13 @@ struct Mod : ModDefaults {
     const int i13 = max(load<int>(captured[1], 2 * stride32(captured[1], 1) + i4), load<int>(captured[1], 3 *
         stride32(captured[1], 1) + i5));
     const int i14 = min(load<int>(captured[1], i10), load<int>(captured[1], 1 * stride32(captured[1], 1) + i11));
-    if ((i6 > i12) | (i13 < i14) | (tile.kv_first > tile.q_last)) return TileKind::kSkip;
-    return ((i6 >= i12) & (i13 <= i14) & (tile.kv_last <= tile.q_first)) ? TileKind::kFull : TileKind::kPartial;
+    const bool c1 = (i6 > i12) | (i13 < i14);
+    const bool c2 = tile.kv_first > tile.q_last;
+    const bool c3 = (i6 >= i12) & (i13 <= i14);
+    const bool c4 = tile.kv_last <= tile.q_first;
+    if (c1 | c2) return TileKind::kSkip;
+    if (c3 & c4) return TileKind::kFull;
+    return (((i14 == i12) | (c1 | c3)) & (c2 | c4)) ? TileKind::kByRow : TileKind::kPartial;
   }
 
   static __device__ __forceinline__ IndexRange kv_range(const CapturedView* captured, const Tile& tile) {
