@@ -3,63 +3,74 @@
 namespace attnjit::cuda {
 
 #ifndef ATTNJIT_EMULATED
-__device__ __forceinline__ long long exchange(long long x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+template <typename T>
+__device__ __forceinline__ T exchange(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 #endif
 
-__device__ __forceinline__ long long summary_value(const SummaryTable& of, long long at) {
-  switch (of.type) {
-    case SummaryType::kBool:
-      return static_cast<const unsigned char*>(of.data)[at] != 0;
-    case SummaryType::kUInt8:
-      return static_cast<const unsigned char*>(of.data)[at];
-    case SummaryType::kInt8:
-      return static_cast<const signed char*>(of.data)[at];
-    case SummaryType::kInt16:
-      return static_cast<const short*>(of.data)[at];
-    case SummaryType::kInt32:
-      return static_cast<const int*>(of.data)[at];
-    default:
-      return static_cast<const long long*>(of.data)[at];
-  }
-}
+// A bool as it lies in memory: true where its byte is not 0.
+struct StoredBool {
+  unsigned char byte;
+  __device__ __forceinline__ operator int() const { return byte != 0; }
+};
 
-// The block's threads write one row.
-template <typename T>
-__device__ __forceinline__ void summarise_row(const SummaryTable& of, int row) {
+// A level is made of the one before, read from here where two fit: a trip to memory and back per level is what a row of
+// a few thousand values would take longest for. (blocks, 4).
+inline constexpr int kLevelBytes = 16384;
+
+// The block's threads write one row; four of them see to the four parts of a block of values. `levels`: 2 * kLevelBytes
+// of shared memory.
+template <typename Value, typename T>
+__device__ __forceinline__ void summarise_row(const SummaryTable& of, int row, char* levels) {
+  constexpr int kParts = 4, kOwnValues = kSummaryBlockValues / kParts;
   const int inner = row % of.inner, outer = row / of.inner;
-  const long long start = outer * of.row_stride[0] + inner * of.row_stride[1];
+  const Value* const values = static_cast<const Value*>(of.data) + outer * of.row_stride[0] + inner * of.row_stride[1];
   const long long part = static_cast<long long>(of.levels) * of.blocks;
-  T* const table = static_cast<T*>(of.table) + 4 * part * row;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kSummaryBlockValues;
-  const int last = of.extent - 1;
-#pragma unroll 4
-  for (int block = thread / kSummaryBlockValues; block < of.blocks; block += kSummaryThreads / kSummaryBlockValues) {
-    // Lanes behind the end repeat the last value.
-    const int at = block * kSummaryBlockValues +
-                   (last - block * kSummaryBlockValues < lane ? last - block * kSummaryBlockValues : lane);
-    long long least = summary_value(of, start + at * of.stride), largest = least;
+  T* const table = static_cast<T*>(of.table) + kParts * part * row;
+  const bool at_hand = of.blocks <= kLevelBytes / static_cast<int>(kParts * sizeof(T));
+  const auto level_at_hand = [&](int level) { return reinterpret_cast<T*>(levels + level % 2 * kLevelBytes); };
+  const int thread = static_cast<int>(threadIdx.x), which = thread % kParts;
+  for (int first = 0; first < of.blocks; first += kSummaryThreads / kParts) {
+    const int block = first + thread / kParts;
+    T least = 0, largest = 0;
 #pragma unroll
-    for (int mask = 1; mask < kSummaryBlockValues; mask *= 2) {
-      const long long other_least = exchange(least, mask), other_largest = exchange(largest, mask);
+    for (int i = 0; i < kOwnValues; ++i) {
+      // Behind the end the last value is repeated.
+      const long long at = static_cast<long long>(block) * kSummaryBlockValues + which * kOwnValues + i;
+      const T value = static_cast<T>(values[(at < of.extent ? at : of.extent - 1) * of.stride]);
+      least = i > 0 && least < value ? least : value;
+      largest = i > 0 && largest > value ? largest : value;
+    }
+#pragma unroll
+    for (int mask = 1; mask < kParts; mask *= 2) {
+      const T other_least = exchange(least, mask), other_largest = exchange(largest, mask);
       least = other_least < least ? other_least : least;
       largest = other_largest > largest ? other_largest : largest;
     }
-    if (lane < 4) table[lane * part + block] = static_cast<T>(lane < 2 ? least : largest);
+    if (block >= of.blocks) continue;
+    const T value = which < 2 ? least : largest;
+    table[which * part + block] = value;
+    if (at_hand) level_at_hand(0)[kParts * block + which] = value;
   }
-  // A level is made of the one before. What reaches over an end repeats the block there, which is in the stretch.
+  // What reaches over an end repeats the block there, which is in the stretch.
+#pragma unroll 1
   for (int level = 1; level < of.levels; ++level) {
     __syncthreads();
     const int half = 1 << (level - 1);
-    const T* const from = table + static_cast<long long>(level - 1) * of.blocks;
+    const T* const from = at_hand ? level_at_hand(level - 1) : table + static_cast<long long>(level - 1) * of.blocks;
+    const long long block_step = at_hand ? kParts : 1, part_step = at_hand ? 1 : part;
     T* const to = table + static_cast<long long>(level) * of.blocks;
-    for (int block = thread; block < of.blocks; block += kSummaryThreads) {
+#pragma unroll 1
+    for (int i = thread; i < kParts * of.blocks; i += kSummaryThreads) {
+      const int block = i / kParts;
       const int behind = block + half < of.blocks ? block + half : of.blocks - 1;
       const int before = block > half ? block - half : 0;
-#pragma unroll
-      for (int which = 0; which < 4; ++which) {
-        const T a = from[which * part + block], b = from[which * part + (which % 2 == 0 ? behind : before)];
-        to[which * part + block] = (which < 2) == (a < b) ? a : b;
-      }
+      const T a = from[which * part_step + block * block_step];
+      const T b = from[which * part_step + (which % 2 == 0 ? behind : before) * block_step];
+      const T value = (which < 2) == (a < b) ? a : b;
+      to[which * part + block] = value;
+      if (at_hand) level_at_hand(level)[i] = value;
     }
   }
 }
@@ -69,14 +80,25 @@ __device__ __forceinline__ void summarise_row(const SummaryTable& of, int row) {
 extern "C" __global__ void __launch_bounds__(attnjit::cuda::kSummaryThreads)
     attnjit_summarize(const __grid_constant__ attnjit::cuda::SummaryParams params) {
   using namespace attnjit::cuda;
+  alignas(8) __shared__ char levels[2 * kLevelBytes];
   const int row = static_cast<int>(blockIdx.x);
   if (row == 0 && threadIdx.x == 0) *params.counter = 0;
   int which = 0;
   while (which + 1 < params.count && params.tables[which + 1].first_row <= row) ++which;
   const SummaryTable& of = params.tables[which];
-  if (of.type == SummaryType::kInt64) {
-    summarise_row<long long>(of, row - of.first_row);
-  } else {
-    summarise_row<int>(of, row - of.first_row);
+  const int own_row = row - of.first_row;
+  switch (of.type) {
+    case SummaryType::kBool:
+      return summarise_row<StoredBool, int>(of, own_row, levels);
+    case SummaryType::kUInt8:
+      return summarise_row<unsigned char, int>(of, own_row, levels);
+    case SummaryType::kInt8:
+      return summarise_row<signed char, int>(of, own_row, levels);
+    case SummaryType::kInt16:
+      return summarise_row<short, int>(of, own_row, levels);
+    case SummaryType::kInt32:
+      return summarise_row<int, int>(of, own_row, levels);
+    default:
+      return summarise_row<long long, long long>(of, own_row, levels);
   }
 }

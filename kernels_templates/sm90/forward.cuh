@@ -810,16 +810,27 @@ struct Warpgroup {
     return i / 4 % 4 < kConfig.fma_exponentials ? exp2_by_fma(x) : exp2_approx(x);
   }
 
-  // Which of this thread's rows keep tile `n` of keys, whose kind is by row.
+  // Of tiles of keys that lie one behind the other and whose kind is by row: where they are, and of tile `i` in lane
+  // `i` the column that stands for all.
+  struct TilesByRow {
+    int first, step;  // logical positions
+    Column column;
+  };
+  __device__ __forceinline__ TilesByRow tiles_by_row(int n, bool ascending, int count) const {
+    const int first = params.call.kv_idx_origin + n * kTileN;
+    const int step = ascending ? kTileN : -kTileN;
+    const int own = min(static_cast<int>(threadIdx.x) % 32, count - 1);
+    return {first, step, Mod::column(params.call.captured, block, first + own * step)};
+  }
+  // Which of this thread's rows keep the keys of tile `i`.
   struct KeptRows {
     bool row[2];
   };
-  __device__ __forceinline__ KeptRows kept_rows(int n) const {
+  __device__ __forceinline__ KeptRows kept_rows(const TilesByRow& tiles, int i) const {
     const cuda::CapturedView* const captured = params.call.captured;
-    const int first = params.call.kv_idx_origin + n * kTileN;
-    const Column column = Mod::column(captured, block, first);  // stands for all
+    const Column column = from_lane(tiles.column, i);
     const auto keeps = [&](int r) {
-      const int difference = first_row + 8 * r - first;
+      const int difference = first_row + 8 * r - (tiles.first + i * tiles.step);
       const auto diagonal = Mod::diagonal(captured, block, difference, static_cast<float>(difference));
       return Mod::keep(captured, 0.0f, block, rows[r], column, diagonal);
     };
@@ -1054,6 +1065,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     };
 
     // S of a tile of keys beside O of the one before, if there is one.
+    int by_row_from = 0;  // the step of the first of these
+    typename Own::TilesByRow tiles_by_row = {};
     // `by_row`: the tile's kind; of steps that are not exact.
     const auto advance = [&](auto is_exact, bool by_row) {
       constexpr bool kExact = decltype(is_exact)::kValue;
@@ -1074,7 +1087,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       typename Own::Keys keys = {};
       if constexpr (kExact || !kIdentity) keys = own.keys(number_of(stage));
       typename Own::KeptRows kept = {{true, true}};
-      if (!kExact && kSeesRows && by_row) kept = own.kept_rows(number_of(stage));
+      if (!kExact && kSeesRows && by_row) kept = own.kept_rows(tiles_by_row, load - by_row_from);
       wait_for_scores(s);
       release(barrier(kKEmpty + 8 * stage));
       float rescale[2];
@@ -1153,6 +1166,13 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       while (load < exact_end) advance(Choice<true>(), false);
       if constexpr (kConfig.frozen) {
         if (load < frozen_end) {
+          if (by_row) {
+            // What of the mask they need is asked for before.
+            by_row_from = load;
+            frozen_end = min(frozen_end, load + 32);
+            wait(barrier(kKFull + 8 * stage_of(load)), parity_of(load));
+            tiles_by_row = own.tiles_by_row(number_of(stage_of(load)), job.ascending, frozen_end - load);
+          }
 #pragma unroll 1
           while (load < frozen_end) advance(Choice<false>(), by_row);
           // An exact step to come would rescale a sum that ran too high, and hide it.
