@@ -1011,12 +1011,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   };
 
   // The number of a stage's tile of keys. A warpgroup could reckon it, but then what depends on it would come between
-  // the products and delay them. The lane that will say that the stage may be written again reads for its warp.
-  const auto number_of = [&](int stage) {
-    int n = 0;
-    if (lane == 0) n = load_shared(barrier(kNumbers + 4 * stage));
-    return uniform(n);
-  };
+  // the products and delay them. Each lane reads it; a warp lets a stage be written again when all have.
+  const auto number_of = [&](int stage) { return load_shared(barrier(kNumbers + 4 * stage)); };
 
   int load = 0;  // of K: the number of the next step's
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
@@ -1089,6 +1085,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       typename Own::KeptRows kept = {{true, true}};
       if (!kExact && kSeesRows && by_row) kept = own.kept_rows(tiles_by_row, load - by_row_from);
       wait_for_scores(s);
+      if (kExact || !kIdentity || kSeesRows) __syncwarp();
       release(barrier(kKEmpty + 8 * stage));
       float rescale[2];
       if constexpr (kExact) {
