@@ -14,7 +14,8 @@ import sys
 import tempfile
 
 DTYPES = {"F32": "f", "BF16": "H", "F16": "e"}
-MODS = ["noop", "causal", "softcap(5)", "score + 0.125 * (q_idx - kv_idx) / (h + 1)", "where(q_idx % 7 != kv_idx % 3, score, -inf)"]
+MODS = ["noop", "causal", "softcap(5)", "score + 0.125 * (q_idx - kv_idx) / (h + 1)", "where(q_idx % 7 != kv_idx % 3, score, -inf)",
+        "where((q_idx + 17) // 96 == kv_idx // 96, score, -inf)"]
 # With captured tensors whose gradients are asked for: sums of every structure, places that data decide included.
 BACKWARD_MODS = [("noop", []), ("causal", []), ("softcap(5)", []),
                  ("score * gain[h] + table[h, q_idx - kv_idx + 512]", ["gain", "table"]),
