@@ -18,8 +18,8 @@ enum class TileResult : std::uint8_t {
   kKvLast,
   kQFirst,
   kQLast,
-  // i1: of each query of each head all keys of the tile are kept, or none. False of masks that read nothing of the key
-  // that could be the same for a tile's: of those never and always say enough.
+  // i1: of each query of each head all keys of the tile are kept, or none. Not looked for in masks that read nothing of
+  // the key but its position, as causal ones: all that would be found are the edges of conditions on queries alone.
   kByRow,
 };
 

@@ -4,7 +4,7 @@
 
 namespace attnjit::cuda {
 
-// Values of a block: the compiler's kSummaryBlock. A warp reads them at once.
+// Values of a block: the compiler's kSummaryBlock.
 inline constexpr int kSummaryBlockValues = 32;
 inline constexpr int kSummaryThreads = 512;
 

@@ -35,6 +35,8 @@ constexpr int kComputeRegisters = kWarpgroups <= 2 ? 232 : kWarpgroups == 3 ? 16
 // Whether tiles of which each query keeps all keys or none are worth telling apart: their scores need no mask, but a
 // reference by row.
 constexpr bool kSeesRows = Mod::kKnowsRows && Mod::kIdentity && kConfig.frozen;
+// By FMAs the exponential of -inf would not be 0.
+static_assert(!kSeesRows || kConfig.fma_exponentials == 0);
 
 template <bool kIs>
 struct Choice {
@@ -1011,8 +1013,12 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   };
 
   // The number of a stage's tile of keys. A warpgroup could reckon it, but then what depends on it would come between
-  // the products and delay them. Each lane reads it; a warp lets a stage be written again when all have.
-  const auto number_of = [&](int stage) { return load_shared(barrier(kNumbers + 4 * stage)); };
+  // the products and delay them. The lane that will say that the stage may be written again reads for its warp.
+  const auto number_of = [&](int stage) {
+    int n = 0;
+    if (lane == 0) n = load_shared(barrier(kNumbers + 4 * stage));
+    return uniform(n);
+  };
 
   int load = 0;  // of K: the number of the next step's
   // A scale of 0 or below, or beyond float's range: only exact steps look at it. Afterwards: some sum ran too high.
@@ -1085,7 +1091,6 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       typename Own::KeptRows kept = {{true, true}};
       if (!kExact && kSeesRows && by_row) kept = own.kept_rows(tiles_by_row, load - by_row_from);
       wait_for_scores(s);
-      if (kExact || !kIdentity || kSeesRows) __syncwarp();
       release(barrier(kKEmpty + 8 * stage));
       float rescale[2];
       if constexpr (kExact) {
@@ -1164,9 +1169,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       if constexpr (kConfig.frozen) {
         if (load < frozen_end) {
           if (by_row) {
-            // What of the mask they need is asked for before.
+            // What of the mask they need is asked for before: they are 32 at most, as messages grow by full tiles.
             by_row_from = load;
-            frozen_end = min(frozen_end, load + 32);
             wait(barrier(kKFull + 8 * stage_of(load)), parity_of(load));
             tiles_by_row = own.tiles_by_row(number_of(stage_of(load)), job.ascending, frozen_end - load);
           }

@@ -43,6 +43,12 @@ class Rows {
     row.row_max = reach.maximum;
     row.row_max_lo = reach.maximum_lo;
     row.row_max_hi = reach.maximum_hi;
+    // The score's 8 u are (8 + D / 8) u where tensor cores add its products.
+    if (problem_.spec.device == "cuda" && problem_.spec.dtype != dsl::DType::kF32 && std::isfinite(row.row_max)) {
+      const double more = static_cast<double>(problem_.spec.head_dim) / 64.0;
+      row.row_max_lo -= more * (row.row_max - row.row_max_lo);
+      row.row_max_hi += more * (row.row_max_hi - row.row_max);
+    }
     const auto features = static_cast<std::size_t>(problem_.spec.head_dim_v);
     row.o.assign(features, 0.0);
     row.ideal = row.eager = row.bound = row.scatter = row.o;

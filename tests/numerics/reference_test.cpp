@@ -303,6 +303,11 @@ TEST(NumericsReference, ManyTiles) {
           R"_(score_mod="noop" d=64 sq=300 skv=257 inputs=outliers)_",
           R"_(score_mod="causal" d=128 sq=257 skv=300 inputs=steep)_",
           R"_(score_mod="document(ids)" d=64 sq=520 skv=520 capture=ids:int32:520:packed:blocks inputs=outliers)_",
+          // Rows of two blocks in each warpgroup, beside warpgroups without rows.
+          R"_(score_mod="where(ids[q_idx + 17] == ids[kv_idx], score, -inf)" d=64 sq=520 skv=520 )_"
+          R"_(capture=ids:int32:540:packed:blocks inputs=outliers)_",
+          R"_(score_mod="where(ids[(q_idx + 17) // 4] == ids[kv_idx // 4], score, -inf)" d=128 sq=520 skv=520 )_"
+          R"_(capture=ids:int32:540:packed:blocks)_",
           R"_(score_mod="sliding_window(64)" d=128 sq=300 skv=300 inputs=falling)_",
           // Tiles without keys between others, where O leaves from Q's memory.
           R"_(score_mod="where(q_idx >= 130 and q_idx >= kv_idx, score, -inf)" d=192 sq=520 skv=520)_",

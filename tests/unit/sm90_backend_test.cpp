@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -188,36 +189,34 @@ TEST(Sm90Backend, KindsOfTilesAreReadAsTheyWereWritten) {
   const auto below = [&](int end) { return static_cast<int>(random() % static_cast<unsigned>(end)); };
   for (int round = 0; round < 20000; ++round) {
     // Kinds come in runs.
+    enum Kind { kMasked, kSkipped, kFull, kByRow };
+    std::array<Kind, 32> kind = {};
     sm90::Kinds of_32 = {0, 0};
-    for (int i = 0, kind = 0; i < 32; ++i) {
-      if (i == 0 || below(4) == 0) kind = below(4);
-      of_32.skipped |= static_cast<unsigned>((kind & 1) != 0) << i;
-      of_32.full |= static_cast<unsigned>((kind & 2) != 0) << i;
+    for (int i = 0; i < 32; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      kind[at] = i == 0 || below(4) == 0 ? static_cast<Kind>(below(4)) : kind[at - 1];
+      of_32.skipped |= static_cast<unsigned>(kind[at] == kSkipped || kind[at] == kByRow) << i;
+      of_32.full |= static_cast<unsigned>(kind[at] == kFull || kind[at] == kByRow) << i;
     }
     const int first = below(32), length = 1 + below(32 - first);
     const sm90::Kinds kinds = sm90::cut_out(of_32, {first, length});
     // A message grows by what is full.
-    const bool may_grow = length < 32 || sm90::is_full(of_32, 31);
+    const bool may_grow = length < 32 || kind[31] == kFull;
     const int count = length + (may_grow && round % 2 == 0 ? below(100) : 0);
-    const auto skipped = [&](int i) { return i < length && sm90::is_skipped(of_32, first + i); };
-    const auto full = [&](int i) { return i >= length || sm90::is_full(of_32, first + i); };
-    const auto by_row = [&](int i) { return i < length && sm90::is_by_row(of_32, first + i); };
+    const auto kind_of = [&](int i) { return i < length ? kind[static_cast<std::size_t>(first + i)] : kFull; };
     for (int number = 0; number < count;) {
       const int same = sm90::same_from(kinds, number, count);
       ASSERT_GT(same, 0);
       ASSERT_LE(number + same, count);
       const int bit = std::min(number, 31);
-      const bool skips = sm90::is_skipped(kinds, bit);
-      for (int i = number; i < number + same; ++i) {
-        ASSERT_EQ(skips, skipped(i)) << i;
-        ASSERT_EQ(sm90::is_full(kinds, bit), full(i)) << i;
-        ASSERT_EQ(sm90::is_by_row(kinds, bit), by_row(i)) << i;
-      }
+      const Kind found = kind_of(number);
+      ASSERT_EQ(sm90::is_skipped(kinds, bit), found == kSkipped) << number;
+      ASSERT_EQ(sm90::is_full(kinds, bit), found == kFull) << number;
+      ASSERT_EQ(sm90::is_by_row(kinds, bit), found == kByRow) << number;
+      for (int i = number; i < number + same; ++i) ASSERT_EQ(kind_of(i), found) << i;
       number += same;
       // It stops for a reason.
-      ASSERT_TRUE(skips || number == count || skipped(number) || full(number) != sm90::is_full(kinds, bit) ||
-                  by_row(number) != sm90::is_by_row(kinds, bit))
-          << number;
+      ASSERT_TRUE(found == kSkipped || number == count || kind_of(number) != found) << number;
     }
   }
 }
