@@ -149,6 +149,7 @@ struct ModFacts {
   std::optional<ScoreBounds> score_bounds;
   // What the mask is over a tile, and which keys or queries of it count, is known for some tiles: code for it is there.
   bool knows_tiles = false, knows_kv_range = false, knows_q_range = false;
+  bool knows_rows = false;             // and that a query keeps all keys of a tile or none, for sm90
   bool tiles_read_captured = false;    // and it depends on captured values
   std::vector<TileSummary> summaries;  // that this code reads, where the problem has `summaries`
   int reads_proven = 0;                // captured reads proven in bounds

@@ -406,6 +406,7 @@ Json facts_json(const compiler::ModFacts& facts) {
                {"has_mask", facts.has_mask},
                {"mask_reads_score", facts.mask_reads_score},
                {"knows_tiles", facts.knows_tiles},
+               {"knows_rows", facts.knows_rows},
                {"knows_kv_range", facts.knows_kv_range},
                {"knows_q_range", facts.knows_q_range},
                {"reads_proven", facts.reads_proven},

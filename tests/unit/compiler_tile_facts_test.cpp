@@ -629,6 +629,15 @@ TEST(CompilerTileFacts, LeaveUsualMasksToIntervals) {
               Not(HasSubstr("(i1 < 1)")));
 }
 
+TEST(CompilerTileFacts, TellRowsApartWhereKeysMayBeAlike) {
+  const auto knows_rows = [](const char* mask) { return analyze(mod_of(mask).problem).value.knows_rows; };
+  EXPECT_TRUE(knows_rows("q_idx // 8 == kv_idx // 8"));
+  EXPECT_TRUE(knows_rows("not (kv_idx // 8 > q_idx) and q_idx < len[b]"));
+  EXPECT_FALSE(knows_rows("q_idx >= kv_idx"));
+  EXPECT_FALSE(knows_rows("kv_idx < len[b] and q_idx < len[b]"));
+  EXPECT_FALSE(knows_rows("(q_idx - kv_idx) // 8 == 0"));
+}
+
 // Nothing is read that the caller does not say to give.
 TEST(CompilerTileFacts, ReadSummariesOnlyWhereTheyAreGiven) {
   const auto facts = analyze(mod_of("documents[q_idx] == documents[kv_idx]").problem);
