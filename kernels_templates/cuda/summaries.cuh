@@ -38,6 +38,7 @@ __device__ __forceinline__ void summarise_row(const SummaryTable& of, int row, c
     for (int i = 0; i < kOwnValues; ++i) {
       // Behind the end the last value is repeated.
       const long long at = static_cast<long long>(block) * kSummaryBlockValues + which * kOwnValues + i;
+      // NOLINTNEXTLINE(bugprone-signed-char-misuse): an int8 is a number
       const T value = static_cast<T>(values[(at < of.extent ? at : of.extent - 1) * of.stride]);
       least = i > 0 && least < value ? least : value;
       largest = i > 0 && largest > value ? largest : value;

@@ -48,13 +48,13 @@ struct Values {
     return made;
   }
   long long at(int row, int i) const {
-    const T value = data[static_cast<std::size_t>((row * extent + i) * stride)];
+    const T value = data[static_cast<std::size_t>((static_cast<long long>(row) * extent + i) * stride)];
     return type == SummaryType::kBool ? value != 0 : static_cast<long long>(value);
   }
   SummaryTable table(int first_row) {
     int blocks = (extent + kSummaryBlockValues - 1) / kSummaryBlockValues, levels = 1;
     while (1 << levels <= blocks) ++levels;
-    const auto size = static_cast<std::size_t>(outer * inner * 4 * levels * blocks);
+    const auto size = static_cast<std::size_t>(4ll * outer * inner * levels * blocks);
     const bool is_wide = type == SummaryType::kInt64;
     wide.assign(is_wide ? size : 0, 77);
     narrow.assign(is_wide ? 0 : size, 77);

@@ -203,7 +203,9 @@ TEST(Sm90Backend, KindsOfTilesAreReadAsTheyWereWritten) {
     // A message grows by what is full.
     const bool may_grow = length < 32 || kind[31] == kFull;
     const int count = length + (may_grow && round % 2 == 0 ? below(100) : 0);
-    const auto kind_of = [&](int i) { return i < length ? kind[static_cast<std::size_t>(first + i)] : kFull; };
+    const auto kind_of = [&](int i) {
+      return i < length ? kind[static_cast<std::size_t>(first) + static_cast<std::size_t>(i)] : kFull;
+    };
     for (int number = 0; number < count;) {
       const int same = sm90::same_from(kinds, number, count);
       ASSERT_GT(same, 0);
