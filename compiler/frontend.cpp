@@ -160,7 +160,7 @@ bool Frontend::find_tile_facts(const ModProblem& problem, Target target) {
   if (!tile_facts_) return true;
   if (!session_->finish_tile_facts(*tile_facts_, target)) return false;
   facts_.knows_tiles = knows_tiles(tile_facts());
-  facts_.knows_rows = knows_rows(tile_facts());
+  facts_.knows_rows = facts_.knows_tiles && knows_rows(tile_facts());
   facts_.knows_kv_range = knows_kv_range(tile_facts());
   facts_.knows_q_range = knows_q_range(tile_facts());
   tile_facts().walk([&](ReadOp) { facts_.tiles_read_captured = true; });

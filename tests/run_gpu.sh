@@ -151,7 +151,7 @@ part_math() { numerics "$1" math --device cuda --backend math; }
 
 # Each instruction is instrumented: few and small problems. Not every machine lets it at the GPU.
 sanitizer_set='*NumericsEdge.OneOfEverything*:*NumericsEdge.NoKeys*:*NumericsEdge.EveryHeadDim*:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*:*NumericsBackwardEdge.N*:*NumericsBackwardExpression*/Causal_*:*NumericsBackwardExpression*/Window_*:*NumericsBackwardExpression*/HeadPair_*:*NumericsBackwardExpression*/ElementGather_*:*NumericsBackwardExpression*/Scalars_*'
-sanitizer_set_sm90='NumericsEdge.EveryAlignedHeadDim:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*:*NumericsReferenceMask*/Blocks64_*:*NumericsReferenceGrowth*/Noop_*:*NumericsReferenceLength*/129'
+sanitizer_set_sm90='NumericsEdge.EveryAlignedHeadDim:*NumericsExpression*Causal_*:*NumericsExpression*Alibi_*:*NumericsExpression*Document_*:*NumericsExpression*Softcap_*:*NumericsReferenceMask*/Blocks64_*:*NumericsReferenceMask*/BlocksAstride_*:*NumericsReferenceGrowth*/Noop_*:*NumericsReferenceLength*/129'
 # The suite under both tools: sanitized SECONDS NAME ARGUMENT...
 sanitized() {
   local limit=$1 name=$2 tool tools=(memcheck racecheck) i status=0 log pids=()

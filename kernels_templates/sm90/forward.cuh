@@ -1066,10 +1066,10 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
              (state.reference[1] == -kInfinity && query + 8 < call.seqlen_q);
     };
 
-    // S of a tile of keys beside O of the one before, if there is one.
     int by_row_from = 0;  // the step of the first of these
     typename Own::TilesByRow tiles_by_row = {};
-    // `by_row`: the tile's kind; of steps that are not exact.
+    // S of a tile of keys beside O of the one before, if there is one. `by_row`: the tile's kind; of steps that are not
+    // exact.
     const auto advance = [&](auto is_exact, bool by_row) {
       constexpr bool kExact = decltype(is_exact)::kValue;
       const bool has_v = !kExact || pending;
