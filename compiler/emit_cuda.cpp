@@ -168,7 +168,8 @@ std::string config_text(const sm90::ForwardConfig& c) {
                       {"q_buffers", std::to_string(c.q_buffers)},
                       {"ping_pong", bool_text(c.ping_pong)},
                       {"frozen", bool_text(c.frozen)},
-                      {"fma_exponentials", std::to_string(c.fma_exponentials)}});
+                      {"fma_exponentials", std::to_string(c.fma_exponentials)},
+                      {"bounded", bool_text(c.bounded)}});
 }
 
 std::string config_text(const sm80::BackwardConfig& c) {

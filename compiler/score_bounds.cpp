@@ -107,14 +107,14 @@ class Intervals {
     return result;
   }
 
-  // A rising function whose values lie in `range`. Its code may be off by units of float32's last place and flush what
-  // is subnormal, but does not go beyond the range.
+  // A rising function whose values lie in `range`. Its code may be off by units of float32's last place, and by
+  // `absolute`, and flush what is subnormal, but does not go beyond the range.
   template <typename Function>
-  Interval rising(Interval x, Function function, Interval range) const {
+  Interval rising(Interval x, Function function, Interval range, double absolute = 0x1p-126) const {
     const Interval exact{function(x.low), function(x.high)};
     if (std::isnan(exact.low) || std::isnan(exact.high)) return range;
     constexpr double kUnits = 0x1p-19;
-    const auto off = [](double end) { return std::isinf(end) ? 0 : kUnits * std::abs(end) + 0x1p-126; };
+    const auto off = [&](double end) { return std::isinf(end) ? 0 : kUnits * std::abs(end) + absolute; };
     return {std::max(exact.low - off(exact.low), range.low), std::min(exact.high + off(exact.high), range.high)};
   }
 
@@ -217,8 +217,11 @@ class Intervals {
             [&](auto) { return Interval{std::nearbyint(arg(0).low), std::nearbyint(arg(0).high)}; })
         .Case<math::ExpOp>([&](auto) { return rising(arg(0), [](double x) { return std::exp(x); }, kPositive); })
         .Case<math::Exp2Op>([&](auto) { return rising(arg(0), [](double x) { return std::exp2(x); }, kPositive); })
-        .Case<math::LogOp>([&](auto) { return rising(raised(arg(0), 0), [](double x) { return std::log(x); }, {}); })
-        .Case<math::Log2Op>([&](auto) { return rising(raised(arg(0), 0), [](double x) { return std::log2(x); }, {}); })
+        // Those of a GPU keep an absolute precision near one.
+        .Case<math::LogOp>(
+            [&](auto) { return rising(raised(arg(0), 0), [](double x) { return std::log(x); }, {}, 0x1p-20); })
+        .Case<math::Log2Op>(
+            [&](auto) { return rising(raised(arg(0), 0), [](double x) { return std::log2(x); }, {}, 0x1p-20); })
         .Case<math::Log1pOp>(
             [&](auto) { return rising(raised(arg(0), -1), [](double x) { return std::log1p(x); }, {}); })
         .Case<math::SqrtOp>(

@@ -467,7 +467,7 @@ void Float32Backward::State::row(const BackwardHead& head, std::span<const doubl
   double delta = -grad_lse, ideal_delta = -grad_lse, delta_magnitude = std::fabs(grad_lse), delta_given = 0.0;
   bool delta_is_number = true;  // false: by a right forward, too, it may be NaN or infinite
   if (options.own_forward && !poisoned) {
-    lse_error += decision.undecided ? kInfinity : decision.lse_scatter();
+    lse_error += decision.undecided ? kInfinity : decision.lse_scatter() + exponential_approximation(options.dtype);
     worker->features.assign(features, {});
     if (!decision.undecided && !empty)
       add_features(decision.p, decision.change, head.v, {o, features}, worker->features);

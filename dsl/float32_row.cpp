@@ -127,6 +127,10 @@ double function_approximation(const Expr& score_mod, DType dtype) {
   return calls_tanh ? 0x1p-10 : 0.0;
 }
 
+double exponential_approximation(DType dtype) {
+  return dtype == DType::kBF16 || dtype == DType::kF16 ? 48.0 * kUnit : 0.0;
+}
+
 Float32Row::Float32Row(std::span<const ModifiedScore> scores, double relative_approximation)
     : maximum(-kInfinity), maximum_lo(-kInfinity), maximum_hi(-kInfinity) {
   for (const ModifiedScore& score : scores) {

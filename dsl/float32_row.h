@@ -75,6 +75,9 @@ void add_features(std::span<const double> p, std::span<const double> change, std
 // inputs allow: 2^-10 where it calls tanh, else 0 (rule 4).
 double function_approximation(const Expr& score_mod, DType dtype);
 
+// How far off, relative to it, a kernel's exponential may be besides, with 16-bit inputs: 48 u (docs/numerics.md).
+double exponential_approximation(DType dtype);
+
 // One row's probabilities, and what float32 may do to them. What follows `undecided` holds where neither it nor
 // `poisoned` is true and the row has a kept element.
 struct Float32Row {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <numbers>
 #include <optional>
 #include <queue>
 #include <tuple>
@@ -100,6 +101,8 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
     const bool has_work = problem.arithmetic || problem.summarised;
     if (row.hides_work && !(has_work && wastes_little(problem.seqlen_q, row.warpgroups))) continue;
     if ((problem.has_busy_mask && !row.busy_mask) || (problem.has_dense_mask && !row.dense_mask)) continue;
+    // Without a clamp they cost less.
+    const int fma_exponentials = row.head_dim != 64 || !problem.nonlinear ? 0 : problem.bounded ? 3 : 2;
     const sm90::ForwardConfig config{.element = problem.element,
                                      .head_dim = problem.head_dim,
                                      .head_dim_v = problem.head_dim_v,
@@ -111,7 +114,8 @@ std::vector<sm90::ForwardConfig> serving_configs(const Sm90Problem& problem) {
                                      // for their turns more than they gained.
                                      .ping_pong = row.warpgroups > 1 && !(row.warpgroups == 4 && problem.summarised),
                                      .frozen = freezes(problem),
-                                     .fma_exponentials = row.head_dim == 64 && problem.nonlinear ? 1 : 0};
+                                     .fma_exponentials = fma_exponentials,
+                                     .bounded = fma_exponentials > 0 && problem.bounded};
     if (!fits(config, problem)) continue;
     bracket = row.head_dim;
     serving.push_back(config);
@@ -303,7 +307,8 @@ Json describe(const sm90::ForwardConfig& c) {
           {"q_buffers", c.q_buffers},
           {"ping_pong", c.ping_pong},
           {"frozen", c.frozen},
-          {"fma_exponentials", c.fma_exponentials}};
+          {"fma_exponentials", c.fma_exponentials},
+          {"bounded", c.bounded}};
 }
 
 FusedKernel kernel_of(const Request& request, const sm90::ForwardConfig& config, bool has_mask) {
@@ -353,6 +358,10 @@ void learn(const compiler::EmittedCuda& emitted, Sm90Problem* problem) {
   problem->drifts = facts.folded && facts.folded->drifts;
   problem->nonlinear =
       facts.score_class == compiler::ScoreClass::kNonlinear && emitted.demand == compiler::ModDemand::kNone;
+  // In log2 units; a float's exponents reach from -126 to 127, and functions are approximate.
+  constexpr float kFurthest = 120.0f;
+  problem->bounded = facts.score_bounds &&
+                     (facts.score_bounds->high - facts.score_bounds->low) * std::numbers::log2e_v<float> <= kFurthest;
   problem->arithmetic = !facts.has_mask && (problem->nonlinear || (facts.folded && facts.folded->linear));
 }
 
@@ -362,7 +371,7 @@ std::string config_name(const sm90::ForwardConfig& config) {
   if (config.q_buffers > 1) name += ", next Q meanwhile";
   if (config.ping_pong) name += ", ping-pong";
   if (!config.frozen) name += ", exact";
-  if (config.fma_exponentials > 0) name += fmt::format(", {} of 4 exponentials by FMAs", config.fma_exponentials);
+  if (config.fma_exponentials > 0) name += fmt::format(", {} of 8 exponentials by FMAs", config.fma_exponentials);
   return name;
 }
 

@@ -33,6 +33,7 @@ struct Sm90Problem {
   bool summarised = false;  // captured values decide which tiles the mask drops
   // The mod is more than a product and a sum of each score, as a soft cap: special functions, and nothing read.
   bool nonlinear = false;
+  bool bounded = false;  // as ForwardConfig's
   // Nonlinear or linear along the keys, and no score is dropped: registers are not what the mod is short of.
   bool arithmetic = false;
 };

@@ -18,9 +18,11 @@ struct ForwardConfig {
   // The reference of the exponentials stays where the first steps put it, and a tile whose sums run too high is done
   // again; else it is the running maximum. Without it row_max is exact, and only then.
   bool frozen = true;
-  // Of every four exponentials of a frozen step, those computed without the special function unit: for mods that keep
+  // Of every eight exponentials of a frozen step, those computed without the special function unit: for mods that keep
   // that busy.
   int fma_exponentials = 0;
+  // Those need no clamp: no two modified scores of a row are as far apart as the exponents of floats.
+  bool bounded = false;
 };
 
 // A tensor map as the driver encodes it, of a 4-D tensor (feature, sequence, head, batch): boxes of 64 features,

@@ -628,19 +628,19 @@ constexpr bool kLooksAtKinds = kConfig.frozen || Mod::kKnowsTiles || kWarpgroups
 constexpr bool kMayEmptyRows = !kIdentity && !Mod::kLinear && Mod::kReadsCaptured;
 
 // 2^x without the special function unit: 2^floor(x) by the exponent's bits, the rest by a polynomial (minimax on [0,
-// 1), relative error 2^-23). Above 2^127 it is that, below 2^-126 that, and of NaN the largest float: the sum then is
-// too high to stand.
+// 1), relative error 2.7e-6). Above 2^127 it is that, below 2^-126 that, and of NaN the largest float: the sum then is
+// too high to stand. Bounded mods, which stay within, do without both ends: beyond them the outcome may be negative,
+// which no sum shows.
 __device__ __forceinline__ float exp2_by_fma(float x) {
-  x = cuda::min_nan(cuda::max_nan(x, -126.0f), 127.0f);
+  if constexpr (!kConfig.bounded) x = cuda::min_nan(cuda::max_nan(x, -126.0f), 127.0f);
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bit counts whole numbers
   float floored;
   asm("add.rm.ftz.f32 %0, %1, %2;" : "=f"(floored) : "f"(x), "f"(kToInteger));
   const float rest = x - (floored - kToInteger);
-  float y = fmaf(rest, 1.8776767e-3f, 8.9893397e-3f);
-  y = fmaf(y, rest, 5.5826318e-2f);
-  y = fmaf(y, rest, 2.4015361e-1f);
-  y = fmaf(y, rest, 6.9315308e-1f);
-  y = fmaf(y, rest, 9.9999994e-1f);
+  float y = fmaf(rest, 1.35341678e-2f, 5.20114601e-2f);
+  y = fmaf(y, rest, 2.41442755e-1f);
+  y = fmaf(y, rest, 6.93003833e-1f);
+  y = fmaf(y, rest, 1.00000262f);
   return __int_as_float((__float_as_int(floored) << 23) + __float_as_int(y));
 }
 
@@ -809,7 +809,7 @@ struct Warpgroup {
 
   // Of element `i`: some exponentials are left to the FMA units.
   __device__ __forceinline__ float exponential(int i, float x) const {
-    return i / 4 % 4 < kConfig.fma_exponentials ? exp2_by_fma(x) : exp2_approx(x);
+    return i / 4 % 8 < kConfig.fma_exponentials ? exp2_by_fma(x) : exp2_approx(x);
   }
 
   // Of tiles of keys that lie one behind the other and whose kind is by row: where they are, and of tile `i` in lane

@@ -83,6 +83,7 @@ INSTANTIATE_TEST_SUITE_P(
                {"Dense", R"_(score_mod="score + t[q_idx, kv_idx]" capture=t:float16:QxK:packed:normal)_"},
                {"Table", R"_(score_mod="score + t[q_idx - kv_idx + 63]" capture=t:float32:300:packed:normal)_"},
                {"Softcap", R"_(score_mod="softcap(30)")_"},
+               {"SoftcapEdge", R"_(score_mod="softcap(41)")_"},
                {"SoftcapWide", R"_(score_mod="softcap(400)" mask_mod="kv_idx % 5 != 2")_"},
                {"RowShift", R"_(score_mod="score + 50 * w[h, q_idx]" capture=w:float32:HxQ:packed:normal)_"},
                {"Blocks", R"_(score_mod="document(ids)" capture=ids:int32:K:packed:blocks)_"},

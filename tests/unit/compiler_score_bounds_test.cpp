@@ -62,6 +62,14 @@ TEST(CompilerScoreBounds, OfLiterals) {
   }
 }
 
+// Near one a GPU's logarithm has an absolute precision only, which a factor makes large.
+TEST(CompilerScoreBounds, OfLogarithmsNearOne) {
+  const std::optional<ScoreBounds> bounds = bounds_of("6e8 * log(clamp(score, 1.0, 1.0000001))");
+  ASSERT_TRUE(bounds);
+  EXPECT_LT(bounds->low, -500.0f);
+  EXPECT_GT(bounds->high, 500.0f);
+}
+
 TEST(CompilerScoreBounds, AreUnknownOtherwise) {
   for (const char* const text :
        {"score", "causal", "score + softcap(30)", "softcap(30) + h", "softcap(30) + c", "c * tanh(score / c)",

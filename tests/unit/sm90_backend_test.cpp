@@ -383,6 +383,31 @@ TEST(Sm90Backend, WhatMakesTheReferenceStay) {
   EXPECT_TRUE(with(Element::kBF16, 100));
 }
 
+// Exponentials are left to the FMA units where special functions are what a mod is short of, and without a clamp where
+// no two scores of a row are further apart than a float's exponents reach.
+TEST(Sm90Backend, ExponentialsByFmas) {
+  compiler::EmittedCuda emitted;
+  const auto with = [&](int head_dim, std::optional<compiler::ScoreBounds> bounds) {
+    Sm90Problem problem = problem_of(head_dim, head_dim);
+    emitted.facts.score_bounds = bounds;
+    learn(emitted, &problem);
+    const sm90::ForwardConfig config = chosen(problem);
+    return std::pair(config.fma_exponentials, config.bounded);
+  };
+  emitted.facts.score_class = compiler::ScoreClass::kNonlinear;
+  EXPECT_EQ(with(64, compiler::ScoreBounds{-30.0f, 30.0f}), std::pair(3, true));
+  // 120 / log2(e) is 83.18.
+  EXPECT_EQ(with(64, compiler::ScoreBounds{-41.5f, 41.5f}), std::pair(3, true));
+  EXPECT_EQ(with(64, compiler::ScoreBounds{0.0f, 83.3f}), std::pair(2, false));
+  EXPECT_EQ(with(64, std::nullopt), std::pair(2, false));
+  EXPECT_EQ(with(128, compiler::ScoreBounds{-30.0f, 30.0f}), std::pair(0, false));
+  emitted.demand = compiler::ModDemand::kBusy;
+  EXPECT_EQ(with(64, compiler::ScoreBounds{-30.0f, 30.0f}), std::pair(0, false));
+  emitted.demand = compiler::ModDemand::kNone;
+  emitted.facts.score_class = compiler::ScoreClass::kIdentity;
+  EXPECT_EQ(with(64, std::nullopt), std::pair(0, false));
+}
+
 TEST(Sm90Backend, CandidatesToTime) {
   for (const int head_dim : {16, 64, 96, 128, 192, 256}) {
     for (const bool has_mask : {false, true}) {
