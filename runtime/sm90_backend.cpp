@@ -194,6 +194,7 @@ sm90::ForwardParams launch_params(const Signature& s, const sm90::ForwardConfig&
   params.tiles = static_cast<int>(tiles_of(s, config));
   params.m_tiles = static_cast<int>(query_tiles(1, s.seqlen_q, sm90::tile_m(config)));
   params.section = section_of(s);
+  params.descriptors_high = sm90::kDescriptorsHigh;
   params.by_m_tiles = sm90::make_divisor(params.m_tiles);
   params.by_heads = sm90::make_divisor(static_cast<int>(s.num_heads));
   params.by_group = sm90::make_divisor(static_cast<int>(s.num_heads / s.num_heads_kv));

@@ -47,10 +47,16 @@ constexpr int quotient(int dividend, const Divisor& by) {
   return static_cast<int>(static_cast<unsigned long long>(dividend) * by.multiplier >> by.shift);
 }
 
+// What wgmma's descriptors of shared memory have above their low word: 128-byte swizzle, 1024 bytes from 8 rows to the
+// next.
+inline constexpr unsigned kDescriptorsHigh = 1u << 30 | 64;
+
 // One forward call: what a launch of one block per multiprocessor, at most `tiles`, takes.
 struct ForwardParams {
   TensorMap q, k, v, o;  // boxes of 64, tile_n, tile_n and 64 rows
   cuda::ForwardParams call;
+  // kDescriptorsHigh: as a constant ptxas would write it anew for each product.
+  unsigned descriptors_high;
   // The tiles of each block, (rounds, blocks), -1 where a block has no more. Null: the first as the blocks are
   // numbered, the others as blocks take them off `counter`, which starts at 0; without one round robin.
   const int* schedule;

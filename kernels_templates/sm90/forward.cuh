@@ -94,6 +94,13 @@ __device__ __forceinline__ int load_shared(Address address) {
 // registers. Of loop bounds, too.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// Likewise, and in such a register from here on: what it is computed from ptxas would compute anew for each use. The
+// same in all lanes already.
+__device__ __forceinline__ unsigned kept_uniform(unsigned x) {
+  asm volatile("redux.sync.or.b32 %0, %0, 0xffffffff;" : "+r"(x));
+  return x;
+}
+
 // ---- Barriers
 
 __device__ __forceinline__ void init(Address barrier, int arrivals) {
@@ -880,9 +887,15 @@ struct Warpgroup {
         s[i] = exponential(i, value + offset[r]);
       });
     }
-    float sum[2] = {0.0f, 0.0f};
+    // The order of the sums decides how ptxas orders all before them: by pairs it keeps the offset of a row at hand,
+    // but loses more elsewhere where a mod has work of its own and the special function unit all exponentials.
+    constexpr bool kByPairs = kIdentity || kConfig.fma_exponentials > 0;
+    float sum[2] = {s[0] + s[1], s[2] + s[3]};
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) sum[i / 2 % 2] += s[i];
+    for (int i = 4; i < kScores; i += 2) {
+      float& of_row = sum[i / 2 % 2];
+      of_row = kByPairs ? of_row + (s[i] + s[i + 1]) : of_row + s[i] + s[i + 1];
+    }
     state.sum[0] += sum[0];
     state.sum[1] += sum[1];
   }
@@ -981,22 +994,37 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
   const auto release = [&](Address to) {
     if (lane == 0) arrive(to);
   };
-  // Shared memory as wgmma is told of it: 128-byte swizzle, 1024 bytes from 8 rows to the next, and the bytes from one
-  // column of 64 to the next where they are read across columns.
-  const auto descriptor = [&](int at, int column_bytes) {
-    return 1ull << 62 | 64ull << 32 | static_cast<unsigned long long>(column_bytes >> 4) << 16 | (shared + at) >> 4;
+  // Shared memory as wgmma is told of it. The low word holds the place, and the bytes from one column of 64 to the next
+  // where they are read across columns.
+  const auto low_word = [&](int at, int column_bytes) {
+    return static_cast<unsigned>(column_bytes >> 4) << 16 | (shared + at) >> 4;
   };
-  const auto k_at = [](int stage) { return kKAt + stage * k_bytes(kConfig); };
-  const auto v_at = [](int stage) { return kVAt + stage * v_bytes(kConfig); };
+  const auto descriptor = [&](unsigned low) {
+    return static_cast<unsigned long long>(params.descriptors_high) << 32 | low;
+  };
+  const unsigned first_k = kept_uniform(low_word(kKAt, 16));
+  const unsigned first_v = kept_uniform(low_word(kVAt, kTileN * 128));
+  // Where K and V of a load are.
+  struct Place {
+    Address barriers;  // of the stage; kKFull and the others are offsets from here
+    unsigned k, v;     // low words
+    int parity;
+  };
+  const auto place_of = [&](int load) {
+    const int stage = stage_of(load);
+    return Place{.barriers = barrier(8 * stage),
+                 .k = first_k + stage * (k_bytes(kConfig) >> 4),
+                 .v = first_v + stage * (v_bytes(kConfig) >> 4),
+                 .parity = parity_of(load)};
+  };
 
+  const int next_turn = uniform(kTurnBarrier + (warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1));
   // The warpgroups issue their products in turns, so that one's softmax runs beside another's products.
   const auto await_turn = [&] {
     if constexpr (kConfig.ping_pong) sync_threads(kTurnBarrier + warpgroup, 256);
   };
   const auto pass_turn = [&] {
-    if constexpr (kConfig.ping_pong) {
-      arrive_threads(kTurnBarrier + (warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1), 256);
-    }
+    if constexpr (kConfig.ping_pong) arrive_threads(next_turn, 256);
   };
   if (kConfig.ping_pong && warpgroup == 0) arrive_threads(kTurnBarrier, 256);
 
@@ -1053,7 +1081,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     for (float& x : o) x = 0.0f;
 
     wait(barrier(kQFull + 8 * buffer), jobs / kQBuffers % 2);
-    const unsigned long long q = descriptor(q_at(buffer, warpgroup), 16);
+    const unsigned long long q = descriptor(low_word(q_at(buffer, warpgroup), 16));
     bool pending = anew(0) != 0;  // whether P of the step before waits for its V; else the loop is taken apart for it
     // All warpgroups begin at once, and take turns from the second step on, also at steps that they leave out.
     bool takes_turn = false;
@@ -1069,29 +1097,28 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     int by_row_from = 0;  // the step of the first of these
     typename Own::TilesByRow tiles_by_row = {};
     // S of a tile of keys beside O of the one before, if there is one. `by_row`: the tile's kind; of steps that are not
-    // exact.
-    const auto advance = [&](auto is_exact, bool by_row) {
+    // exact. `before`: where those of the step before are; then, where these.
+    const auto advance = [&](auto is_exact, bool by_row, Place& before) {
       constexpr bool kExact = decltype(is_exact)::kValue;
       const bool has_v = !kExact || pending;
       const bool in_turn = !kExact || (Mod::kKnowsTiles ? takes_turn : pending);  // the same where nothing is left out
-      const int before = stage_of(load - 1);
-      const int stage = stage_of(load);
-      wait(barrier(kKFull + 8 * stage), parity_of(load));
+      const Place place = place_of(load);
+      wait(place.barriers + kKFull, place.parity);
       if (in_turn) await_turn();
-      multiply_qk(s, q, descriptor(k_at(stage), 16));
+      multiply_qk(s, q, descriptor(place.k));
       if (has_v) {
-        wait(barrier(kVFull + 8 * before), parity_of(load - 1));
-        multiply_pv(o, p, descriptor(v_at(before), kTileN * 128));
+        wait(before.barriers + kVFull, before.parity);
+        multiply_pv(o, p, descriptor(before.v));
       } else {
         multiply_nothing();
       }
       if (in_turn) pass_turn();
       typename Own::Keys keys = {};
-      if constexpr (kExact || !kIdentity) keys = own.keys(number_of(stage));
+      if constexpr (kExact || !kIdentity) keys = own.keys(number_of(stage_of(load)));
       typename Own::KeptRows kept = {{true, true}};
       if (!kExact && kSeesRows && by_row) kept = own.kept_rows(tiles_by_row, load - by_row_from);
       wait_for_scores(s);
-      release(barrier(kKEmpty + 8 * stage));
+      release(place.barriers + kKEmpty);
       float rescale[2];
       if constexpr (kExact) {
         own.modify(s, keys);
@@ -1101,7 +1128,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         own.frozen_softmax(s, state, keys, kept);
       }
       wait_for_all(s, o);
-      if (has_v) release(barrier(kVEmpty + 8 * before));
+      if (has_v) release(before.barriers + kVEmpty);
+      before = place;
       if constexpr (kExact) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
@@ -1113,11 +1141,11 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
     };
     // O of the step before, alone.
     const auto catch_up = [&] {
-      const int before = stage_of(load - 1);
-      wait(barrier(kVFull + 8 * before), parity_of(load - 1));
-      multiply_pv(o, p, descriptor(v_at(before), kTileN * 128));
+      const Place before = place_of(load - 1);
+      wait(before.barriers + kVFull, before.parity);
+      multiply_pv(o, p, descriptor(before.v));
       wait_for_output(o);
-      release(barrier(kVEmpty + 8 * before));
+      release(before.barriers + kVEmpty);
       pending = false;
     };
 
@@ -1164,8 +1192,9 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
         }
         settled |= !kMayEmptyRows && (full || !Mod::kHasMask);
       }
+      Place before = place_of(load - 1);
 #pragma unroll 1
-      while (load < exact_end) advance(Choice<true>(), false);
+      while (load < exact_end) advance(Choice<true>(), false, before);
       if constexpr (kConfig.frozen) {
         if (load < frozen_end) {
           if (by_row) {
@@ -1175,7 +1204,7 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
             tiles_by_row = own.tiles_by_row(number_of(stage_of(load)), job.ascending, frozen_end - load);
           }
 #pragma unroll 1
-          while (load < frozen_end) advance(Choice<false>(), by_row);
+          while (load < frozen_end) advance(Choice<false>(), by_row, before);
           // An exact step to come would rescale a sum that ran too high, and hide it.
 #pragma unroll
           for (float& sum : state.sum) sum = sum < kHighestSum ? sum : kInfinity;

@@ -626,6 +626,7 @@ TEST_F(CudaSm90, Launch) {
   const sm90::ForwardParams params = last_sm90_params();
   EXPECT_EQ(params.m_tiles, 1);
   EXPECT_EQ(params.tiles, 8);
+  EXPECT_EQ(params.descriptors_high, sm90::kDescriptorsHigh);
   EXPECT_EQ(params.call.q, p_.q_data.data());
   EXPECT_EQ(params.call.lse, p_.lse_data.data());
   EXPECT_EQ(params.call.row_max, nullptr);
