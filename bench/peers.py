@@ -11,6 +11,9 @@ of the time of one call, "spread" the distance between its quartiles, both of th
 timed by groups of plain calls and has "graph": false. q, k and v are standard normal and lie as (B, S, H, D), as a
 projection leaves them.
 
+With --beside-noop the first of our backends runs noop, too, in the same turns: "over_noop" is a row's "us" over its time
+there. By itself each mod has the clock that its own power leaves it; in turns all have the same.
+
 With --backward, gradients of q, k and v are timed as well ("bwd_us"), the backward alone; those of one head of each batch
 are held against float64 autograd: "bwd_of_bound" is the largest relative error of dq, dk and dv in units of 4 u.
 
@@ -34,6 +37,7 @@ import attnjit_ctypes as attnjit
 UNIT = {"float32": 2.0 ** -24, "float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}
 SDPA = {"fa2": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 PEERS = [*SDPA, "flex", "flex_blockmask"]
+NOOP = "noop beside"
 
 
 class Mod:
@@ -295,6 +299,9 @@ def measure(torch, library, problem, mod_name, args):
 
     options = dict(mode="max-autotune-no-cudagraphs") if args.max_autotune else {}
     entries = [(f"attnjit-{b}", lambda b=b: ours(torch, library, b, mod, q, k, v, grad_out, args)) for b in args.backends]
+    if args.beside_noop and mod_name != "noop":
+        noop = make_mod(torch, "noop", batch, heads, seqlen, dtype)
+        entries.append((NOOP, lambda: ours(torch, library, args.backends[0], noop, q, k, v, None, args)))
     entries += [(p, lambda p=p: peer(torch, p, mod_name, mod, q, k_peer, v_peer, grad_out, options)) for p in args.peers]
     with torch.no_grad():
         for name, make in entries:
@@ -319,6 +326,7 @@ def measure(torch, library, problem, mod_name, args):
             return {name: (samples[name], repeated[name].graph is not None) for name in repeated}
 
         forward = timed({name: c.call for name, c in contestants.items()})
+        beside, _ = forward.pop(NOOP, (None, None))
         contestants = {name: contestants[name] for name in forward}
         backward = timed({name: c.backward for name, c in contestants.items() if c.backward})
         of_bound = check(torch, mod, args.dtype, q, k_peer, v_peer, {n: c.result() for n, c in contestants.items()})
@@ -334,6 +342,8 @@ def measure(torch, library, problem, mod_name, args):
             row = dict(cell, name=name, us=round(us, 2), spread=round(quartiles[2] - quartiles[0], 2),
                        tflops=round(flop / us / 1e6, 1), graph=graph, of_bound=round(of_bound[name], 3),
                        right=of_bound[name] <= 1.0, first_call_s=round(contestant.first_call_s, 4), **contestant.info)
+            if beside:
+                row["over_noop"] = round(us / statistics.median(beside), 4)
             if name in backward:
                 samples, graph = backward[name]
                 quartiles = statistics.quantiles(samples, n=4)
@@ -406,6 +416,17 @@ def print_tables(rows, names, base, field="us"):
                           if key[0] == mod and name in t and name in cells.get(("noop", *key[1:]), {})]
                 fields.append(f"{geometric_mean(ratios):.3f}" if ratios else "-")
             print(f"| {mod} | " + " | ".join(fields) + " |")
+    beside = [row for row in rows if "over_noop" in row and row["right"]]
+    if beside and field == "us":
+        print("\nTime over noop in the same turns, geometric mean and [least..most] over S and B\n")
+        print("| mod | d | " + " | ".join(names) + " |")
+        print("|---|---|" + "---|" * len(names))
+        for mod, d in dict.fromkeys((row["mod"], row["d"]) for row in beside):
+            fields = []
+            for name in names:
+                ratios = [row["over_noop"] for row in beside if (row["mod"], row["d"], row["name"]) == (mod, d, name)]
+                fields.append(f"{geometric_mean(ratios):.3f} [{min(ratios):.3f}..{max(ratios):.3f}]" if ratios else "-")
+            print(f"| {mod} | {d} | " + " | ".join(fields) + " |")
     print()
     print("\n".join(failed) or "Every contestant ran and is right.")
 
@@ -429,6 +450,7 @@ def parse_arguments():
     p.add_argument("--fill-ms", type=float, default=4.0, help="GPU time of one sample")
     p.add_argument("--host", action="store_true", help="also the CPU time of a call from Python")
     p.add_argument("--max-autotune", action="store_true", help="of attnjit and FlexAttention")
+    p.add_argument("--beside-noop", action="store_true", help="the first backend's noop in turns with every other mod")
     p.add_argument("--base", default="attnjit-sm80", help="whose speed over the others is shown")
     p.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no further problem is begun")
     p.add_argument("--output", help="file for the JSON rows, beside standard output")
