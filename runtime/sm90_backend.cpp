@@ -451,6 +451,8 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
   if (Check failure = check_lengths(s)) return *failure;
   FusedTarget target = asked;
   target.arch.specific = true;  // wgmma and setmaxnreg are instructions of sm_90a alone
+  const int max_sms = request.context.environment().cuda_max_sms;
+  const int usual_sms = max_sms > 0 ? std::min(max_sms, kUsualSms) : kUsualSms;
   Sm90Problem by = {
       .element = static_cast<dsl::DType>(s.dtype) == dsl::DType::kF16 ? sm90::Element::kF16 : sm90::Element::kBF16,
       .head_dim = static_cast<int>(s.head_dim),
@@ -458,7 +460,7 @@ Result<FusedBinary> build_sm90(const Request& request, const FusedTarget& asked,
       .heads = s.batch * s.num_heads,
       .seqlen_q = s.seqlen_q,
       .seqlen_kv = s.seqlen_kv,
-      .num_sms = target.device ? target.device->num_sms() : kUsualSms,
+      .num_sms = target.device ? target.device->num_sms() : usual_sms,
       .max_shared_memory = target.max_shared_memory,
       .has_row_max = s.has_row_max != 0,
       .has_mask = request.mods.mask_mod.has_value()};

@@ -422,6 +422,15 @@ class Explain(Tool):
         self.assertTrue(partial["gradients"]["partial_keys"])
         self.assertEqual([s["row_shift"] for s in partial["facts"]["sinks"]], [False])
 
+    def test_explain_for_fewer_multiprocessors(self):
+        def tile(**env):
+            return json.loads(self.tool("explain", "noop", "--shape", "2,4,512,4,512,64", "--dtype", "bfloat16", "--arch",
+                                        "sm_90", "--backend", "sm90", "--format", "json", env=env))["kernels"][0]["tile"]
+
+        # 64 tiles of 64 queries: one to a multiprocessor, unless there are five.
+        self.assertEqual(tile(), "64 x 64")
+        self.assertEqual(tile(ATTNJIT_CUDA_MAX_SMS="5"), "256 x 64")
+
     def test_explain_counts_tiles(self):
         def tiles(expression, *arguments, shape="2,3,256,3,384,64"):
             return json.loads(self.tool("explain", expression, "--shape", shape, "--format", "json",
