@@ -1162,17 +1162,16 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
       const int bit = min(load - begin, 31);
       if (Mod::kKnowsTiles && is_skipped(kinds, bit)) {
         if (pending) catch_up();
-        const int stage = stage_of(load);
-        const int parity = parity_of(load);
-        wait(barrier(kKFull + 8 * stage), parity);
+        const Place place = place_of(load);
+        wait(place.barriers + kKFull, place.parity);
         if (takes_turn) {
           await_turn();
           pass_turn();
         }
         takes_turn = true;
-        release(barrier(kKEmpty + 8 * stage));
-        wait(barrier(kVFull + 8 * stage), parity);
-        release(barrier(kVEmpty + 8 * stage));
+        release(place.barriers + kKEmpty);
+        wait(place.barriers + kVFull, place.parity);
+        release(place.barriers + kVEmpty);
         ++load;
         continue;
       }
@@ -1200,7 +1199,8 @@ __device__ __forceinline__ void compute(const ForwardParams& params, Address sha
           if (by_row) {
             // What of the mask they need is asked for before: they are 32 at most, as messages grow by full tiles.
             by_row_from = load;
-            wait(barrier(kKFull + 8 * stage_of(load)), parity_of(load));
+            const Place place = place_of(load);
+            wait(place.barriers + kKFull, place.parity);
             tiles_by_row = own.tiles_by_row(number_of(stage_of(load)), job.ascending, frozen_end - load);
           }
 #pragma unroll 1
