@@ -363,6 +363,13 @@ def geometric_mean(values):
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def summary(ratios, digits=3, end_digits=2):
+    """"mean [least..most]", of none "-"."""
+    if not ratios:
+        return "-"
+    return f"{geometric_mean(ratios):.{digits}f} [{min(ratios):.{end_digits}f}..{max(ratios):.{end_digits}f}]"
+
+
 def is_ours(row):
     return row["name"].startswith("attnjit-")
 
@@ -398,12 +405,12 @@ def print_tables(rows, names, base, field="us"):
             fields = []
             for name in (n for n in names if n != base):
                 ratios = [t[name] / t[base] for key, t in cells.items() if key[:2] == (mod, d) and name in t and base in t]
-                fields.append(f"{geometric_mean(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]" if ratios else "-")
+                fields.append(summary(ratios, 2))
             print(f"| {mod} | {d} | " + " | ".join(fields) + " |")
         fields = []
         for name in (n for n in names if n != base):
             ratios = [t[name] / t[base] for t in cells.values() if name in t and base in t]
-            fields.append(f"{geometric_mean(ratios):.3f} [{min(ratios):.2f}..{max(ratios):.2f}]" if ratios else "-")
+            fields.append(summary(ratios))
         print("| all | | " + " | ".join(fields) + " |")
     if "noop" in mods and len(mods) > 1:
         print("\nTime over noop of the same shape, geometric mean\n")
@@ -425,7 +432,7 @@ def print_tables(rows, names, base, field="us"):
             fields = []
             for name in names:
                 ratios = [row["over_noop"] for row in beside if (row["mod"], row["d"], row["name"]) == (mod, d, name)]
-                fields.append(f"{geometric_mean(ratios):.3f} [{min(ratios):.3f}..{max(ratios):.3f}]" if ratios else "-")
+                fields.append(summary(ratios, 3, 3))
             print(f"| {mod} | {d} | " + " | ".join(fields) + " |")
     print()
     print("\n".join(failed) or "Every contestant ran and is right.")

@@ -73,6 +73,9 @@ PATH=$PATH:/usr/local/cuda/bin
 arch=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d '. ')
 [ "$arch" = sm_ ] && arch=sm_90
 
+# As if there were so many multiprocessors: see part_few.
+few_sms=5
+
 # What a backend without gradients is tested by.
 forwards='*NumericsExpression*:*NumericsRandom*:*NumericsGenerated*:*NumericsRelation*:*NumericsEdge*:*NumericsReference*-*Slow*'
 
@@ -109,7 +112,7 @@ part_warm() {
   local begin=$SECONDS status=0
   if [ "$arch" = sm_90 ]; then
     attempt numerics "$1" warm.sm90 --device cuda --compile-only "$arch" --backend sm90 --gtest_filter="$forwards"
-    ATTNJIT_CUDA_MAX_SMS=5 attempt numerics $(($1 - SECONDS + begin)) warm.few --device cuda --compile-only "$arch" \
+    ATTNJIT_CUDA_MAX_SMS=$few_sms attempt numerics $(($1 - SECONDS + begin)) warm.few --device cuda --compile-only "$arch" \
       --backend sm90 --gtest_filter="$forwards"
   fi
   attempt numerics $(($1 - SECONDS + begin)) warm --device cuda --compile-only "$arch"
@@ -147,7 +150,7 @@ hopper() {
 }
 part_sm90() { hopper "$1" sm90; }
 # Problems of the suite are small: with all multiprocessors a block seldom has a second tile, and seldom a large one.
-part_few() { ATTNJIT_CUDA_MAX_SMS=5 hopper "$1" few; }
+part_few() { ATTNJIT_CUDA_MAX_SMS=$few_sms hopper "$1" few; }
 part_sm80() { numerics "$1" sm80 --device cuda --backend sm80; }
 part_math() { numerics "$1" math --device cuda --backend math; }
 
@@ -195,7 +198,7 @@ part_sanitize() {
   local begin=$SECONDS status=0
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 77; }
   if [ "$arch" = sm_90 ]; then
-    ATTNJIT_CUDA_MAX_SMS=5 attempt sanitized $(($1 * 2 / 5)) sm90 --backend sm90 --gtest_filter="$sanitizer_set_sm90"
+    ATTNJIT_CUDA_MAX_SMS=$few_sms attempt sanitized $(($1 * 2 / 5)) sm90 --backend sm90 --gtest_filter="$sanitizer_set_sm90"
   fi
   attempt sanitized $(($1 - SECONDS + begin)) others --gtest_filter="$sanitizer_set"
   cat "$logs"/sanitize.*.log | awk '/^\[==========\] .* ran\./ {ran += $2} /^\[  PASSED  \]/ {passed += $4}
@@ -250,7 +253,7 @@ for part in "${parts[@]}"; do
   begin=$SECONDS
   # In a process group of its own, which ends as a whole; a part that keeps the limit by itself can still say what it did.
   export -f numerics hopper attempt sanitized "part_$part"
-  export bundle out logs work cores shards python arch forwards sanitizer_set sanitizer_set_sm90
+  export bundle out logs work cores shards python arch few_sms forwards sanitizer_set sanitizer_set_sm90
   timeout -k 5 $((allowed + 5)) bash -uo pipefail -c "part_$part $allowed" >"$logs/$part.log" 2>&1
   code=$?
   case $code in
